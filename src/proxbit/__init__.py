@@ -1,0 +1,46 @@
+"""proxbit: 1-bit vision transformers with ProxConnect++, as a plug-in of transformers.
+
+Importing the package registers it with transformers: `from_pretrained` then loads latent and packed checkpoints.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+from proxbit.config import BinarizationConfig
+from proxbit.errors import ProxbitError
+from proxbit.hub import binarize, dequantize, pack
+from proxbit.nn import set_mu, soft_evaluation
+from proxbit.quantizers import QuantizerPair, compose, heuristic, register_pair
+
+__version__ = version("proxbit")
+
+# Loaded at first use: the Trainer and the tables import much that inference does not need.
+_LAZY = {
+    "ProxConnectArguments": "proxbit.training.arguments",
+    "ProxConnectTrainer": "proxbit.training.trainer",
+    "summary": "proxbit.analysis.summary",
+}
+
+__all__ = [
+    "BinarizationConfig",
+    "ProxConnectArguments",
+    "ProxConnectTrainer",
+    "ProxbitError",
+    "QuantizerPair",
+    "binarize",
+    "compose",
+    "dequantize",
+    "heuristic",
+    "pack",
+    "register_pair",
+    "set_mu",
+    "soft_evaluation",
+    "summary",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'proxbit' has no attribute {name!r}")

@@ -1,0 +1,114 @@
+"""`BinarizationConfig`: what is binarized and how, stored whole in `config.json`."""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from proxbit.errors import CheckpointError, ConfigError
+from proxbit.quantizers import QuantizerPair, pair_name
+from proxbit.quantizers.scaling import NORMALIZATIONS, SCALES
+
+__all__ = ["FORMAT_VERSION", "QUANT_METHOD", "STATES", "BinarizationConfig"]
+
+QUANT_METHOD = "proxbit"
+FORMAT_VERSION = 1
+STATES = ("latent", "packed")
+
+
+@dataclass
+class BinarizationConfig(QuantizationConfigMixin):
+    """How a model is binarized. Each field's `metadata["help"]` says what it does.
+
+    Raises:
+        ConfigError: for a value that is not valid.
+        UnknownNameError: for an unknown quantizer pair; the message lists the valid names.
+        CheckpointError: if `format_version` is newer than this version of proxbit can read.
+
+    Example:
+        >>> BinarizationConfig(weights="bnn++", modules_to_not_convert=["vit.layers.0.*"]).weights
+        'bnn++'
+    """
+
+    weights: str | QuantizerPair = field(
+        default="bnn++",
+        metadata={"help": "The quantizer pair of the weights: a registered name, or a registered QuantizerPair."},
+    )
+    include: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Patterns (fnmatch) of module names to binarize, as in model.named_modules(). A pattern also takes "
+            "everything below the module it names. None: every Linear and Conv2d that is safe to binarize, which leaves "
+            "out embeddings, stems, poolers, heads and depthwise convolutions."
+        },
+    )
+    modules_to_not_convert: list[str] | None = field(
+        default=None, metadata={"help": "Patterns (fnmatch) of module names to leave as they are."}
+    )
+    normalize: str = field(
+        default="row",
+        metadata={"help": "What a latent weight is divided by before F: its row's mean |w|, the tensor's, or nothing."},
+    )
+    scale: str = field(
+        default="ls",
+        metadata={"help": "What F is multiplied by: 'ls', the row's least-squares factor; 'fixed', the same divisor."},
+    )
+    state: str = field(
+        default="latent",
+        metadata={"help": "What the checkpoint holds: 'latent' weights or 'packed' bits. proxbit sets it."},
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of this format."})
+    quant_method: str = field(default=QUANT_METHOD, metadata={"help": "Always 'proxbit'."})
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.format_version, int) or self.format_version < 1:
+            raise CheckpointError(f"format_version must be a whole number from 1 on, not {self.format_version!r}.")
+        if self.format_version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"This checkpoint has format_version {self.format_version}; this proxbit reads up to {FORMAT_VERSION}. "
+                "Upgrade it: pip install --upgrade proxbit"
+            )
+        if self.quant_method != QUANT_METHOD:
+            raise ConfigError(f"quant_method must be {QUANT_METHOD!r}, not {self.quant_method!r}.")
+        self.weights = pair_name(self.weights)
+        for name, valid in (("normalize", NORMALIZATIONS), ("scale", SCALES), ("state", STATES)):
+            if getattr(self, name) not in valid:
+                raise ConfigError(f"{name} must be one of {', '.join(valid)}; not {getattr(self, name)!r}.")
+        for name in ("include", "modules_to_not_convert"):
+            self._check_patterns(name)
+
+    def _check_patterns(self, name: str) -> None:
+        patterns = getattr(self, name)
+        if patterns is None:
+            return
+        if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ConfigError(f"{name} must be a list of patterns, such as ['vit.layers.*.mlp.fc2'], not {patterns!r}.")
+        setattr(self, name, list(patterns))
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> "BinarizationConfig | tuple[BinarizationConfig, dict[str, Any]]":
+        """Read a configuration, such as the `quantization_config` of a `config.json`.
+
+        Raises:
+            CheckpointError: for a newer `format_version`, whose fields this version may not know.
+            ConfigError: for unknown fields.
+        """
+        version = config_dict.get("format_version", FORMAT_VERSION)
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(config_dict) - known)
+        if unknown and not (isinstance(version, int) and version > FORMAT_VERSION):
+            raise ConfigError(f"Unknown fields {unknown} in a proxbit configuration. Valid: {sorted(known)}.")
+        config = cls(**{key: value for key, value in config_dict.items() if key in known})
+        unused = config.update(**kwargs)
+        return (config, unused) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types, in a fixed order."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
+
+    def replace(self, **changes: Any) -> "BinarizationConfig":
+        """A copy with some fields changed."""
+        return replace(self, **changes)

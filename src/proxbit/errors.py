@@ -1,0 +1,49 @@
+"""The errors a user of proxbit can meet. Each says what is wrong, where, and what would be valid."""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "LatentError",
+    "ModelStateError",
+    "MuRangeError",
+    "PackedFormatError",
+    "PatternError",
+    "ProxbitError",
+    "UnknownNameError",
+]
+
+
+class ProxbitError(ValueError):
+    """Base of every error that proxbit raises on purpose."""
+
+
+class UnknownNameError(ProxbitError):
+    """A name that no registry entry has, or one that is already taken."""
+
+
+class ConfigError(ProxbitError):
+    """A configuration field with a value, or a combination of values, that cannot work."""
+
+
+class PatternError(ProxbitError):
+    """A module pattern that matches nothing, or a selection that cannot be converted."""
+
+
+class ModelStateError(ProxbitError):
+    """A model that is not in the state (float, latent, packed) that the call needs."""
+
+
+class LatentError(ProxbitError):
+    """Latent weights that cannot be binarized: NaN, infinite, or a row that is all zero."""
+
+
+class MuRangeError(ProxbitError):
+    """A sharpness `mu` outside the range of its quantizer pair, or a schedule that leaves it."""
+
+
+class PackedFormatError(ProxbitError):
+    """A packed tensor that breaks the format: dtype, shape, padding bits or scales."""
+
+
+class CheckpointError(ProxbitError):
+    """A checkpoint on disk that is incomplete, damaged, or of a newer format."""

@@ -1,0 +1,66 @@
+"""Checks of packed checkpoint files, from their headers, before any weight is loaded."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from proxbit.errors import CheckpointError
+from proxbit.packing import packed_columns
+from proxbit.patching.replace import PackedLayer
+
+__all__ = ["check_packed_files"]
+
+
+def _header(file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every tensor of a safetensors file."""
+    if not file.endswith(".safetensors"):
+        raise CheckpointError(f"{Path(file).name}: packed checkpoints are safetensors files; nothing is unpickled.")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
+            return {key: (piece.get_dtype(), tuple(piece.get_shape())) for key, piece in slices.items()}
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{Path(file).name} is truncated or damaged ({error}). Download or copy it again."
+        ) from error
+
+
+def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedLayer]]) -> None:
+    """Check that the files hold a packed weight and a scale, of the right shapes, for every packed layer.
+
+    Names on disk differ from those in memory, so layers and tensors are compared by shape and number. A layer that the
+    files lack would otherwise be filled with arbitrary bits.
+
+    Args:
+        files: the safetensors files of the checkpoint.
+        layers: names and packed layers of the model about to be filled.
+
+    Raises:
+        CheckpointError: naming the file or the tensors, and what was expected.
+    """
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in files:
+        tensors |= _header(file)
+    found: Counter[tuple[int, ...]] = Counter()
+    for key in sorted(tensors):
+        if not key.endswith(".weight_scale"):
+            continue
+        dtype, shape = tensors.get(key.removesuffix("_scale"), ("missing", ()))
+        rows = tensors[key][1]
+        if dtype != "U8" or shape[:1] != rows:
+            raise CheckpointError(
+                f"{key.removesuffix('_scale')}: expected packed bits, U8 [{', '.join(map(str, rows))}, ...], "
+                f"beside its scales; found {dtype} {list(shape)}."
+            )
+        found[shape] += 1
+    expected = Counter((len(layer.weight_scale), packed_columns(layer.columns)) for _, layer in layers)
+    if found != expected:
+        missing, extra = expected - found, found - expected
+        names = [n for n, layer in layers if (len(layer.weight_scale), packed_columns(layer.columns)) in missing]
+        raise CheckpointError(
+            "The packed weights of this checkpoint do not fit the model: "
+            f"expected {dict(missing)} ([rows, bytes]: how many), found {dict(extra)} instead. "
+            f"Layers concerned: {', '.join(names[:5]) or 'none'}{', ...' if len(names) > 5 else ''}."
+        )

@@ -1,0 +1,93 @@
+"""The plug-in: how `from_pretrained` and `save_pretrained` meet latent and packed models."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+
+from proxbit.config import FORMAT_VERSION, QUANT_METHOD, BinarizationConfig
+from proxbit.errors import ConfigError
+from proxbit.hub.checkpoint import check_packed_files
+from proxbit.nn import latent_layers, set_mu
+from proxbit.patching import check_latents, check_packed_layers, packed_layers, state_of, to_float, to_latent, to_packed
+from proxbit.quantizers import get_pair
+
+__all__ = ["ProxbitHfQuantizer", "attach", "detach"]
+
+register_quantization_config(QUANT_METHOD)(BinarizationConfig)
+
+
+@register_quantizer(QUANT_METHOD)
+class ProxbitHfQuantizer(HfQuantizer):
+    """Makes the skeleton latent or packed before the weights are loaded, and checks them afterwards.
+
+    A float checkpoint with `quantization_config=BinarizationConfig(...)` becomes a latent model; a checkpoint of
+    proxbit is latent or packed as its configuration says.
+    """
+
+    quantization_config: BinarizationConfig
+
+    def __init__(self, quantization_config: BinarizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized and quantization_config.state != "latent":
+            raise ConfigError(
+                "A float checkpoint can be loaded as a latent model only; leave BinarizationConfig.state alone, train, "
+                "then call proxbit.pack(model)."
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        state = self.quantization_config.state
+        _, resolved = to_latent(model, self.quantization_config)
+        self.quantization_config = resolved.replace(state=state)
+        if state == "packed":
+            to_packed(model)
+            check_packed_files(checkpoint_files or [], packed_layers(model))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        check_latents(model)
+        check_packed_layers(model)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        to_float(model)
+        return model if dtype is None else model.to(dtype)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """No change of the tensors; a note of what they are in the header of the file."""
+        return None, {"proxbit.state": state_of(model), "proxbit.format_version": str(FORMAT_VERSION)}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Latent and packed models are saved as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the model can be trained: as long as it is latent."""
+        return self.quantization_config.state == "latent"
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Likewise."""
+        return self.is_trainable
+
+    @property
+    def is_compileable(self) -> bool:
+        """Latent and packed layers have no graph breaks."""
+        return True
+
+
+def attach(model: PreTrainedModel, config: BinarizationConfig) -> None:
+    """Tell transformers that a model in hand is latent or packed, as `from_pretrained` would have."""
+    model.config.quantization_config = config
+    model.hf_quantizer = ProxbitHfQuantizer(config, pre_quantized=True)
+    model.quantization_method = QUANT_METHOD
+    model.is_quantized = True
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Tell transformers that a model is float again."""
+    model.hf_quantizer.remove_quantization_config(model)

@@ -1,0 +1,72 @@
+"""`binarize`, `pack`, `dequantize`: the three states of a model, for transformers models and plain modules alike."""
+
+from typing import TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from proxbit.config import BinarizationConfig
+from proxbit.hub.hf_quantizer import attach, detach
+from proxbit.patching import to_float, to_latent, to_packed
+
+__all__ = ["binarize", "dequantize", "pack"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def binarize(model: Model, config: BinarizationConfig | None = None) -> Model:
+    """Make a float model latent: its layers keep their weights, and compute with F_mu of them.
+
+    Args:
+        model: a transformers model or any module; changed in place.
+        config: what to binarize and how; the default is `BinarizationConfig()`.
+
+    Returns:
+        The same model, with a `binarization_report`. It is simulated: one bit a weight comes with `pack`.
+
+    Raises:
+        ModelStateError: if the model is latent or packed already.
+        PatternError: for patterns that match nothing, tied weights, or an empty selection.
+        LatentError: for NaN or infinite weights, or rows that are all zero. The model is unchanged after an error.
+    """
+    _, resolved = to_latent(model, config or BinarizationConfig())
+    if isinstance(model, PreTrainedModel):
+        attach(model, resolved)
+    return model
+
+
+def pack(model: Model) -> Model:
+    """Make a latent model packed: one bit a weight and one scale a row.
+
+    Args:
+        model: a latent model; changed in place.
+
+    Returns:
+        The same model, with a `binarization_report`. It cannot be trained any more.
+
+    Raises:
+        ModelStateError: if the model is float or packed already.
+        LatentError: for NaN or infinite latents, or rows that are all zero. The model is unchanged after an error.
+    """
+    to_packed(model)
+    if isinstance(model, PreTrainedModel):
+        attach(model, model.config.quantization_config.replace(state="packed"))
+    return model
+
+
+def dequantize(model: Model) -> Model:
+    """Make a latent or packed model float: plain layers that hold plus and minus the row scale.
+
+    Args:
+        model: a latent or packed model; changed in place.
+
+    Returns:
+        The same model, with a `binarization_report`. It needs no plug-in to be saved and loaded.
+
+    Raises:
+        ModelStateError: if the model is float already.
+    """
+    to_float(model)
+    if isinstance(model, PreTrainedModel):
+        detach(model)
+    return model

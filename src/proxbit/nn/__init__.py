@@ -1,0 +1,18 @@
+"""Layers: latent (`BinaryLinear`, `BinaryConv2d`) and packed (`PackedLinear`, `PackedConv2d`)."""
+
+from proxbit.nn.binary_conv import BinaryConv2d
+from proxbit.nn.binary_linear import BinaryLinear
+from proxbit.nn.latent import LatentWeight, latent_layers, set_mu, soft_evaluation
+from proxbit.nn.packed_conv import PackedConv2d
+from proxbit.nn.packed_linear import PackedLinear
+
+__all__ = [
+    "BinaryConv2d",
+    "BinaryLinear",
+    "LatentWeight",
+    "PackedConv2d",
+    "PackedLinear",
+    "latent_layers",
+    "set_mu",
+    "soft_evaluation",
+]

@@ -1,0 +1,66 @@
+"""A 2-D convolution with latent weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from proxbit.nn.latent import LatentWeight
+from proxbit.quantizers import QuantizerPair
+
+__all__ = ["BinaryConv2d", "conv_arguments"]
+
+
+def conv_arguments(layer: "nn.Conv2d | Any") -> dict[str, Any]:
+    """The arguments that make a convolution of the same geometry as `layer`."""
+    return {
+        "in_channels": layer.in_channels,
+        "out_channels": layer.out_channels,
+        "kernel_size": layer.kernel_size,
+        "stride": layer.stride,
+        "padding": layer.padding,
+        "dilation": layer.dilation,
+        "groups": layer.groups,
+        "padding_mode": layer.padding_mode,
+    }
+
+
+class BinaryConv2d(LatentWeight, nn.Conv2d):
+    r"""An `nn.Conv2d` that computes with F_mu of its weight; a row is an output channel, `[in / groups, kh, kw]`.
+
+    Args:
+        pair: forward and backward quantizer.
+        normalize: "row", "tensor" or "none".
+        scale: "ls" or "fixed".
+        **arguments: those of `nn.Conv2d`.
+    """
+
+    def __init__(self, *, pair: QuantizerPair, normalize: str = "row", scale: str = "ls", **arguments: Any) -> None:
+        nn.Conv2d.__init__(self, **arguments)
+        self.init_latent(pair, normalize, scale)
+
+    @classmethod
+    def from_float(cls, layer: nn.Conv2d, pair: QuantizerPair, normalize: str, scale: str) -> "BinaryConv2d":
+        """A latent layer that owns the parameters of `layer`; its weight becomes the latent weight."""
+        new = cls(
+            pair=pair,
+            normalize=normalize,
+            scale=scale,
+            bias=layer.bias is not None,
+            device="meta",
+            **conv_arguments(layer),
+        )
+        new.weight, new.bias = layer.weight, layer.bias
+        return new.train(layer.training)
+
+    def to_float(self) -> nn.Conv2d:
+        """A plain convolution whose weight is plus and minus the scale of its output channel."""
+        layer = nn.Conv2d(bias=self.bias is not None, device="meta", **conv_arguments(self))
+        with torch.no_grad():
+            hard = self.train(False).effective_weight()
+        layer.weight = nn.Parameter(hard, requires_grad=self.weight.requires_grad)
+        layer.bias = self.bias
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.effective_weight(), self.bias)

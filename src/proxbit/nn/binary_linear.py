@@ -1,0 +1,69 @@
+"""A linear layer with latent weights."""
+
+import torch
+from torch import Tensor, nn
+
+from proxbit.nn.latent import LatentWeight
+from proxbit.quantizers import QuantizerPair
+
+__all__ = ["BinaryLinear"]
+
+
+class BinaryLinear(LatentWeight, nn.Linear):
+    r"""An `nn.Linear` that computes with F_mu of its weight.
+
+    Forward:
+        y = x w^T + bias,   w = a F_mu(W / s), see `quantizers.quantize`
+
+    Args:
+        in_features: `I`.
+        out_features: `O`.
+        bias: whether there is a bias, `[O]`.
+        pair: forward and backward quantizer.
+        normalize: "row", "tensor" or "none".
+        scale: "ls" or "fixed".
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        pair: QuantizerPair,
+        normalize: str = "row",
+        scale: str = "ls",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
+        self.init_latent(pair, normalize, scale)
+
+    @classmethod
+    def from_float(cls, layer: nn.Linear, pair: QuantizerPair, normalize: str, scale: str) -> "BinaryLinear":
+        """A latent layer that owns the parameters of `layer`; its weight becomes the latent weight."""
+        new = cls(
+            layer.in_features,
+            layer.out_features,
+            layer.bias is not None,
+            pair=pair,
+            normalize=normalize,
+            scale=scale,
+            device="meta",
+        )
+        new.weight, new.bias = layer.weight, layer.bias
+        return new.train(layer.training)
+
+    def to_float(self) -> nn.Linear:
+        """A plain linear layer whose weight is plus and minus the row scale."""
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        with torch.no_grad():
+            hard = self.train(False).effective_weight()
+        layer.weight = nn.Parameter(hard, requires_grad=self.weight.requires_grad)
+        layer.bias = self.bias
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.effective_weight(), self.bias)

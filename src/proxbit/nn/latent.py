@@ -1,0 +1,121 @@
+"""What a layer with latent weights is, whatever its shape: `BinaryLinear` and `BinaryConv2d` share it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from proxbit.errors import LatentError
+from proxbit.quantizers import QuantizerPair, hard_scale, quantize
+
+__all__ = ["LatentWeight", "latent_layers", "set_mu", "soft_evaluation"]
+
+
+class LatentWeight(nn.Module):
+    """A layer whose `weight` is the latent weight, and whose forward uses F_mu of it.
+
+    Training mode uses the soft F_mu, until the layer is hardened. Evaluation mode uses the sign, which is what a packed
+    model computes; inside `soft_evaluation` it uses F_mu too.
+
+    Attributes:
+        weight: the latent weight, `[rows, ...]`.
+        pair: forward and backward quantizer.
+        normalize: see `quantizers.scaling`.
+        scale: see `quantizers.scaling`.
+        mu: sharpness, a 0-dimensional CPU tensor. It is no buffer: it belongs to the schedule, not to the checkpoint,
+            and must not follow the dtype and device of the weights.
+        hardened: training uses the sign as well.
+        soft_eval: evaluation uses F_mu.
+    """
+
+    weight: nn.Parameter
+    pair: QuantizerPair
+    normalize: str
+    scale: str
+    mu: Tensor
+    hardened: bool
+    soft_eval: bool
+
+    def init_latent(self, pair: QuantizerPair, normalize: str, scale: str) -> None:
+        """Set the quantizer, with mu at the start of the pair's default schedule."""
+        self.pair, self.normalize, self.scale = pair, normalize, scale
+        self.mu = torch.tensor(pair.schedule[1], dtype=torch.float64, device="cpu")
+        self.hardened = False
+        self.soft_eval = False
+
+    @property
+    def is_hard(self) -> bool:
+        """Whether the next forward uses the sign."""
+        return self.hardened if self.training else not self.soft_eval
+
+    def effective_weight(self) -> Tensor:
+        """The weight of the next forward pass, same shape and dtype as the latent, with the backward of the pair."""
+        return quantize(
+            self.weight, self.mu, self.pair, normalize=self.normalize, scale=self.scale, hard=self.is_hard
+        )
+
+    def row_scale(self) -> Tensor:
+        """The scales that go with the signs, `[rows]`."""
+        return hard_scale(self.weight, normalize=self.normalize, scale=self.scale)
+
+    def check_latent(self, name: str) -> None:
+        """Check that the latent weight can be binarized.
+
+        Raises:
+            LatentError: naming the layer, for NaN, infinite values, or a row that is all zero.
+        """
+        rows = self.weight.detach().flatten(1)
+        finite = torch.isfinite(rows).all(dim=1)
+        if not bool(finite.all()):
+            bad = (~finite).nonzero().flatten()
+            raise LatentError(
+                f"{name}.weight: {len(bad)} of {len(rows)} rows hold NaN or infinite values (first: row {int(bad[0])})."
+            )
+        empty = (rows == 0).all(dim=1)
+        if bool(empty.any()):
+            bad = empty.nonzero().flatten()
+            raise LatentError(
+                f"{name}.weight: {len(bad)} of {len(rows)} rows are all zero (first: row {int(bad[0])}); such a row has "
+                f"no signs to keep. Leave the layer as it is with modules_to_not_convert=['{name}'], or initialise it."
+            )
+
+
+def latent_layers(model: nn.Module) -> Iterator[tuple[str, LatentWeight]]:
+    """The layers with latent weights, with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, LatentWeight):
+            yield name, module
+
+
+def set_mu(model: nn.Module, mu: float, hard: bool = False) -> None:
+    """Set the sharpness of every latent layer.
+
+    Args:
+        model: any module.
+        mu: finite, in the range of every pair in use.
+        hard: from now on use the sign in training too; B stays that of `mu`.
+
+    Raises:
+        MuRangeError: if mu is out of range; nothing is changed then.
+    """
+    layers = [layer for _, layer in latent_layers(model)]
+    for pair in {id(layer.pair): layer.pair for layer in layers}.values():
+        pair.check_mu(mu)
+    for layer in layers:
+        layer.mu.fill_(mu)
+        layer.hardened = hard
+
+
+@contextmanager
+def soft_evaluation(model: nn.Module) -> Iterator[None]:
+    """Within the context, evaluation mode uses F_mu instead of the sign, in every latent layer of `model`."""
+    layers = [layer for _, layer in latent_layers(model)]
+    before = [layer.soft_eval for layer in layers]
+    for layer in layers:
+        layer.soft_eval = True
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.soft_eval = value

@@ -1,0 +1,89 @@
+"""A linear layer with packed 1-bit weights."""
+
+import torch
+from torch import Tensor, nn
+
+from proxbit.kernels import linear_w1, linear_w1_kernel, unpack_weight
+from proxbit.nn.binary_linear import BinaryLinear
+from proxbit.packing import check_packed, pack_signs, packed_columns
+
+__all__ = ["PackedLinear"]
+
+
+class PackedLinear(nn.Module):
+    r"""A linear layer that holds one bit a weight. It cannot be trained; gradients flow through it to its input.
+
+    Forward:
+        y[..., o] = weight_scale[o] \sum_i (+-1)[o, i] x[..., i] + bias[o]
+
+    Args:
+        in_features: `I`.
+        out_features: `O`.
+        bias: whether there is a bias, `[O]`.
+        device: of the buffers and the bias.
+        dtype: of the scales and the bias.
+
+    Attributes:
+        weight: `[O, ceil(I / 8)]`, uint8, see `packing.layout`. It keeps the key of the float weight, so that a
+            program without the plug-in meets a size error and never a silently random layer.
+        weight_scale: `[O]`.
+        bias: `[O]` or None.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        width = packed_columns(in_features)
+        self.weight = nn.Buffer(torch.zeros(out_features, width, dtype=torch.uint8, device=device))
+        self.weight_scale = nn.Buffer(torch.ones(out_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_latent(cls, layer: BinaryLinear) -> "PackedLinear":
+        """Pack a latent layer; the bias is shared with it."""
+        new = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        if not layer.weight.is_meta:
+            new.weight = pack_signs(layer.weight.detach())
+            new.weight_scale = layer.row_scale()
+        else:
+            new.weight_scale = new.weight_scale.to(layer.weight.dtype)
+        new.bias = layer.bias
+        return new.train(layer.training)
+
+    @property
+    def columns(self) -> int:
+        """Bits a row."""
+        return self.in_features
+
+    def check_packed(self, name: str) -> None:
+        """Raise PackedFormatError if the buffers break the format."""
+        check_packed(self.weight, self.weight_scale, self.columns, name)
+
+    def to_float(self) -> nn.Linear:
+        """A plain linear layer whose weight is plus and minus the row scale."""
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        layer.weight = nn.Parameter(unpack_weight(self.weight, self.weight_scale, self.columns))
+        layer.bias = self.bias
+        return layer
+
+    @property
+    def kernel(self) -> str:
+        """The name of the kernel that runs this layer."""
+        return linear_w1_kernel(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear_w1(input, self.weight, self.weight_scale, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -1,0 +1,57 @@
+"""Packing signs into bits and back, in plain torch."""
+
+import torch
+from torch import Tensor
+
+from proxbit.packing.layout import BITS_PER_BYTE, packed_columns
+from proxbit.sign import is_positive, sign
+
+__all__ = ["pack_signs", "unpack_signs"]
+
+
+def pack_signs(values: Tensor) -> Tensor:
+    r"""Pack the signs of a matrix into bytes along the last axis.
+
+    Formula:
+        byte[o, j] = \sum_{b=0}^{7} 1[values[o, 8 j + b] \ge 0] 2^b      (columns past the end count as 0)
+
+    Args:
+        values: `[O, I]`, floating point, any device.
+
+    Returns:
+        `[O, ceil(I / 8)]`, uint8, same device.
+
+    Example:
+        >>> pack_signs(torch.tensor([[1.0, -1.0, 0.5]]))
+        tensor([[5]], dtype=torch.uint8)
+    """
+    rows, columns = values.shape
+    width = packed_columns(columns)
+    bits = torch.zeros(rows, width * BITS_PER_BYTE, dtype=torch.uint8, device=values.device)
+    bits[:, :columns] = is_positive(values)
+    bits = bits.view(rows, width, BITS_PER_BYTE)
+    packed = torch.zeros(rows, width, dtype=torch.uint8, device=values.device)
+    for bit in range(BITS_PER_BYTE):
+        packed |= bits[:, :, bit] << bit
+    return packed
+
+
+def unpack_signs(packed: Tensor, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The inverse of `pack_signs`.
+
+    Args:
+        packed: `[O, ceil(columns / 8)]`, uint8.
+        columns: `I`, the number of columns before packing.
+        dtype: of the result.
+
+    Returns:
+        `[O, I]` of -1 and +1, in `dtype`, same device.
+
+    Example:
+        >>> unpack_signs(torch.tensor([[5]], dtype=torch.uint8), columns=3)
+        tensor([[ 1., -1.,  1.]])
+    """
+    device = packed.device
+    every_byte = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(BITS_PER_BYTE, device=device)
+    table = sign((every_byte & 1).to(dtype) - 1)
+    return torch.nn.functional.embedding(packed.int(), table).flatten(1)[:, :columns]

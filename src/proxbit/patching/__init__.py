@@ -1,0 +1,25 @@
+"""Selecting the modules of a model, and changing them between the three states. Works on any `nn.Module`."""
+
+from proxbit.patching.replace import (
+    check_latents,
+    check_packed_layers,
+    packed_layers,
+    to_float,
+    to_latent,
+    to_packed,
+)
+from proxbit.patching.report import BinarizationReport, ModuleDecision
+from proxbit.patching.targets import select, state_of
+
+__all__ = [
+    "BinarizationReport",
+    "ModuleDecision",
+    "check_latents",
+    "check_packed_layers",
+    "packed_layers",
+    "select",
+    "state_of",
+    "to_float",
+    "to_latent",
+    "to_packed",
+]

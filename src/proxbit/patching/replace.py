@@ -1,0 +1,132 @@
+"""Changing the layers of a model in place: float to latent, latent to packed, latent or packed to float."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from proxbit.config import BinarizationConfig
+from proxbit.errors import ModelStateError
+from proxbit.nn import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear, latent_layers
+from proxbit.patching.report import BinarizationReport, ModuleDecision
+from proxbit.patching.targets import explicit_patterns, select, state_of
+from proxbit.quantizers import get_pair
+
+__all__ = ["check_latents", "check_packed_layers", "packed_layers", "to_float", "to_latent", "to_packed"]
+
+PackedLayer = PackedLinear | PackedConv2d
+
+
+def packed_layers(model: nn.Module) -> list[tuple[str, PackedLayer]]:
+    """The packed layers of a model, with their names."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer)]
+
+
+def check_latents(model: nn.Module) -> None:
+    """Raise LatentError if a latent weight cannot be binarized."""
+    for name, layer in latent_layers(model):
+        layer.check_latent(name)
+
+
+def check_packed_layers(model: nn.Module) -> None:
+    """Raise PackedFormatError if a packed layer breaks the format."""
+    for name, layer in packed_layers(model):
+        layer.check_packed(name)
+
+
+def to_latent(model: nn.Module, config: BinarizationConfig) -> tuple[BinarizationReport, BinarizationConfig]:
+    """Replace the selected linear and convolutional layers of a float model by latent ones.
+
+    Args:
+        model: a float model; its parameters are kept, not copied.
+        config: what to select, and which quantizer.
+
+    Returns:
+        The report, and a copy of the configuration whose `include` names exactly what was selected.
+
+    Raises:
+        ModelStateError: if the model is latent or packed already.
+        PatternError: see `targets.select`.
+        LatentError: if a selected weight cannot be binarized; the model is then unchanged.
+    """
+    if state_of(model) != "float":
+        raise ModelStateError(
+            f"This model is {state_of(model)} already; binarize takes a float model. "
+            "Call proxbit.dequantize(model) first to start again from plus and minus the scales."
+        )
+    decisions = select(model, config)
+    pair = get_pair(config.weights)
+    replacements: dict[str, BinaryLinear | BinaryConv2d] = {}
+    for decision in decisions:
+        if not decision.converted:
+            continue
+        layer = model.get_submodule(decision.name)
+        kind = BinaryLinear if isinstance(layer, nn.Linear) else BinaryConv2d
+        latent = kind.from_float(layer, pair, config.normalize, config.scale)  # type: ignore[arg-type]
+        if not latent.weight.is_meta:
+            latent.check_latent(decision.name)
+        replacements[decision.name] = latent
+    for name, latent in replacements.items():
+        model.set_submodule(name, latent)
+    report = BinarizationReport("binarized", tuple(decisions))
+    report.attach(model)
+    return report, config.replace(
+        include=explicit_patterns(replacements, report.left), modules_to_not_convert=None, state="latent"
+    )
+
+
+def _convert(model: nn.Module, action: str, kinds: tuple[type, ...], convert: Callable[[nn.Module], nn.Module]) -> None:
+    """Replace every module of some kinds, and leave a report."""
+    replacements, decisions = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            replacements[name] = convert(module)
+            decisions.append(ModuleDecision(name, type(module).__name__, _weights(module), True, action))
+        elif type(module) in (nn.Linear, nn.Conv2d):
+            decisions.append(ModuleDecision(name, type(module).__name__, _weights(module), False, "float"))
+    for name, replacement in replacements.items():
+        model.set_submodule(name, replacement)
+    BinarizationReport(action, tuple(decisions)).attach(model)
+
+
+def _weights(module: nn.Module) -> int:
+    """Weights of a layer, counted before packing."""
+    if isinstance(module, PackedLayer):
+        return len(module.weight_scale) * module.columns
+    return int(module.weight.numel())  # type: ignore[operator, union-attr]
+
+
+def to_packed(model: nn.Module) -> None:
+    """Replace the latent layers of a model by packed ones.
+
+    Raises:
+        ModelStateError: if the model is not latent.
+        LatentError: if a latent weight cannot be binarized; the model is then unchanged.
+    """
+    state = state_of(model)
+    if state != "latent":
+        hint = "it is packed already" if state == "packed" else "call proxbit.binarize(model, config) and train it first"
+        raise ModelStateError(f"pack takes a latent model, this one is {state}: {hint}.")
+    for name, layer in latent_layers(model):
+        if not layer.weight.is_meta:
+            layer.check_latent(name)
+
+    def pack(module: nn.Module) -> nn.Module:
+        return PackedLinear.from_latent(module) if isinstance(module, BinaryLinear) else PackedConv2d.from_latent(module)  # type: ignore[arg-type]
+
+    _convert(model, "packed", (BinaryLinear, BinaryConv2d), pack)
+
+
+def to_float(model: nn.Module) -> None:
+    """Replace latent and packed layers by plain ones that hold plus and minus the row scale.
+
+    Raises:
+        ModelStateError: if the model is float already.
+    """
+    if state_of(model) == "float":
+        raise ModelStateError("dequantize takes a latent or packed model; this one is float already.")
+    _convert(
+        model,
+        "dequantized",
+        (BinaryLinear, BinaryConv2d, PackedLinear, PackedConv2d),
+        lambda module: module.to_float(),  # type: ignore[operator, return-value]
+    )

@@ -1,0 +1,155 @@
+"""Which modules of a model are binarized: patterns on in-memory names, and safe defaults."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from proxbit.config import BinarizationConfig
+from proxbit.errors import PatternError
+from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear
+from proxbit.patching.report import ModuleDecision
+
+__all__ = ["CONVERTIBLE", "DEFAULT_SKIPS", "explicit_patterns", "matches", "select"]
+
+CONVERTIBLE = (nn.Linear, nn.Conv2d)
+
+# Segments of a module's name, and why a module below such a segment stays as it is.
+DEFAULT_SKIPS: tuple[tuple[str, str], ...] = (
+    (r"embed.*|.*embeddings?|.*_embed|.*embedder|patch.*proj.*", "embedding"),
+    (r".*position.*|.*rel_pos.*|cpb_mlp", "position encoding"),
+    (r"(.*_)?stem", "stem"),
+    (r"pooler|attention_pool(ing)?", "pooler"),
+    (r"(.*_)?(head|heads|classifier|fc)|visual_projection|text_projection|logits", "head"),
+)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern (fnmatch, case-sensitive) names the module or one of the modules it lies in."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(len(parts), 0, -1))
+
+
+def _default_reason(name: str, module: nn.Module, backbone: str) -> str | None:
+    """Why a module is left alone by default; None if it is binarized."""
+    if backbone and not name.startswith(f"{backbone}."):
+        return "outside the backbone: task head"
+    for segment in name.split("."):
+        for expression, reason in DEFAULT_SKIPS:
+            if re.fullmatch(expression, segment):
+                return reason
+    if isinstance(module, nn.Conv2d):
+        if module.groups > 1 and module.groups == module.in_channels:
+            return "depthwise convolution"
+        if module.in_channels <= 4:
+            return "reads the pixels"
+    return None
+
+
+def _check_patterns(field: str, patterns: Iterable[str], names: list[str]) -> None:
+    for pattern in patterns:
+        if any(matches(name, pattern) for name in names):
+            continue
+        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+        near = near or [name for name in names if name.split(".")[-1] in pattern][:3]
+        hint = f" Near misses: {', '.join(near)}." if near else ""
+        raise PatternError(
+            f"{field}: the pattern {pattern!r} matches no module.{hint} "
+            "Patterns name modules as model.named_modules() does, which can differ from the names in a checkpoint."
+        )
+
+
+def _backbone(model: nn.Module) -> str:
+    """The attribute that holds the base model of a task model, by the convention of transformers; '' if there is none."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def select(model: nn.Module, config: BinarizationConfig) -> list[ModuleDecision]:
+    """Decide, for every linear and convolutional module, whether it is binarized.
+
+    Args:
+        model: a float model.
+        config: `include` and `modules_to_not_convert`.
+
+    Returns:
+        One decision a module, in the order of `model.named_modules()`.
+
+    Raises:
+        PatternError: for a pattern that matches nothing, tied weights that would be split, or an empty selection.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    candidates = {name: module for name, module in modules.items() if isinstance(module, CONVERTIBLE)}
+    _check_patterns("include", config.include or (), [n for n, m in candidates.items() if type(m) in CONVERTIBLE])
+    _check_patterns("modules_to_not_convert", config.modules_to_not_convert or (), list(modules))
+    backbone = _backbone(model)
+    decisions = []
+    for name, module in candidates.items():
+        reason, converted = _decide(name, module, config, backbone)
+        decisions.append(ModuleDecision(name, type(module).__name__, module.weight.numel(), converted, reason))
+    if not any(decision.converted for decision in decisions):
+        left = "\n".join(f"  {decision.name}: {decision.reason}" for decision in decisions[:10])
+        raise PatternError(
+            f"Nothing to binarize in {type(model).__name__}: it has {len(decisions)} linear and convolutional modules, "
+            f"all left as they are.\n{left}\nName some with include=[...]."
+        )
+    _check_tied(model, decisions)
+    return decisions
+
+
+def _decide(name: str, module: nn.Module, config: BinarizationConfig, backbone: str) -> tuple[str, bool]:
+    if type(module) not in CONVERTIBLE:
+        return f"{type(module).__name__} computes in its own way", False
+    for pattern in config.modules_to_not_convert or ():
+        if matches(name, pattern):
+            return f"modules_to_not_convert: {pattern}", False
+    if config.include is not None:
+        hits = [pattern for pattern in config.include if matches(name, pattern)]
+        return (f"include: {hits[0]}", True) if hits else ("not in include", False)
+    reason = _default_reason(name, module, backbone)
+    return (reason, False) if reason else ("default", True)
+
+
+def _check_tied(model: nn.Module, decisions: list[ModuleDecision]) -> None:
+    """Binarizing a weight that another module uses too would split the two."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for decision in decisions:
+        if not decision.converted:
+            continue
+        weight = model.get_submodule(decision.name).weight
+        names = owners[id(weight)]
+        if len(names) > 1:
+            raise PatternError(
+                f"{decision.name}.weight is tied: it is also {', '.join(n for n in names if n != f'{decision.name}.weight')}"
+                ". Binarizing it would split the two. Leave it as it is with "
+                f"modules_to_not_convert=['{decision.name}'], or untie the weights first."
+            )
+
+
+def explicit_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Patterns that match exactly `names` and none of `others`: what a checkpoint stores, so that it stays loadable
+    when the defaults change. Layer numbers become `*` where that matches nothing else.
+    """
+    names, others = list(names), list(others)
+    chosen: list[str] = []
+    for name in names:
+        wildcard = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+        pattern = name if any(matches(other, wildcard) for other in others) else wildcard
+        if pattern not in chosen:
+            chosen.append(pattern)
+    return chosen
+
+
+def state_of(model: nn.Module) -> str:
+    """The state of a model: "float", "latent" or "packed"."""
+    states = set()
+    for module in model.modules():
+        if isinstance(module, LatentWeight):
+            states.add("latent")
+        elif isinstance(module, PackedLinear | PackedConv2d):
+            states.add("packed")
+    return max(states) if states else "float"

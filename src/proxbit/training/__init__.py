@@ -1,0 +1,16 @@
+"""Training latent models with the Trainer of transformers."""
+
+from proxbit.training.arguments import ProxConnectArguments
+from proxbit.training.callbacks import MuCallback
+from proxbit.training.losses import distillation_loss
+from proxbit.training.monitor import FlipCounter, hardening_gap
+from proxbit.training.trainer import ProxConnectTrainer
+
+__all__ = [
+    "FlipCounter",
+    "MuCallback",
+    "ProxConnectArguments",
+    "ProxConnectTrainer",
+    "distillation_loss",
+    "hardening_gap",
+]

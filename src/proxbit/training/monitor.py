@@ -1,0 +1,60 @@
+"""What a run is watched by: how many signs flip, and how far the soft weights are from the hard ones."""
+
+import torch
+from torch import Tensor, nn
+
+from proxbit.nn import LatentWeight, latent_layers
+from proxbit.packing import pack_signs
+from proxbit.quantizers import quantize
+
+__all__ = ["FlipCounter", "hardening_gap", "layer_hardening_gap"]
+
+
+class FlipCounter:
+    """Counts the latent weights whose sign has changed since the count before. Keeps one bit a weight.
+
+    Args:
+        model: a latent model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.signs = self._signs()
+
+    def _signs(self) -> dict[str, Tensor]:
+        return {name: pack_signs(layer.weight.detach().flatten(1)) for name, layer in latent_layers(self.model)}
+
+    def flip_ratio(self) -> float:
+        """Flipped signs / latent weights since the last call (or since the counter was made), in [0, 1]."""
+        before, self.signs = self.signs, self._signs()
+        flips, total = 0, 0
+        for name, layer in latent_layers(self.model):
+            changed = before[name] ^ self.signs[name]
+            flips += sum(int(((changed >> bit) & 1).sum()) for bit in range(8))
+            total += layer.weight.numel()
+        return flips / max(1, total)
+
+
+@torch.no_grad()
+def layer_hardening_gap(layer: LatentWeight) -> tuple[Tensor, Tensor]:
+    r"""How far F_mu is from the sign in one layer.
+
+    Returns:
+        \sum |w_soft - w_hard| and \sum |w_hard|, both 0-dimensional.
+    """
+    arguments = {"normalize": layer.normalize, "scale": layer.scale}
+    soft = quantize(layer.weight, layer.mu, layer.pair, hard=layer.hardened, **arguments)  # type: ignore[arg-type]
+    hard = quantize(layer.weight, layer.mu, layer.pair, hard=True, **arguments)  # type: ignore[arg-type]
+    return (soft - hard).abs().sum(), hard.abs().sum()
+
+
+def hardening_gap(model: nn.Module) -> float:
+    r"""How far the weights that train are from those that ship, over all latent layers.
+
+    Formula:
+        \sum |w_soft - w_hard| / \sum |w_hard|;   0 once the model is hard.
+    """
+    parts = [layer_hardening_gap(layer) for _, layer in latent_layers(model)]
+    distance = sum(float(part[0]) for part in parts)
+    size = sum(float(part[1]) for part in parts)
+    return distance / size if size else 0.0

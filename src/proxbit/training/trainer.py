@@ -1,0 +1,182 @@
+"""`ProxConnectTrainer`: the ProxConnect++ step inside the ordinary Trainer of transformers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from proxbit.errors import ConfigError, ModelStateError, MuRangeError
+from proxbit.nn import latent_layers, soft_evaluation
+from proxbit.patching import check_latents, state_of
+from proxbit.quantizers import AGGREGATE, MuSchedule
+from proxbit.training.arguments import ProxConnectArguments
+from proxbit.training.callbacks import MuCallback
+from proxbit.training.losses import distillation_loss
+from proxbit.training.monitor import FlipCounter, hardening_gap
+
+__all__ = ["ProxConnectTrainer"]
+
+
+class ProxConnectTrainer(Trainer):
+    """A `Trainer` for latent models. It differs from its parent in this:
+
+    - mu follows its schedule, a pure function of the optimizer step; the last steps are hard;
+    - latent weights are a parameter group of their own: no weight decay, a learning rate factor of their own;
+    - with a teacher, the loss is `(1 - weight) * task + weight * distillation`;
+    - `evaluate` reports the hard model, which is what ships, with soft values and their gap beside it;
+    - logs hold `mu`, `flip_ratio` (since the log before) and `hardening_gap`.
+
+    Args:
+        model: a latent model, from `proxbit.binarize` or `from_pretrained(..., quantization_config=...)`.
+        args: with the fields of the ProxConnect step.
+        teacher: any model with the same labels, for distillation; it is put in evaluation mode.
+        **kwargs: as in `transformers.Trainer`.
+
+    Raises:
+        ModelStateError: if the model is float or packed.
+        ConfigError: if the teacher has another number of labels.
+        LatentError: if a latent weight cannot be binarized.
+    """
+
+    args: ProxConnectArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: ProxConnectArguments | None = None,
+        *,
+        teacher: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if model is None:
+            raise ConfigError("ProxConnectTrainer needs a model; model_init is not supported.")
+        state = state_of(model)
+        if state != "latent":
+            hint = (
+                "A packed model cannot be trained; load its latent checkpoint instead."
+                if state == "packed"
+                else "Call proxbit.binarize(model, config) first."
+            )
+            raise ModelStateError(f"ProxConnectTrainer trains latent models, this one is {state}. {hint}")
+        check_latents(model)
+        self._check_teacher(model, teacher)
+        super().__init__(model=model, args=args or ProxConnectArguments(), **kwargs)
+        self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
+        self.mu_callback = MuCallback(self.model, self._make_schedule)
+        self.add_callback(self.mu_callback)
+        self._flips = FlipCounter(self.model)
+
+    @staticmethod
+    def _check_teacher(model: nn.Module, teacher: nn.Module | None) -> None:
+        if not isinstance(model, PreTrainedModel) or not isinstance(teacher, PreTrainedModel):
+            return
+        if model.config.num_labels != teacher.config.num_labels:
+            raise ConfigError(
+                f"The teacher has {teacher.config.num_labels} labels, the model {model.config.num_labels}: "
+                "distillation needs the same labels."
+            )
+
+    def _make_schedule(self, steps: int) -> MuSchedule:
+        """The schedule of this run, checked against the range of every pair in use."""
+        layers = [layer for _, layer in latent_layers(self.model)]
+        kind, start, end = layers[0].pair.schedule
+        schedule = MuSchedule(
+            kind=self.args.mu_schedule or kind,
+            start=start if self.args.mu_start is None else self.args.mu_start,
+            end=end if self.args.mu_end is None else self.args.mu_end,
+            steps=steps,
+            hard_fraction=self.args.hard_fraction,
+            learning_rates=self._learning_rates(steps) if self.args.mu_schedule == AGGREGATE else (),
+        )
+        for layer in layers:
+            for step in (0, steps):
+                layer.pair.check_mu(schedule.mu(step))
+        return schedule
+
+    def _learning_rates(self, steps: int) -> list[float]:
+        """The learning rate of the latents at every step, from the scheduler's own formula."""
+        scheduler = self.lr_scheduler
+        inner = getattr(scheduler, "scheduler", scheduler)
+        if not isinstance(inner, torch.optim.lr_scheduler.LambdaLR):
+            raise MuRangeError(
+                "The schedule 'aggregate' needs a learning rate that is a function of the step (a LambdaLR, such as "
+                f"linear, cosine or constant), not {type(inner).__name__}."
+            )
+        return [inner.base_lrs[-1] * inner.lr_lambdas[-1](step) for step in range(steps)]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of the Trainer, with the latents in a last group of their own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        latents = {
+            id(parameter)
+            for _, layer in latent_layers(self.model if model is None else model)
+            for name, parameter in layer.named_parameters(recurse=False)
+            if name == "weight" and parameter.requires_grad
+        }
+        moved = []
+        for group in optimizer.param_groups:
+            moved += [parameter for parameter in group["params"] if id(parameter) in latents]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in latents]
+        learning_rate = self.args.learning_rate * self.args.latent_learning_rate_factor
+        optimizer.add_param_group({"params": moved, "weight_decay": 0.0, "lr": learning_rate})
+        return optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The task's loss, mixed with distillation from the teacher while training."""
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if self.teacher is not None and model.training:
+            weight = self.args.distillation_weight
+            with torch.no_grad():
+                features = {name: value for name, value in inputs.items() if name != "labels"}
+                target = self.teacher(**features)["logits"]
+            # The task's loss is a mean over this batch, or over all batches of the step: distillation follows it.
+            num_items = num_items_in_batch if self.model_accepts_loss_kwargs else None
+            distillation = distillation_loss(
+                outputs["logits"], target, self.args.distillation_temperature, num_items
+            )
+            if num_items is not None and self.args.average_tokens_across_devices:
+                distillation = distillation * self.accelerator.num_processes
+            loss = (1 - weight) * loss + weight * distillation
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate the hard model; add `{prefix}_soft_*` of the model that trains, and `{prefix}_gap_*` = soft - hard."""
+        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        hard: EvalLoopOutput = super().evaluation_loop(*arguments)
+        with soft_evaluation(self.model):
+            soft = super().evaluation_loop(*arguments).metrics
+        prefix = f"{metric_key_prefix}_"
+        for key, value in soft.items():
+            name = key.removeprefix(prefix)
+            if key in hard.metrics and isinstance(value, float) and not name.endswith("time"):
+                hard.metrics[f"{prefix}soft_{name}"] = value
+                hard.metrics[f"{prefix}gap_{name}"] = value - hard.metrics[key]
+        return hard
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add mu, flip ratio and hardening gap to the logs of training."""
+        if "loss" in logs:
+            layer = next(layer for _, layer in latent_layers(self.model))
+            logs["mu"] = float(layer.mu)
+            logs["flip_ratio"] = self._flips.flip_ratio()
+            logs["hardening_gap"] = hardening_gap(self.model)
+        super().log(logs, start_time)
