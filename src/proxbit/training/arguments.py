@@ -1,4 +1,4 @@
-"""`ProxConnectArguments`: the arguments of the Trainer, and those of the ProxConnect step."""
+"""The arguments of the Trainers: those of transformers, of distillation, and of the ProxConnect step."""
 
 from dataclasses import dataclass, field
 
@@ -7,12 +7,44 @@ from transformers import TrainingArguments
 from proxbit.errors import ConfigError
 from proxbit.quantizers import AGGREGATE, SCHEDULES
 
-__all__ = ["ProxConnectArguments"]
+__all__ = ["DistillationArguments", "ProxConnectArguments"]
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name} must be in [0, 1], not {value}.")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{name} must be positive, not {value}.")
 
 
 @dataclass
-class ProxConnectArguments(TrainingArguments):
+class DistillationArguments(TrainingArguments):
     """`TrainingArguments`, and the fields below; each field's `metadata["help"]` says what it does.
+
+    Raises:
+        ConfigError: for a value that is not valid.
+    """
+
+    distillation_weight: float = field(
+        default=0.5,
+        metadata={"help": "With a teacher: weight of the distillation loss, in [0, 1]; the rest is the task's loss."},
+    )
+    distillation_temperature: float = field(
+        default=2.0, metadata={"help": "With a teacher: temperature of the softened logits, > 0."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_fraction("distillation_weight", self.distillation_weight)
+        _check_positive("distillation_temperature", self.distillation_temperature)
+
+
+@dataclass
+class ProxConnectArguments(DistillationArguments):
+    """`DistillationArguments`, and the fields below; each field's `metadata["help"]` says what it does.
 
     Raises:
         ConfigError: for a value that is not valid.
@@ -35,21 +67,10 @@ class ProxConnectArguments(TrainingArguments):
     latent_learning_rate_factor: float = field(
         default=1.0, metadata={"help": "The learning rate of latent weights, as a multiple of learning_rate."}
     )
-    distillation_weight: float = field(
-        default=0.5,
-        metadata={"help": "With a teacher: weight of the distillation loss, in [0, 1]; the rest is the task's loss."},
-    )
-    distillation_temperature: float = field(
-        default=2.0, metadata={"help": "With a teacher: temperature of the softened logits, > 0."}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mu_schedule is not None and self.mu_schedule != AGGREGATE:
             SCHEDULES.get(self.mu_schedule)
-        for name, low, high in (("hard_fraction", 0.0, 1.0), ("distillation_weight", 0.0, 1.0)):
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name} must be in [{low:g}, {high:g}], not {getattr(self, name)}.")
-        for name in ("latent_learning_rate_factor", "distillation_temperature"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}.")
+        _check_fraction("hard_fraction", self.hard_fraction)
+        _check_positive("latent_learning_rate_factor", self.latent_learning_rate_factor)

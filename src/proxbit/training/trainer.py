@@ -3,8 +3,8 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from torch import nn
+from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from proxbit.errors import ConfigError, ModelStateError, MuRangeError
@@ -13,18 +13,18 @@ from proxbit.patching import check_latents, state_of
 from proxbit.quantizers import AGGREGATE, MuSchedule
 from proxbit.training.arguments import ProxConnectArguments
 from proxbit.training.callbacks import MuCallback
-from proxbit.training.losses import distillation_loss
+from proxbit.training.distillation import DistillationTrainer
 from proxbit.training.monitor import FlipCounter, hardening_gap
 
 __all__ = ["ProxConnectTrainer"]
 
 
-class ProxConnectTrainer(Trainer):
+class ProxConnectTrainer(DistillationTrainer):
     """A `Trainer` for latent models. It differs from its parent in this:
 
     - mu follows its schedule, a pure function of the optimizer step; the last steps are hard;
     - latent weights are a parameter group of their own: no weight decay, a learning rate factor of their own;
-    - with a teacher, the loss is `(1 - weight) * task + weight * distillation`;
+    - with a teacher, the loss is mixed with distillation, see `DistillationTrainer`;
     - `evaluate` reports the hard model, which is what ships, with soft values and their gap beside it;
     - logs hold `mu`, `flip_ratio` (since the log before) and `hardening_gap`.
 
@@ -61,22 +61,10 @@ class ProxConnectTrainer(Trainer):
             )
             raise ModelStateError(f"ProxConnectTrainer trains latent models, this one is {state}. {hint}")
         check_latents(model)
-        self._check_teacher(model, teacher)
-        super().__init__(model=model, args=args or ProxConnectArguments(), **kwargs)
-        self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
+        super().__init__(model=model, args=args or ProxConnectArguments(), teacher=teacher, **kwargs)
         self.mu_callback = MuCallback(self.model, self._make_schedule)
         self.add_callback(self.mu_callback)
         self._flips = FlipCounter(self.model)
-
-    @staticmethod
-    def _check_teacher(model: nn.Module, teacher: nn.Module | None) -> None:
-        if not isinstance(model, PreTrainedModel) or not isinstance(teacher, PreTrainedModel):
-            return
-        if model.config.num_labels != teacher.config.num_labels:
-            raise ConfigError(
-                f"The teacher has {teacher.config.num_labels} labels, the model {model.config.num_labels}: "
-                "distillation needs the same labels."
-            )
 
     def _make_schedule(self, steps: int) -> MuSchedule:
         """The schedule of this run, checked against the range of every pair in use."""
@@ -125,32 +113,6 @@ class ProxConnectTrainer(Trainer):
         optimizer.add_param_group({"params": moved, "weight_decay": 0.0, "lr": learning_rate})
         return optimizer
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        """The task's loss, mixed with distillation from the teacher while training."""
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
-        if self.teacher is not None and model.training:
-            weight = self.args.distillation_weight
-            with torch.no_grad():
-                features = {name: value for name, value in inputs.items() if name != "labels"}
-                target = self.teacher(**features)["logits"]
-            # The task's loss is a mean over this batch, or over all batches of the step: distillation follows it.
-            num_items = num_items_in_batch if self.model_accepts_loss_kwargs else None
-            distillation = distillation_loss(
-                outputs["logits"], target, self.args.distillation_temperature, num_items
-            )
-            if num_items is not None and self.args.average_tokens_across_devices:
-                distillation = distillation * self.accelerator.num_processes
-            loss = (1 - weight) * loss + weight * distillation
-        return (loss, outputs) if return_outputs else loss
-
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -162,6 +124,7 @@ class ProxConnectTrainer(Trainer):
         """Evaluate the hard model; add `{prefix}_soft_*` of the model that trains, and `{prefix}_gap_*` = soft - hard."""
         arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         hard: EvalLoopOutput = super().evaluation_loop(*arguments)
+        self._close_evaluation_bar()
         with soft_evaluation(self.model):
             soft = super().evaluation_loop(*arguments).metrics
         prefix = f"{metric_key_prefix}_"
@@ -171,6 +134,13 @@ class ProxConnectTrainer(Trainer):
                 hard.metrics[f"{prefix}soft_{name}"] = value
                 hard.metrics[f"{prefix}gap_{name}"] = value - hard.metrics[key]
         return hard
+
+    def _close_evaluation_bar(self) -> None:
+        """The bar of the hard pass is full; the soft pass gets one of its own."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.prediction_bar is not None:
+                callback.prediction_bar.close()
+                callback.prediction_bar = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add mu, flip ratio and hardening gap to the logs of training."""

@@ -1,0 +1,270 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["proxbit[examples]"]
+# ///
+"""Find defects in photographs of solar cells with a 1-bit vision transformer.
+
+    python examples/finetune_solar_cells.py                    # one split, about 6 minutes on 2 CPU cores
+    python examples/finetune_solar_cells.py --folds 5          # cross-validation over all pictures
+    python examples/finetune_solar_cells.py --model google/vit-base-patch16-224     # start from a pretrained model
+
+Trains a float ViT, makes it latent, trains it with ProxConnect++ and distillation from the float model, packs it, saves
+it, reloads it in a new process, and prints one table. The pictures are those of the package elpv-dataset (2,624
+electroluminescence images of solar cells, CC BY-NC-SA 4.0): defective is a defect probability of 1, functional is 0.
+"""
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from elpv_dataset.utils import load_dataset
+from rich.console import Console
+from rich.table import Table
+from sklearn.model_selection import StratifiedKFold
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    set_seed,
+)
+
+import proxbit
+from proxbit.analysis.plots import plot_training
+from proxbit.training import DistillationArguments, DistillationTrainer
+from proxbit.training.metrics import classification_metrics
+
+LABELS = ["functional", "defective"]
+FLOAT_EPOCHS, BINARY_EPOCHS, BATCH = 30, 15, 64
+
+
+def load_cells(uncertain: bool, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Grey pictures `[n, 300, 300]` uint8, and labels: 1 is defective."""
+    images, probability, _ = load_dataset()
+    keep = np.ones(len(images), bool) if uncertain else (probability < 0.1) | (probability > 0.9)
+    images, labels = images[keep], (probability[keep] > 0.5).astype(np.int64)
+    chosen = np.random.default_rng(0).permutation(len(images))[:limit]
+    return images[chosen], labels[chosen]
+
+
+def make_dataset(images: np.ndarray, labels: np.ndarray, processor) -> Dataset:
+    """A `datasets.Dataset` of preprocessed pictures; grey is kept once, its three channels are made on the way out."""
+    grey = [processor(np.stack([image] * 3, axis=-1))["pixel_values"][0][0] for image in images]
+    features = Features({"grey": Value("binary"), "labels": ClassLabel(names=LABELS)})
+    rows = {"grey": [plane.astype(np.float32).tobytes() for plane in map(np.asarray, grey)], "labels": labels}
+    return Dataset.from_dict(rows, features=features)
+
+
+def as_pixels(batch: dict) -> dict:
+    """Bytes to `[3, side, side]` tensors."""
+    planes = [torch.frombuffer(bytearray(grey), dtype=torch.float32) for grey in batch["grey"]]
+    side = round(len(planes[0]) ** 0.5)
+    return {"pixel_values": [p.view(1, side, side).expand(3, -1, -1) for p in planes], "labels": batch["labels"]}
+
+
+def augment(batch: dict) -> dict:
+    """Flips, quarter turns, and a jitter of contrast and brightness: a cell has no up and no fixed exposure."""
+    batch = as_pixels(batch)
+    for i, pixels in enumerate(batch["pixel_values"]):
+        pixels = torch.rot90(pixels, int(torch.randint(4, ())), dims=(1, 2))
+        if torch.rand(()) < 0.5:
+            pixels = pixels.flip(2)
+        contrast, brightness = 1 + 0.2 * (2 * torch.rand(2) - 1)
+        batch["pixel_values"][i] = pixels * contrast + (brightness - 1)
+    return batch
+
+
+def make_model(name: str | None) -> tuple[torch.nn.Module, object]:
+    """A small ViT with random weights, or a pretrained model with a new head; and its image processor."""
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
+    if name is not None:
+        processor = AutoImageProcessor.from_pretrained(name)
+        return AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **names), processor
+    config = ViTConfig(
+        image_size=96,
+        patch_size=12,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+        **names,
+    )
+    return ViTForImageClassification(config), ViTImageProcessorPil(size={"height": 96, "width": 96})
+
+
+def arguments(kind, folder: Path, epochs: int, seed: int, smoke: bool, **more):
+    """The training arguments that all runs share."""
+    return kind(
+        str(folder),
+        num_train_epochs=1 if smoke else epochs,
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=128,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0 if smoke else 30,
+        weight_decay=0.05,
+        logging_steps=1 if smoke else 14,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        **more,
+    )
+
+
+@torch.no_grad()
+def measure(model: torch.nn.Module, test: Dataset) -> dict:
+    """Logits for all test pictures, and milliseconds for one picture (median of 20)."""
+    pixels = torch.stack(test[:]["pixel_values"])
+    logits = torch.cat([model(pixel_values=part).logits for part in pixels.split(128)])
+    times = []
+    for i in range(25):
+        start = time.perf_counter()
+        model(pixel_values=pixels[i % len(pixels)][None])
+        times.append(1000 * (time.perf_counter() - start))
+    return {"logits": logits.tolist(), "ms": median(times[5:])}
+
+
+def row(measured: dict, labels: list[int], folder: Path | None) -> dict:
+    """One line of the table."""
+    prediction = type("Prediction", (), {"predictions": np.array(measured["logits"]), "label_ids": np.array(labels)})
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else None
+    return {**classification_metrics(prediction), "bytes": size, "ms": measured["ms"], "logits": measured["logits"]}
+
+
+def save(model, processor, folder: Path) -> Path:
+    """Save model and processor, as a checkpoint that pipelines can load."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def run(options: argparse.Namespace, fold: int, seed: int, out: Path, images: np.ndarray, labels: np.ndarray) -> dict:
+    """One split with one seed: all rows of the table."""
+    set_seed(seed)
+    model, processor = make_model(options.model)
+    train_index, test_index = split(labels, fold)
+    train = make_dataset(images[train_index], labels[train_index], processor).with_transform(augment)
+    test = make_dataset(images[test_index], labels[test_index], processor).with_transform(as_pixels)
+    truth = labels[test_index].tolist()
+    common = {"train_dataset": train, "eval_dataset": test, "compute_metrics": classification_metrics}
+    rows = {}
+
+    args = arguments(DistillationArguments, out / "float", FLOAT_EPOCHS, seed, options.smoke)
+    DistillationTrainer(model=model, args=args, **common).train()
+    teacher = copy.deepcopy(model).eval()
+    rows[f"float, {FLOAT_EPOCHS} epochs"] = row(measure(teacher, test), truth, save(teacher, processor, out / "float"))
+
+    control = copy.deepcopy(model)
+    args = arguments(DistillationArguments, out / "float-longer", BINARY_EPOCHS, seed, options.smoke)
+    DistillationTrainer(model=control, args=args, teacher=teacher, **common).train()
+    folder = save(control.eval(), processor, out / "float-longer")
+    rows[f"float, {FLOAT_EPOCHS + BINARY_EPOCHS} epochs"] = row(measure(control, test), truth, folder)
+
+    untrained = proxbit.pack(proxbit.binarize(copy.deepcopy(control), proxbit.BinarizationConfig()))
+    rows["post-training sign, packed"] = row(measure(untrained.eval(), test), truth, None)
+
+    proxbit.binarize(model, proxbit.BinarizationConfig(weights=options.weights))
+    extra = {"eval_strategy": "epoch"}
+    args = arguments(proxbit.ProxConnectArguments, out / "latent", BINARY_EPOCHS, seed, options.smoke, **extra)
+    trainer = proxbit.ProxConnectTrainer(model=model, args=args, teacher=teacher, **common)
+    trainer.train()
+    plot_training(trainer.state.log_history, out / "training.png")
+    folder = save(model.eval(), processor, out / "latent")
+    with proxbit.soft_evaluation(model):
+        rows["latent, soft (simulated)"] = row(measure(model, test), truth, folder)
+    rows["latent, hard (simulated)"] = row(measure(model, test), truth, folder)
+
+    folder = save(proxbit.pack(model), processor, out / "packed")
+    command = [sys.executable, __file__, "--evaluate", str(folder), "--fold", str(fold)]
+    flags = [flag for flag, on in (("--smoke", options.smoke), ("--uncertain", options.uncertain)) if on]
+    output = subprocess.run([*command, *flags], check=True, stdout=subprocess.PIPE, text=True).stdout
+    rows["packed, reloaded"] = row(json.loads(output.splitlines()[-1]), truth, folder)
+    difference = np.abs(np.subtract(rows["packed, reloaded"]["logits"], rows["latent, hard (simulated)"]["logits"]))
+    if difference.max() > 1e-4:
+        raise SystemExit(f"The reloaded model differs from the trained one: logits by {difference.max():.2g}.")
+    return rows
+
+
+def split(labels: np.ndarray, fold: int) -> tuple[np.ndarray, np.ndarray]:
+    """Stratified, always the same: four fifths to train, one fifth to test."""
+    return list(StratifiedKFold(5, shuffle=True, random_state=0).split(labels, labels))[fold]
+
+
+def evaluate_reloaded(options: argparse.Namespace) -> None:
+    """What the new process does: load the packed model with `from_pretrained` and print its logits as JSON."""
+    images, labels = load_cells(options.uncertain, 320 if options.smoke else None)
+    _, test_index = split(labels, options.fold)
+    processor = AutoImageProcessor.from_pretrained(options.evaluate)
+    test = make_dataset(images[test_index], labels[test_index], processor).with_transform(as_pixels)
+    print(json.dumps(measure(AutoModelForImageClassification.from_pretrained(options.evaluate), test)))
+
+
+def show(runs: list[dict]) -> None:
+    """The table, with mean and spread where there is more than one run."""
+
+    def points(rows: list[dict], key: str) -> str:
+        values = [100 * r[key] for r in rows]
+        return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+    table = Table(title=f"Solar cells, {len(runs)} run{'s' if len(runs) > 1 else ''} (mean ± standard deviation)")
+    table.add_column("model")
+    for column in ("accuracy %", "balanced %", "bytes on disk", "ms / image"):
+        table.add_column(column, justify="right")
+    for name in runs[0]:
+        rows = [one[name] for one in runs]
+        size = f"{rows[0]['bytes']:,}" if rows[0]["bytes"] else ""
+        speed = f"{median(r['ms'] for r in rows):.2f}"
+        table.add_row(name, points(rows, "accuracy"), points(rows, "balanced_accuracy"), size, speed)
+    Console(width=100).print(table)
+    same = all(
+        np.array_equal(np.argmax(one[a]["logits"], 1), np.argmax(one[b]["logits"], 1))
+        for one in runs
+        for a, b in [("packed, reloaded", "latent, hard (simulated)")]
+    )
+    print(f"Predictions of the reloaded packed model and of the trained one: {'the same' if same else 'DIFFERENT'}.")
+
+
+def main() -> None:
+    """Read the command line, run, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a pretrained model to start from, a path or a Hub id (default: from scratch)")
+    parser.add_argument("--weights", default="bnn++", help="the quantizer pair (default: bnn++)")
+    parser.add_argument("--uncertain", action="store_true", help="keep the two uncertain levels of defect probability")
+    parser.add_argument("--folds", type=int, default=1, choices=range(1, 6), help="splits of the cross-validation")
+    parser.add_argument("--seeds", type=int, default=1, help="repetitions of each split")
+    parser.add_argument("--smoke", action="store_true", help="one epoch on few pictures: does it run?")
+    parser.add_argument("--out", type=Path, default=Path("runs/solar-cells"), help="folder for models and pictures")
+    parser.add_argument("--evaluate", help="evaluate this packed checkpoint only, and print JSON")
+    parser.add_argument("--fold", type=int, default=0, help="with --evaluate: the split")
+    options = parser.parse_args()
+    if options.evaluate:
+        return evaluate_reloaded(options)
+    images, labels = load_cells(options.uncertain, 320 if options.smoke else None)
+    print(f"{len(images)} pictures, {labels.mean():.0%} defective", flush=True)
+    runs = []
+    for seed in range(options.seeds):
+        for fold in range(options.folds):
+            out = options.out / f"fold{fold}-seed{seed}"
+            runs.append(run(options, fold, seed, out, images, labels))
+            results = [{name: {**r, "logits": None} for name, r in one.items()} for one in runs]
+            (options.out / "results.json").write_text(json.dumps(results, indent=1))
+            if len(runs) < options.seeds * options.folds:
+                show(runs)
+    show(runs)
+    print(f"Models, curves (training.png) and results.json are in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""`DistillationTrainer`: a Trainer whose model also learns from a teacher."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from proxbit.errors import ConfigError
+from proxbit.training.arguments import DistillationArguments
+from proxbit.training.losses import distillation_loss
+
+__all__ = ["DistillationTrainer"]
+
+
+class DistillationTrainer(Trainer):
+    """A `Trainer` whose loss is `(1 - weight) * task + weight * distillation`, for models of any state.
+
+    Args:
+        model: a model whose outputs have `logits`.
+        args: with weight and temperature of the distillation.
+        teacher: any model with the same labels; it is put in evaluation mode. None: the task's loss alone.
+        **kwargs: as in `transformers.Trainer`.
+
+    Raises:
+        ConfigError: if the teacher has another number of labels.
+    """
+
+    args: DistillationArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: DistillationArguments | None = None,
+        *,
+        teacher: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._check_teacher(model, teacher)
+        super().__init__(model=model, args=args or DistillationArguments(), **kwargs)
+        self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
+
+    @staticmethod
+    def _check_teacher(model: nn.Module | None, teacher: nn.Module | None) -> None:
+        if not isinstance(model, PreTrainedModel) or not isinstance(teacher, PreTrainedModel):
+            return
+        if model.config.num_labels != teacher.config.num_labels:
+            raise ConfigError(
+                f"The teacher has {teacher.config.num_labels} labels, the model {model.config.num_labels}: "
+                "distillation needs the same labels."
+            )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The task's loss, mixed with distillation from the teacher while training."""
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if self.teacher is not None and model.training:
+            weight = self.args.distillation_weight
+            with torch.no_grad():
+                features = {name: value for name, value in inputs.items() if name != "labels"}
+                target = self.teacher(**features)["logits"]
+            # The task's loss is a mean over this batch, or over all batches of the step: distillation follows it.
+            num_items = num_items_in_batch if self.model_accepts_loss_kwargs else None
+            distillation = distillation_loss(
+                outputs["logits"], target, self.args.distillation_temperature, num_items
+            )
+            if num_items is not None and self.args.average_tokens_across_devices:
+                distillation = distillation * self.accelerator.num_processes
+            loss = (1 - weight) * loss + weight * distillation
+        return (loss, outputs) if return_outputs else loss
