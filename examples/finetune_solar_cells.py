@@ -24,7 +24,7 @@ from statistics import mean, median, stdev
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value, load_from_disk
 from elpv_dataset.utils import load_dataset
 from rich.console import Console
 from rich.table import Table
@@ -187,9 +187,9 @@ def run(options: argparse.Namespace, fold: int, seed: int, out: Path, images: np
     rows["latent, hard (simulated)"] = row(measure(model, test), truth, folder)
 
     folder = save(proxbit.pack(model), processor, out / "packed")
-    command = [sys.executable, __file__, "--evaluate", str(folder), "--fold", str(fold)]
-    flags = [flag for flag, on in (("--smoke", options.smoke), ("--uncertain", options.uncertain)) if on]
-    output = subprocess.run([*command, *flags], check=True, stdout=subprocess.PIPE, text=True).stdout
+    test.save_to_disk(out / "test")
+    command = [sys.executable, __file__, "--evaluate", str(folder)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     rows["packed, reloaded"] = row(json.loads(output.splitlines()[-1]), truth, folder)
     difference = np.abs(np.subtract(rows["packed, reloaded"]["logits"], rows["latent, hard (simulated)"]["logits"]))
     if difference.max() > 1e-4:
@@ -202,13 +202,10 @@ def split(labels: np.ndarray, fold: int) -> tuple[np.ndarray, np.ndarray]:
     return list(StratifiedKFold(5, shuffle=True, random_state=0).split(labels, labels))[fold]
 
 
-def evaluate_reloaded(options: argparse.Namespace) -> None:
-    """What the new process does: load the packed model with `from_pretrained` and print its logits as JSON."""
-    images, labels = load_cells(options.uncertain, 320 if options.smoke else None)
-    _, test_index = split(labels, options.fold)
-    processor = AutoImageProcessor.from_pretrained(options.evaluate)
-    test = make_dataset(images[test_index], labels[test_index], processor).with_transform(as_pixels)
-    print(json.dumps(measure(AutoModelForImageClassification.from_pretrained(options.evaluate), test)))
+def evaluate_reloaded(folder: Path) -> None:
+    """What the new process does: load the packed model with `from_pretrained`, and print its logits as JSON."""
+    test = load_from_disk(folder.parent / "test").with_transform(as_pixels)
+    print(json.dumps(measure(AutoModelForImageClassification.from_pretrained(folder), test)))
 
 
 def show(runs: list[dict]) -> None:
@@ -246,12 +243,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="repetitions of each split")
     parser.add_argument("--smoke", action="store_true", help="one epoch on few pictures: does it run?")
     parser.add_argument("--out", type=Path, default=Path("runs/solar-cells"), help="folder for models and pictures")
-    parser.add_argument("--evaluate", help="evaluate this packed checkpoint only, and print JSON")
-    parser.add_argument("--fold", type=int, default=0, help="with --evaluate: the split")
+    parser.add_argument("--evaluate", type=Path, help="evaluate a packed model of an earlier run, and print JSON")
     options = parser.parse_args()
     if options.evaluate:
-        return evaluate_reloaded(options)
-    images, labels = load_cells(options.uncertain, 320 if options.smoke else None)
+        return evaluate_reloaded(options.evaluate)
+    images, labels = load_cells(options.uncertain, 160 if options.smoke else None)
     print(f"{len(images)} pictures, {labels.mean():.0%} defective", flush=True)
     runs = []
     for seed in range(options.seeds):

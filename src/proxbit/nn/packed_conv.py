@@ -29,6 +29,7 @@ class PackedConv2d(nn.Module):
         bias: `[out_channels]` or None.
     """
 
+    geometry: nn.Conv2d
     weight_scale: Tensor
 
     def __init__(
@@ -40,11 +41,12 @@ class PackedConv2d(nn.Module):
         **arguments: Any,
     ) -> None:
         super().__init__()
-        # The geometry is kept as a convolution without data: padding modes and sizes stay the business of nn.Conv2d.
+        # The geometry is a convolution without data, so that padding modes stay the business of nn.Conv2d. It is no
+        # submodule: transformers initialises every nn.Conv2d that it finds.
         geometry = nn.Conv2d(bias=False, device="meta", **arguments)
         self.weight_shape = geometry.weight.shape
         geometry.register_parameter("weight", None)
-        self.geometry = geometry
+        self.__dict__["geometry"] = geometry
         rows, width = self.weight_shape[0], packed_columns(self.columns)
         self._buffers["weight"] = torch.zeros(rows, width, dtype=torch.uint8, device=device)
         self.weight_scale = nn.Buffer(torch.ones(rows, device=device, dtype=dtype))

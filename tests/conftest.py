@@ -1,0 +1,43 @@
+"""Shared by all tests: no network, one seed, real pictures."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_sample_images
+from transformers.utils import logging
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def photographs() -> list[np.ndarray]:
+    """Two photographs, `[height, width, 3]` uint8, as they come with scikit-learn."""
+    return load_sample_images().images
+
+
+@pytest.fixture(scope="session")
+def crops(photographs):
+    """A function: `crops(n, side)` gives n different crops of the photographs, `[n, 3, side, side]` in [-1, 1]."""
+
+    def make(count: int, side: int) -> torch.Tensor:
+        generator = np.random.default_rng(0)
+        pieces = []
+        for i in range(count):
+            picture = photographs[i % len(photographs)]
+            top, left = (int(generator.integers(0, size - 2 * side)) for size in picture.shape[:2])
+            pieces.append(picture[top : top + 2 * side : 2, left : left + 2 * side : 2])
+        return torch.from_numpy(np.stack(pieces)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    return make
