@@ -41,7 +41,13 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "beit": lambda: hf.BeitForImageClassification(hf.BeitConfig(**_transformer_sizes())),
     "swin": lambda: hf.SwinForImageClassification(
         hf.SwinConfig(
-            image_size=SIDE, patch_size=4, embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=4, num_labels=LABELS
+            image_size=SIDE,
+            patch_size=4,
+            embed_dim=12,
+            depths=[1, 1],
+            num_heads=[2, 2],
+            window_size=4,
+            num_labels=LABELS,
         )
     ),
     "dinov2": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**_transformer_sizes())),

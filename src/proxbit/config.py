@@ -38,7 +38,7 @@ class BinarizationConfig(QuantizationConfigMixin):
         default=None,
         metadata={
             "help": "Patterns (fnmatch) of module names to binarize, as in model.named_modules(). A pattern also takes "
-            "everything below the module it names. None: every Linear and Conv2d that is safe to binarize, which leaves "
+            "everything below the module it names. None: every Linear and Conv2d that is safe to binarize; that leaves "
             "out embeddings, stems, poolers, heads and depthwise convolutions."
         },
     )

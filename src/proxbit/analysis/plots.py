@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,13 +13,12 @@ from proxbit.quantizers import get_pair
 __all__ = ["plot_pairs", "plot_training"]
 
 COLORS = ("#2a5caa", "#d1495b", "#3a9d6e", "#8a5fb5")
-GRID = {"color": "#e4e4e4", "linewidth": 0.8}
 
 
 def _style(axes: Axes, title: str, xlabel: str = "") -> None:
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(xlabel)
-    axes.grid(**GRID)
+    axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -85,7 +83,9 @@ def plot_pairs(names: Sequence[str], path: str | Path, sharpness: Sequence[float
     for column, name in enumerate(names):
         pair = get_pair(name)
         low, high = pair.mu_range
-        for mu, color in zip([mu for mu in sharpness if low <= mu <= high], COLORS, strict=False):
+        for mu, color in zip(sharpness, COLORS, strict=False):
+            if not low <= mu <= high:
+                continue
             for row, function in enumerate((pair.forward, pair.backward)):
                 grid[row, column].plot(w, function(w, mu), color=color, linewidth=1.6, label=f"mu = {mu:g}")
         _style(grid[0, column], f"{name}\n{'sound' if pair.sound else 'heuristic'}")
@@ -94,7 +94,7 @@ def plot_pairs(names: Sequence[str], path: str | Path, sharpness: Sequence[float
     grid[1, 0].set_ylabel("backward B")
     grid[0, 0].set_ylim(-1.6, 1.6)
     grid[1, 0].set_ylim(-1.2, 10.5)
-    grid[1, -1].legend(frameon=False, fontsize=9)
-    with matplotlib.rc_context({"svg.hashsalt": "proxbit"}):
-        figure.savefig(path, dpi=140, metadata={"Date": None} if str(path).endswith(".svg") else None)
+    handles, labels = grid[0, -1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=140)
     return Path(path)

@@ -55,10 +55,11 @@ def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedL
                 f"beside its scales; found {dtype} {list(shape)}."
             )
         found[shape] += 1
-    expected = Counter((len(layer.weight_scale), packed_columns(layer.columns)) for _, layer in layers)
+    shapes = {name: (len(layer.weight_scale), packed_columns(layer.columns)) for name, layer in layers}
+    expected: Counter[tuple[int, ...]] = Counter(shapes.values())
     if found != expected:
         missing, extra = expected - found, found - expected
-        names = [n for n, layer in layers if (len(layer.weight_scale), packed_columns(layer.columns)) in missing]
+        names = [name for name, shape in shapes.items() if shape in missing]
         raise CheckpointError(
             "The packed weights of this checkpoint do not fit the model: "
             f"expected {dict(missing)} ([rows, bytes]: how many), found {dict(extra)} instead. "

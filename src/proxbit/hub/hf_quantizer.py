@@ -9,9 +9,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from proxbit.config import FORMAT_VERSION, QUANT_METHOD, BinarizationConfig
 from proxbit.errors import ConfigError
 from proxbit.hub.checkpoint import check_packed_files
-from proxbit.nn import latent_layers, set_mu
 from proxbit.patching import check_latents, check_packed_layers, packed_layers, state_of, to_float, to_latent, to_packed
-from proxbit.quantizers import get_pair
 
 __all__ = ["ProxbitHfQuantizer", "attach", "detach"]
 

@@ -57,10 +57,11 @@ class BinaryConv2d(LatentWeight, nn.Conv2d):
         """A plain convolution whose weight is plus and minus the scale of its output channel."""
         layer = nn.Conv2d(bias=self.bias is not None, device="meta", **conv_arguments(self))
         with torch.no_grad():
-            hard = self.train(False).effective_weight()
+            hard = self.effective_weight(hard=True)
         layer.weight = nn.Parameter(hard, requires_grad=self.weight.requires_grad)
         layer.bias = self.bias
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.effective_weight(), self.bias)
+        result: Tensor = self._conv_forward(input, self.effective_weight(), self.bias)
+        return result

@@ -60,7 +60,7 @@ class BinaryLinear(LatentWeight, nn.Linear):
         """A plain linear layer whose weight is plus and minus the row scale."""
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         with torch.no_grad():
-            hard = self.train(False).effective_weight()
+            hard = self.effective_weight(hard=True)
         layer.weight = nn.Parameter(hard, requires_grad=self.weight.requires_grad)
         layer.bias = self.bias
         return layer

@@ -29,7 +29,7 @@ class LatentWeight(nn.Module):
         soft_eval: evaluation uses F_mu.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     pair: QuantizerPair
     normalize: str
     scale: str
@@ -49,11 +49,14 @@ class LatentWeight(nn.Module):
         """Whether the next forward uses the sign."""
         return self.hardened if self.training else not self.soft_eval
 
-    def effective_weight(self) -> Tensor:
-        """The weight of the next forward pass, same shape and dtype as the latent, with the backward of the pair."""
-        return quantize(
-            self.weight, self.mu, self.pair, normalize=self.normalize, scale=self.scale, hard=self.is_hard
-        )
+    def effective_weight(self, hard: bool | None = None) -> Tensor:
+        """The weight of the forward pass, same shape and dtype as the latent, with the backward of the pair.
+
+        Args:
+            hard: use the sign, or F_mu. None: whichever the next forward uses.
+        """
+        hard = self.is_hard if hard is None else hard
+        return quantize(self.weight, self.mu, self.pair, normalize=self.normalize, scale=self.scale, hard=hard)
 
     def row_scale(self) -> Tensor:
         """The scales that go with the signs, `[rows]`."""
@@ -76,8 +79,8 @@ class LatentWeight(nn.Module):
         if bool(empty.any()):
             bad = empty.nonzero().flatten()
             raise LatentError(
-                f"{name}.weight: {len(bad)} of {len(rows)} rows are all zero (first: row {int(bad[0])}); such a row has "
-                f"no signs to keep. Leave the layer as it is with modules_to_not_convert=['{name}'], or initialise it."
+                f"{name}.weight: {len(bad)} of {len(rows)} rows are all zero (first: row {int(bad[0])}). "
+                "Such a row has no signs: leave the layer out with modules_to_not_convert=['{name}'], or initialise it."
             )
 
 

@@ -50,7 +50,7 @@ class PackedConv2d(nn.Module):
         rows, width = self.weight_shape[0], packed_columns(self.columns)
         self._buffers["weight"] = torch.zeros(rows, width, dtype=torch.uint8, device=device)
         self.weight_scale = nn.Buffer(torch.ones(rows, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(rows, device=device, dtype=dtype)) if bias else None
+        self.bias: Tensor | None = nn.Parameter(torch.zeros(rows, device=device, dtype=dtype)) if bias else None
 
     @classmethod
     def from_latent(cls, layer: BinaryConv2d) -> "PackedConv2d":
@@ -105,4 +105,5 @@ class PackedConv2d(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight.to(input.dtype)
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        return self.geometry._conv_forward(input, weight, bias)
+        result: Tensor = self.geometry._conv_forward(input, weight, bias)
+        return result

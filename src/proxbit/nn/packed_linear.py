@@ -74,7 +74,7 @@ class PackedLinear(nn.Module):
         """A plain linear layer whose weight is plus and minus the row scale."""
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         layer.weight = nn.Parameter(unpack_weight(self.weight, self.weight_scale, self.columns))
-        layer.bias = self.bias
+        layer.register_parameter("bias", self.bias)
         return layer
 
     @property

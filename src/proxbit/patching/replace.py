@@ -2,17 +2,18 @@
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ModelStateError
 from proxbit.nn import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear, latent_layers
 from proxbit.patching.report import BinarizationReport, ModuleDecision
-from proxbit.patching.targets import explicit_patterns, select, state_of
+from proxbit.patching.targets import CONVERTIBLE, explicit_patterns, select, state_of
 from proxbit.quantizers import get_pair
 
 __all__ = ["check_latents", "check_packed_layers", "packed_layers", "to_float", "to_latent", "to_packed"]
 
+LatentLayer = BinaryLinear | BinaryConv2d
 PackedLayer = PackedLinear | PackedConv2d
 
 
@@ -74,14 +75,15 @@ def to_latent(model: nn.Module, config: BinarizationConfig) -> tuple[Binarizatio
     )
 
 
-def _convert(model: nn.Module, action: str, kinds: tuple[type, ...], convert: Callable[[nn.Module], nn.Module]) -> None:
-    """Replace every module of some kinds, and leave a report."""
+def _convert(model: nn.Module, action: str, convert: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Replace every module for which `convert` gives a replacement, and leave a report."""
     replacements, decisions = {}, []
     for name, module in model.named_modules():
-        if isinstance(module, kinds):
-            replacements[name] = convert(module)
+        replacement = convert(module)
+        if replacement is not None:
+            replacements[name] = replacement
             decisions.append(ModuleDecision(name, type(module).__name__, _weights(module), True, action))
-        elif type(module) in (nn.Linear, nn.Conv2d):
+        elif type(module) in CONVERTIBLE:
             decisions.append(ModuleDecision(name, type(module).__name__, _weights(module), False, "float"))
     for name, replacement in replacements.items():
         model.set_submodule(name, replacement)
@@ -92,7 +94,17 @@ def _weights(module: nn.Module) -> int:
     """Weights of a layer, counted before packing."""
     if isinstance(module, PackedLayer):
         return len(module.weight_scale) * module.columns
-    return int(module.weight.numel())  # type: ignore[operator, union-attr]
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.numel()
+
+
+def _packed(layer: nn.Module) -> nn.Module | None:
+    if isinstance(layer, BinaryLinear):
+        return PackedLinear.from_latent(layer)
+    if isinstance(layer, BinaryConv2d):
+        return PackedConv2d.from_latent(layer)
+    return None
 
 
 def to_packed(model: nn.Module) -> None:
@@ -104,16 +116,13 @@ def to_packed(model: nn.Module) -> None:
     """
     state = state_of(model)
     if state != "latent":
-        hint = "it is packed already" if state == "packed" else "call proxbit.binarize(model, config) and train it first"
+        hint = "it is packed already" if state == "packed" else "call proxbit.binarize(model, config) first"
         raise ModelStateError(f"pack takes a latent model, this one is {state}: {hint}.")
     for name, layer in latent_layers(model):
         if not layer.weight.is_meta:
             layer.check_latent(name)
 
-    def pack(module: nn.Module) -> nn.Module:
-        return PackedLinear.from_latent(module) if isinstance(module, BinaryLinear) else PackedConv2d.from_latent(module)  # type: ignore[arg-type]
-
-    _convert(model, "packed", (BinaryLinear, BinaryConv2d), pack)
+    _convert(model, "packed", _packed)
 
 
 def to_float(model: nn.Module) -> None:
@@ -125,8 +134,5 @@ def to_float(model: nn.Module) -> None:
     if state_of(model) == "float":
         raise ModelStateError("dequantize takes a latent or packed model; this one is float already.")
     _convert(
-        model,
-        "dequantized",
-        (BinaryLinear, BinaryConv2d, PackedLinear, PackedConv2d),
-        lambda module: module.to_float(),  # type: ignore[operator, return-value]
+        model, "dequantized", lambda layer: layer.to_float() if isinstance(layer, LatentLayer | PackedLayer) else None
     )

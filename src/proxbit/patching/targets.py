@@ -15,6 +15,7 @@ from proxbit.patching.report import ModuleDecision
 __all__ = ["CONVERTIBLE", "DEFAULT_SKIPS", "explicit_patterns", "matches", "select"]
 
 CONVERTIBLE = (nn.Linear, nn.Conv2d)
+PIXEL_CHANNELS = 4
 
 # Segments of a module's name, and why a module below such a segment stays as it is.
 DEFAULT_SKIPS: tuple[tuple[str, str], ...] = (
@@ -36,14 +37,18 @@ def _default_reason(name: str, module: nn.Module, backbone: str) -> str | None:
     """Why a module is left alone by default; None if it is binarized."""
     if backbone and not name.startswith(f"{backbone}."):
         return "outside the backbone: task head"
-    for segment in name.split("."):
+    segments = name.split(".")
+    # In a pyramid, the "patch embedding" of a later stage is a downsampling convolution like any other.
+    later_stage = any(segment.isdigit() and int(segment) > 0 for segment in segments)
+    downsampling = isinstance(module, nn.Conv2d) and module.in_channels > PIXEL_CHANNELS and later_stage
+    for segment in segments:
         for expression, reason in DEFAULT_SKIPS:
-            if re.fullmatch(expression, segment):
+            if re.fullmatch(expression, segment) and not (reason == "embedding" and downsampling):
                 return reason
     if isinstance(module, nn.Conv2d):
         if module.groups > 1 and module.groups == module.in_channels:
             return "depthwise convolution"
-        if module.in_channels <= 4:
+        if module.in_channels <= PIXEL_CHANNELS:
             return "reads the pixels"
     return None
 
@@ -62,7 +67,7 @@ def _check_patterns(field: str, patterns: Iterable[str], names: list[str]) -> No
 
 
 def _backbone(model: nn.Module) -> str:
-    """The attribute that holds the base model of a task model, by the convention of transformers; '' if there is none."""
+    """The attribute that holds the base model of a task model, as transformers names it; empty if there is none."""
     prefix = getattr(model, "base_model_prefix", "")
     return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
 
@@ -121,12 +126,11 @@ def _check_tied(model: nn.Module, decisions: list[ModuleDecision]) -> None:
         if not decision.converted:
             continue
         weight = model.get_submodule(decision.name).weight
-        names = owners[id(weight)]
-        if len(names) > 1:
+        twins = [name for name in owners[id(weight)] if name != f"{decision.name}.weight"]
+        if twins:
             raise PatternError(
-                f"{decision.name}.weight is tied: it is also {', '.join(n for n in names if n != f'{decision.name}.weight')}"
-                ". Binarizing it would split the two. Leave it as it is with "
-                f"modules_to_not_convert=['{decision.name}'], or untie the weights first."
+                f"{decision.name}.weight is tied: it is also {', '.join(twins)}. Binarizing it would split the two. "
+                f"Leave it as it is with modules_to_not_convert=['{decision.name}'], or untie the weights first."
             )
 
 

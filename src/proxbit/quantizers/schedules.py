@@ -23,7 +23,7 @@ def _linear(progress: float, start: float, end: float) -> float:
 
 
 def _log(progress: float, start: float, end: float) -> float:
-    return start * (end / start) ** progress
+    return start * math.exp(math.log(end / start) * progress)
 
 
 def _sigmoid(progress: float, start: float, end: float) -> float:

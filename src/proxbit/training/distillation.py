@@ -58,9 +58,7 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """The task's loss, mixed with distillation from the teacher while training."""
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.teacher is not None and model.training:
             weight = self.args.distillation_weight
             with torch.no_grad():
@@ -68,9 +66,7 @@ class DistillationTrainer(Trainer):
                 target = self.teacher(**features)["logits"]
             # The task's loss is a mean over this batch, or over all batches of the step: distillation follows it.
             num_items = num_items_in_batch if self.model_accepts_loss_kwargs else None
-            distillation = distillation_loss(
-                outputs["logits"], target, self.args.distillation_temperature, num_items
-            )
+            distillation = distillation_loss(outputs["logits"], target, self.args.distillation_temperature, num_items)
             if num_items is not None and self.args.average_tokens_across_devices:
                 distillation = distillation * self.accelerator.num_processes
             loss = (1 - weight) * loss + weight * distillation

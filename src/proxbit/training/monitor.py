@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from proxbit.nn import LatentWeight, latent_layers
 from proxbit.packing import pack_signs
-from proxbit.quantizers import quantize
 
 __all__ = ["FlipCounter", "hardening_gap", "layer_hardening_gap"]
 
@@ -42,9 +41,7 @@ def layer_hardening_gap(layer: LatentWeight) -> tuple[Tensor, Tensor]:
     Returns:
         \sum |w_soft - w_hard| and \sum |w_hard|, both 0-dimensional.
     """
-    arguments = {"normalize": layer.normalize, "scale": layer.scale}
-    soft = quantize(layer.weight, layer.mu, layer.pair, hard=layer.hardened, **arguments)  # type: ignore[arg-type]
-    hard = quantize(layer.weight, layer.mu, layer.pair, hard=True, **arguments)  # type: ignore[arg-type]
+    soft, hard = layer.effective_weight(hard=layer.hardened), layer.effective_weight(hard=True)
     return (soft - hard).abs().sum(), hard.abs().sum()
 
 

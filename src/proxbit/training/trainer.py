@@ -92,13 +92,13 @@ class ProxConnectTrainer(DistillationTrainer):
                 "The schedule 'aggregate' needs a learning rate that is a function of the step (a LambdaLR, such as "
                 f"linear, cosine or constant), not {type(inner).__name__}."
             )
-        return [inner.base_lrs[-1] * inner.lr_lambdas[-1](step) for step in range(steps)]
+        return [float(inner.base_lrs[-1] * inner.lr_lambdas[-1](step)) for step in range(steps)]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the Trainer, with the latents in a last group of their own."""
         if self.optimizer is not None:
-            return self.optimizer
-        optimizer = super().create_optimizer(model)
+            return self.optimizer  # type: ignore[no-any-return]
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         latents = {
             id(parameter)
             for _, layer in latent_layers(self.model if model is None else model)
@@ -121,7 +121,7 @@ class ProxConnectTrainer(DistillationTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate the hard model; add `{prefix}_soft_*` of the model that trains, and `{prefix}_gap_*` = soft - hard."""
+        """Evaluate the hard model; add `{prefix}_soft_*` of F_mu, and `{prefix}_gap_*` = soft - hard."""
         arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         hard: EvalLoopOutput = super().evaluation_loop(*arguments)
         self._close_evaluation_bar()

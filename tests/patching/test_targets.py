@@ -1,0 +1,276 @@
+"""Which modules are selected: patterns, defaults, and every selection that must be refused."""
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+import proxbit
+from proxbit.config import BinarizationConfig
+from proxbit.errors import PatternError
+from proxbit.patching import select, state_of
+from proxbit.patching.targets import explicit_patterns, matches
+from tiny_models import FAMILIES, vit
+
+ATTENTION = [f"attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+LAYER = [*ATTENTION, "mlp.fc1", "mlp.fc2"]
+PATCHES = "vit.embeddings.patch_embeddings.projection"
+
+
+def layers(*numbers):
+    """Names of the linear modules of some layers of a ViT, in the order of the model."""
+    return [f"vit.layers.{number}.{name}" for number in numbers for name in LAYER]
+
+
+def tree(**modules):
+    """A model without a forward, from modules and their names with `__` for the dots."""
+    model = nn.Module()
+    for name, module in modules.items():
+        *parents, last = name.split("__")
+        parent = model
+        for part in parents:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(last, module)
+    return model
+
+
+def selected(model, **changes):
+    return [decision.name for decision in select(model, BinarizationConfig(**changes)) if decision.converted]
+
+
+def reasons(model, **changes):
+    decisions = select(model, BinarizationConfig(**changes))
+    return {decision.name: decision.reason for decision in decisions if not decision.converted}
+
+
+@pytest.fixture
+def model():
+    return hf.ViTForImageClassification(vit())
+
+
+class OwnLinear(nn.Linear):
+    """A linear layer that computes in its own way."""
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("vit.layers.1.mlp.fc1", True),
+        ("vit.layers.*.mlp.fc1", True),
+        ("vit.*.fc1", True),
+        ("vit.layers.?.mlp.fc[12]", True),
+        ("vit.layers.[!0].mlp.fc1", True),
+        ("*", True),
+        ("*.fc1", True),
+        ("vit", True),
+        ("vit.layers.1", True),
+        ("vit.layers.*.mlp", True),
+        ("vit.layers.1.", False),
+        ("vit.layers.1.mlp.fc", False),
+        ("vit.layers.1.mlp.fc11", False),
+        ("vit.layers.1.mlp.fc1.*", False),
+        ("vit.layers.0", False),
+        ("layers.1", False),
+        ("fc1", False),
+        ("VIT.*", False),
+        ("", False),
+    ],
+)
+def test_a_pattern_names_a_module_or_one_it_lies_in(pattern, expected):
+    assert matches("vit.layers.1.mlp.fc1", pattern) is expected
+
+
+def test_a_container_with_more_digits_is_another():
+    assert not matches("vit.layers.10.mlp.fc1", "vit.layers.1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (dict(), layers(0, 1)),
+        (dict(include=["vit.layers.0"]), layers(0)),
+        (dict(include=["vit.layers.*.mlp.fc2"]), ["vit.layers.0.mlp.fc2", "vit.layers.1.mlp.fc2"]),
+        (dict(include=["vit.layers.1.mlp", "vit.layers.0"]), [*layers(0), *layers(1)[4:]]),
+        (dict(include=["classifier", PATCHES]), [PATCHES, "classifier"]),
+        (dict(include=["*"]), [PATCHES, *layers(0, 1), "classifier"]),
+        (dict(modules_to_not_convert=["vit.layers.1"]), layers(0)),
+        (dict(modules_to_not_convert=["vit.layers.1.mlp", "*.?_proj"]), layers(0)[4:]),
+        (dict(modules_to_not_convert=["classifier"]), layers(0, 1)),
+        (dict(include=["vit.layers"], modules_to_not_convert=["vit.layers.0"]), layers(1)),
+        (dict(include=["vit.layers.0"], modules_to_not_convert=["*.attention"]), layers(0)[4:]),
+    ],
+    ids=str,
+)
+def test_selection(model, changes, expected):
+    """`modules_to_not_convert` wins over `include`, and `include` over the defaults."""
+    assert selected(model, **changes) == expected
+
+
+def test_reasons(model):
+    found = reasons(model, include=["vit.layers", "classifier"], modules_to_not_convert=["vit.layers.0"])
+    expected = dict.fromkeys(layers(0), "modules_to_not_convert: vit.layers.0")
+    assert found == expected | {PATCHES: "not in include"}
+    assert reasons(model) == {PATCHES: "embedding", "classifier": "outside the backbone: task head"}
+
+
+def test_one_decision_for_every_linear_and_convolution(model):
+    decisions = select(model, BinarizationConfig())
+    weights = {name: module.weight for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Conv2d)}
+    assert [decision.name for decision in decisions] == list(weights)
+    assert [decision.parameters for decision in decisions] == [weight.numel() for weight in weights.values()]
+    assert [decision.kind for decision in decisions] == ["Conv2d", *["Linear"] * 13]
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "reason"),
+    [
+        ("encoder__patch_embed__proj", nn.Linear(8, 8), "embedding"),
+        ("embeddings__projection", nn.Linear(8, 8), "embedding"),
+        ("word_embedding", nn.Linear(8, 8), "embedding"),
+        ("blocks__0__relative_position__mlp", nn.Linear(8, 8), "position encoding"),
+        ("blocks__0__rel_pos_bias__mlp", nn.Linear(8, 8), "position encoding"),
+        ("conv_stem__conv", nn.Conv2d(8, 8, 3), "stem"),
+        ("stem__0", nn.Conv2d(8, 8, 3), "stem"),
+        ("pooler__dense", nn.Linear(8, 8), "pooler"),
+        ("head", nn.Linear(8, 8), "head"),
+        ("mlp_head__fc1", nn.Linear(8, 8), "head"),
+        ("fc", nn.Linear(8, 8), "head"),
+        ("classifier__1", nn.Linear(8, 8), "head"),
+        ("visual_projection", nn.Linear(8, 8), "head"),
+        ("blocks__dwconv", nn.Conv2d(8, 8, 3, groups=8), "depthwise convolution"),
+        ("blocks__expanding", nn.Conv2d(8, 16, 3, groups=8), "depthwise convolution"),
+        ("blocks__conv", nn.Conv2d(3, 8, 3), "reads the pixels"),
+        ("blocks__conv", nn.Conv2d(8, 8, 3, groups=2), None),
+        ("blocks__0__mlp__fc1", nn.Linear(8, 8), None),
+        ("blocks__0__attention__out_proj", nn.Linear(8, 8), None),
+        ("blocks__overhead__dense", nn.Linear(8, 8), None),
+        ("system__dense", nn.Linear(8, 8), None),
+    ],
+    ids=lambda value: value.replace("__", ".") if isinstance(value, str) else type(value).__name__,
+)
+def test_defaults_go_by_name_and_geometry(name, module, reason):
+    """`None` stands for "binarized". The layer beside it keeps the selection from being empty."""
+    model = tree(**{name: module, "body": nn.Linear(8, 8)})
+    assert reasons(model).get(name.replace("__", ".")) == reason
+    assert "body" in selected(model)
+
+
+@pytest.mark.parametrize("field", ["include", "modules_to_not_convert"])
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [
+        ("vit.layer.0.mlp.fc1", "Near misses: vit.layers.0.mlp.fc1"),
+        ("vit.encoder.layer.0.attention.attention.query", "Near misses: vit.layers"),
+        ("Classifier", "Near misses: classifier"),
+        ("vit.layers.7", "Near misses: vit.layers"),
+    ],
+    ids=["typo", "name in a checkpoint", "upper case", "no such layer"],
+)
+def test_a_pattern_that_matches_nothing_shows_near_misses(model, field, pattern, near):
+    with pytest.raises(PatternError, match="matches no module") as caught:
+        select(model, BinarizationConfig(**{field: ["vit.layers.0", pattern]}))
+    assert f"{field}: the pattern {pattern!r}" in str(caught.value)
+    assert near in str(caught.value)
+    assert "model.named_modules()" in str(caught.value)
+
+
+def test_a_pattern_far_from_everything_has_no_near_misses(model):
+    with pytest.raises(PatternError, match="'####' matches no module. Patterns name"):
+        select(model, BinarizationConfig(include=["####"]))
+
+
+def test_include_must_meet_a_module_that_can_be_binarized(model):
+    """A layer norm is a module, and yet nothing to include; to leave one alone is no error."""
+    with pytest.raises(PatternError, match=r"include: the pattern 'vit\.layernorm' matches no module"):
+        select(model, BinarizationConfig(include=["vit.layernorm"]))
+    assert selected(model, modules_to_not_convert=["vit.layernorm"]) == layers(0, 1)
+
+
+@pytest.mark.parametrize("changes", [dict(include=[]), dict(modules_to_not_convert=["*"])], ids=str)
+def test_an_empty_selection_is_refused(model, changes):
+    with pytest.raises(PatternError, match="Nothing to binarize in ViTForImageClassification") as caught:
+        select(model, BinarizationConfig(**changes))
+    assert "it has 14 linear and convolutional modules, all left as they are" in str(caught.value)
+    assert f"{PATCHES}: " in str(caught.value)
+    assert "include=[...]" in str(caught.value)
+
+
+def test_a_model_with_only_a_head_has_nothing_to_binarize():
+    with pytest.raises(PatternError, match="Nothing to binarize in Module: it has 1 .*\n  head: head\n"):
+        select(tree(head=nn.Linear(4, 2), norm=nn.LayerNorm(4)), BinarizationConfig())
+
+
+def test_tied_weights_are_refused_with_both_names():
+    model = tree(encoder__up=nn.Linear(4, 4), decoder__down=nn.Linear(4, 4))
+    model.decoder.down.weight = model.encoder.up.weight
+    with pytest.raises(PatternError, match=r"encoder\.up\.weight is tied: it is also decoder\.down\.weight") as caught:
+        select(model, BinarizationConfig())
+    assert "modules_to_not_convert=['encoder.up']" in str(caught.value)
+    with pytest.raises(PatternError, match=r"decoder\.down\.weight is tied: it is also encoder\.up\.weight"):
+        select(model, BinarizationConfig(include=["decoder"]))
+
+
+def test_a_weight_tied_to_an_embedding_is_refused():
+    model = tree(tokens=nn.Embedding(4, 8), body=nn.Linear(8, 4))
+    model.body.weight = model.tokens.weight
+    with pytest.raises(PatternError, match=r"body\.weight is tied: it is also tokens\.weight"):
+        select(model, BinarizationConfig())
+
+
+def test_a_layer_that_two_modules_share_is_refused():
+    shared = nn.Linear(4, 4)
+    with pytest.raises(PatternError, match=r"first\.weight is tied: it is also second\.weight"):
+        select(tree(first=shared, second=shared, body=nn.Linear(4, 4)), BinarizationConfig())
+
+
+def test_tied_weights_that_stay_float_are_fine():
+    model = tree(first=nn.Linear(4, 4), second=nn.Linear(4, 4), body=nn.Linear(4, 4))
+    model.second.weight = model.first.weight
+    assert selected(model, modules_to_not_convert=["first", "second"]) == ["body"]
+
+
+def test_a_subclass_of_a_layer_is_left_alone():
+    model = tree(block__own=OwnLinear(4, 4), block__plain=nn.Linear(4, 4))
+    assert selected(model) == selected(model, include=["block"]) == ["block.plain"]
+    assert reasons(model) == {"block.own": "OwnLinear computes in its own way"}
+    with pytest.raises(PatternError, match=r"include: the pattern 'block\.own' matches no module"):
+        select(model, BinarizationConfig(include=["block.own"]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_explicit_patterns_select_the_same(family):
+    """With the defaults, and with every second of those modules."""
+    model = FAMILIES[family]()
+    names = selected(model)
+    for chosen in (names, names[::2], names[:1]):
+        config = BinarizationConfig(include=chosen)
+        patterns = explicit_patterns(chosen, reasons(model, include=chosen))
+        assert selected(model, include=patterns) == selected(model, include=config.include) == chosen
+
+
+def test_explicit_patterns_are_short_where_they_can_be(model):
+    everything = [f"vit.layers.*.{name}" for name in LAYER]
+    assert explicit_patterns(layers(0, 1), [PATCHES, "classifier"]) == everything
+    kept = "vit.layers.1.mlp.fc1"
+    chosen = [name for name in layers(0, 1) if name != kept]
+    exact = [pattern if not pattern.endswith("fc1") else "vit.layers.0.mlp.fc1" for pattern in everything]
+    assert explicit_patterns(chosen, [PATCHES, "classifier", kept]) == exact
+
+
+@pytest.mark.parametrize("name", ["blocks[0]", "a*b", "a?b"])
+def test_explicit_patterns_take_names_as_they_are(name):
+    """Characters of a name that mean something else in a pattern."""
+    model = nn.ModuleDict({"body": nn.ModuleDict({name: nn.Linear(4, 4), "a-b": nn.Linear(4, 4)})})
+    (pattern,) = explicit_patterns([f"body.{name}"], ["body.a-b"])
+    assert selected(model, include=[pattern]) == [f"body.{name}"]
+
+
+def test_state_of():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    states = [state_of(model)]
+    for convert in (proxbit.binarize, proxbit.pack, proxbit.dequantize):
+        states.append(state_of(convert(model)))
+    assert states == ["float", "latent", "packed", "float"]
+    assert model(torch.ones(1, 4)).shape == (1, 2)
