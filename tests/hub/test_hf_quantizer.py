@@ -11,6 +11,8 @@ import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
 import proxbit
@@ -30,6 +32,7 @@ ON_DISK = {
     "intermediate.dense": (50, 36),
     "output.dense": (36, 50),
 }
+WEIGHTS = {*ON_DISK.values(), (36, 3, 8, 8)}
 CONFIGS = {
     "defaults": BinarizationConfig(),
     "chosen": BinarizationConfig(
@@ -37,6 +40,21 @@ CONFIGS = {
     ),
     "raw": BinarizationConfig(weights="bnn", include=["*.fc2", "classifier"], normalize="none", scale="fixed"),
 }
+
+
+class Shapes(TorchDispatchMode):
+    """Within the context, the shapes of all floating point tensors with data that any operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.is_meta:
+                self.shapes.add(tuple(tensor.shape))
+        return result
 
 
 def make(**changes):
@@ -151,21 +169,27 @@ def test_trainable_while_latent(tmp_path, state):
         assert each.config.quantization_config.state == state
 
 
-def test_loading_packed_never_makes_the_float_weight(tmp_path):
-    """A packed layer is its bits: after loading there is no float tensor as large as its weight."""
+def test_packed_layers_hold_no_float_weight(tmp_path):
     in_state("packed", BinarizationConfig(include=["vit.layers", PATCHES])).save_pretrained(tmp_path)
     model = load(tmp_path)
     layers = dict(packed_layers(model))
     assert type(layers.pop(PATCHES)) is PackedConv2d
-    assert len(layers) == 12
-    shapes = {(36, 3, 8, 8)}
-    for name, layer in layers.items():
-        assert type(layer) is PackedLinear, name
-        assert not isinstance(layer, nn.Linear)
-        assert layer.weight.dtype == torch.uint8
-        assert {key for key, _ in layer.named_parameters()} == {"bias"}
-        shapes.add((layer.out_features, layer.in_features))
-    assert not [name for name, tensor in model.state_dict().items() if tuple(tensor.shape) in shapes]
+    assert [type(layer) for layer in layers.values()] == [PackedLinear] * 12
+    assert not any(isinstance(layer, nn.Linear) for layer in layers.values())
+    assert {layer.weight.dtype for layer in layers.values()} == {torch.uint8}
+    assert {key for layer in layers.values() for key, _ in layer.named_parameters()} == {"bias"}
+    assert not WEIGHTS & {tuple(tensor.shape) for tensor in model.state_dict().values()}
+
+
+@pytest.mark.parametrize("state", ["latent", "packed"])
+def test_loading_packed_never_makes_a_float_weight(tmp_path, monkeypatch, state):
+    """No operator of the loading returns a tensor of that shape. Latent models and the classifier are the control."""
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    in_state(state, BinarizationConfig(include=["vit.layers", PATCHES])).save_pretrained(tmp_path)
+    with Shapes() as seen:
+        load(tmp_path)
+    assert (3, 36) in seen.shapes
+    assert seen.shapes & WEIGHTS == (WEIGHTS if state == "latent" else set())
 
 
 def test_dtype_changes_scales_and_leaves_bits(tmp_path, crops):

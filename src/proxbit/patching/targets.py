@@ -150,10 +150,7 @@ def explicit_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
 
 def state_of(model: nn.Module) -> str:
     """The state of a model: "float", "latent" or "packed"."""
-    states = set()
-    for module in model.modules():
-        if isinstance(module, LatentWeight):
-            states.add("latent")
-        elif isinstance(module, PackedLinear | PackedConv2d):
-            states.add("packed")
-    return max(states) if states else "float"
+    kinds = [type(module) for module in model.modules()]
+    if any(issubclass(kind, PackedLinear | PackedConv2d) for kind in kinds):
+        return "packed"
+    return "latent" if any(issubclass(kind, LatentWeight) for kind in kinds) else "float"

@@ -17,19 +17,19 @@ class MuCallback(TrainerCallback):
 
     Args:
         model: the latent model.
-        make_schedule: called when training begins, when the number of steps is known.
+        begin: called when training begins or resumes, with the number of optimizer steps; returns the schedule.
     """
 
-    def __init__(self, model: nn.Module, make_schedule: Callable[[int], MuSchedule]) -> None:
+    def __init__(self, model: nn.Module, begin: Callable[[int], MuSchedule]) -> None:
         self.model = model
-        self.make_schedule = make_schedule
+        self.begin = begin
         self.schedule: MuSchedule | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the schedule and go to where training starts or resumes."""
-        self.schedule = self.make_schedule(state.max_steps)
+        self.schedule = self.begin(state.max_steps)
         self._apply(state.global_step)
 
     def on_step_begin(

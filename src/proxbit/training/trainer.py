@@ -62,12 +62,12 @@ class ProxConnectTrainer(DistillationTrainer):
             raise ModelStateError(f"ProxConnectTrainer trains latent models, this one is {state}. {hint}")
         check_latents(model)
         super().__init__(model=model, args=args or ProxConnectArguments(), teacher=teacher, **kwargs)
-        self.mu_callback = MuCallback(self.model, self._make_schedule)
-        self.add_callback(self.mu_callback)
+        self.add_callback(MuCallback(self.model, self._begin))
         self._flips = FlipCounter(self.model)
 
-    def _make_schedule(self, steps: int) -> MuSchedule:
-        """The schedule of this run, checked against the range of every pair in use."""
+    def _begin(self, steps: int) -> MuSchedule:
+        """Count flips from here on; return the schedule of this run, checked against the range of every pair in use."""
+        self._flips = FlipCounter(self.model)
         layers = [layer for _, layer in latent_layers(self.model)]
         kind, start, end = layers[0].pair.schedule
         schedule = MuSchedule(

@@ -1,0 +1,119 @@
+"""The table of a model: every number recomputed another way."""
+
+import json
+import re
+
+import pytest
+import torch
+from tiny_models import FAMILIES, SIDE, vit
+from torch import nn
+from transformers import ViTForImageClassification
+
+import proxbit
+
+D, M, TOKENS, LAYERS, HEADS = 36, 50, (SIDE // 8) ** 2 + 1, 2, 4
+
+
+@pytest.fixture
+def model():
+    return FAMILIES["vit"]()
+
+
+def test_float_model(model):
+    table = proxbit.summary(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert table.state == "float"
+    assert (table.binary_parameters, table.float_parameters) == (0, parameters)
+    assert table.file_bytes - table.header_bytes == 4 * parameters
+
+
+def test_macs_by_hand(model):
+    """Linear layers, the patch embedding, the head, and both products of the attention."""
+    linear = LAYERS * TOKENS * (4 * D * D + 2 * D * M)
+    attention = LAYERS * 2 * TOKENS * TOKENS * D
+    patches = (TOKENS - 1) * D * 3 * 8 * 8
+    proxbit.pack(proxbit.binarize(model))
+    table = proxbit.summary(model)
+    assert table.binary_macs == linear
+    assert table.total_macs == linear + attention + patches + D * model.config.num_labels
+
+
+def test_states_bits_and_kernels(model):
+    proxbit.binarize(model)
+    latent = {layer.name: layer for layer in proxbit.summary(model).layers}
+    assert latent["vit.layers.0-1.mlp.fc1"].state == "latent"
+    assert latent["vit.layers.0-1.mlp.fc1"].kernel == "simulated"
+    assert latent["vit.layers.0-1.mlp.fc1"].bits == 32
+    proxbit.pack(model)
+    packed = {layer.name: layer for layer in proxbit.summary(model).layers}
+    fc1 = packed["vit.layers.0-1.mlp.fc1"]
+    assert (fc1.state, fc1.bits, fc1.kernel, fc1.count) == ("packed", 1, "reference", LAYERS)
+    assert fc1.binary_parameters == LAYERS * D * M
+    assert fc1.bytes == LAYERS * (M * 5 + 4 * M + 4 * M)
+    assert packed["classifier"].state == "float"
+
+
+def test_a_latent_model_tells_its_size_once_packed(model):
+    before = proxbit.summary(proxbit.binarize(model))
+    after = proxbit.summary(proxbit.pack(model))
+    tensors = [table.packed_bytes - table.header_bytes for table in (before, after)]
+    assert tensors[0] == tensors[1] == after.file_bytes - after.header_bytes
+    assert before.float32_bytes - before.header_bytes == after.float32_bytes - after.header_bytes
+
+
+@pytest.mark.parametrize("state", ["latent", "packed"])
+def test_file_size_is_predicted(model, state, tmp_path):
+    proxbit.binarize(model)
+    if state == "packed":
+        proxbit.pack(model)
+    model.save_pretrained(tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    table = proxbit.summary(model)
+    header = 8 + int.from_bytes(data[:8], "little")
+    assert len(data) - header == table.file_bytes - table.header_bytes
+    assert abs(len(data) - table.file_bytes) <= 4096
+
+
+def test_text(model):
+    text = str(proxbit.summary(proxbit.pack(proxbit.binarize(model))))
+    assert max(map(len, text.splitlines())) <= 120
+    for word in ("1-bit MACs", "kernel", "reference", "smaller than fp32", "attention.q_proj ×2", "attention included"):
+        assert word in text
+    ratio = proxbit.summary(model).compression_ratio
+    assert f"{ratio:.1f}x" in text
+
+
+def test_shared_tensors_count_once():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    table = proxbit.summary(model, inputs={"input": torch.zeros(1, 8)})
+    assert table.float_parameters == 64 + 16
+    assert table.total_macs == 128
+
+
+def test_training_mode_is_kept(model):
+    model.train()
+    proxbit.summary(model)
+    assert model.training
+
+
+def test_what_cannot_run_is_said():
+    table = proxbit.summary(nn.Sequential(nn.Linear(8, 8)))
+    assert table.total_macs is None and table.binary_macs is None
+    assert "not counted" in str(table) and "inputs=" in str(table)
+
+
+def test_header_estimate_is_json_sized():
+    """Doubling the layers adds about as many bytes of header as the real file shows."""
+    sizes = [proxbit.summary(ViTForImageClassification(vit(num_hidden_layers=n))).header_bytes for n in (2, 4)]
+    entry = len(
+        json.dumps({"vit.layers.0.mlp.fc1.weight": {"dtype": "F32", "shape": [50, 36], "data_offsets": [0, 0]}})
+    )
+    assert 16 * 2 * entry * 0.8 < sizes[1] - sizes[0] < 16 * 2 * entry * 1.6
+
+
+def test_numbers_in_names_fold_only_between_dots():
+    model = nn.ModuleDict({"norm_1": nn.LayerNorm(4), "norm_2": nn.LayerNorm(4)})
+    names = [layer.name for layer in proxbit.summary(model).layers]
+    assert names == ["norm_1", "norm_2"]
+    assert not re.search(r"norm_1-2", str(proxbit.summary(model)))

@@ -1,0 +1,229 @@
+"""Damaged and foreign packed checkpoints: each is a clear error before a wrong model is in anybody's hands."""
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+import proxbit
+from proxbit.errors import CheckpointError, PackedFormatError, ProxbitError
+from proxbit.hub.checkpoint import check_packed_files
+from proxbit.patching import packed_layers
+from tiny_models import vit
+
+QUERY = "vit.encoder.layer.0.attention.attention.query.weight"
+FC1 = "vit.encoder.layer.1.intermediate.dense.weight"
+FC2 = "vit.encoder.layer.1.output.dense.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A packed checkpoint. It has no padding bits: random bytes in a layer look like any others."""
+    model = hf.ViTForImageClassification(vit(hidden_size=32, intermediate_size=48))
+    proxbit.pack(proxbit.binarize(model)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load(path, ignore_mismatched_sizes=False):
+    return hf.AutoModelForImageClassification.from_pretrained(path, ignore_mismatched_sizes=ignore_mismatched_sizes)
+
+
+def refused(path, error, message):
+    """Loading is refused with the same error whether or not mismatched sizes are to be ignored."""
+    for ignore in (False, True):
+        with pytest.raises(error, match=message) as caught:
+            load(path, ignore)
+        assert isinstance(caught.value, ProxbitError)
+
+
+def edit(path, change):
+    """Change the tensors of the checkpoint: `change` gets the dictionary."""
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def edit_config(path, **changes):
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def swap(*keys):
+    def change(tensors):
+        for suffix in ("", "_scale"):
+            first, second = (key + suffix for key in keys)
+            tensors[first], tensors[second] = tensors[second], tensors[first]
+
+    return change
+
+
+def rename(key, name):
+    def change(tensors):
+        for suffix in ("", "_scale"):
+            tensors[name + suffix] = tensors.pop(key + suffix)
+
+    return change
+
+
+def put(key, make):
+    """Replace a tensor by what `make` makes of it."""
+    return lambda tensors: tensors.update({key: make(tensors[key])})
+
+
+def test_an_undamaged_checkpoint_loads(folder):
+    """The control of all tests below: neither `edit` nor `edit_config` is what makes a checkpoint unreadable."""
+    edit(folder, lambda tensors: None)
+    edit_config(folder)
+    for ignore in (False, True):
+        assert len(packed_layers(load(folder, ignore))) == 12
+
+
+@pytest.mark.parametrize("kept", [0.99, 0.5, 0.01, 0.0])
+def test_a_truncated_file(folder, kept):
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content))])
+    refused(folder, CheckpointError, r"model\.safetensors is truncated or damaged .*\. Download or copy it again")
+
+
+@pytest.mark.parametrize(
+    ("key", "make", "message"),
+    [
+        (
+            QUERY,
+            lambda bits: bits[:, 1:],
+            r"do not fit the model: expected \{\(3\d, \d\): 1\}.*found \{\(3\d, \d\): 1\}",
+        ),
+        (QUERY, lambda bits: bits[1:], rf"{QUERY}: expected packed bits, U8 \[32, \.\.\.\].*found U8 \[31, 4\]"),
+        (QUERY, lambda bits: bits.flatten(), rf"{QUERY}: expected packed bits.*found U8 \[128\]"),
+        (QUERY, lambda bits: bits.float(), rf"{QUERY}: expected packed bits.*found F32"),
+        (QUERY, lambda bits: bits.to(torch.int8), rf"{QUERY}: expected packed bits.*found I8"),
+        (FC2 + "_scale", lambda scale: scale[1:], rf"{FC2}: expected packed bits, U8 \[31, \.\.\.\]"),
+        (FC2 + "_scale", lambda scale: scale[:, None], rf"{FC2}: expected packed bits"),
+    ],
+    ids=["narrow", "short", "flat", "float bits", "signed bits", "short scales", "scales of two axes"],
+)
+def test_tensors_of_a_wrong_shape_or_dtype(folder, key, make, message):
+    edit(folder, put(key, make))
+    refused(folder, CheckpointError, message)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([QUERY], f"{QUERY}: expected packed bits, .* found missing"),
+        ([QUERY + "_scale"], r"do not fit the model: expected .* Layers concerned: vit\.layers\.0\.attention\.q_proj"),
+        ([QUERY, QUERY + "_scale"], r"do not fit the model.* Layers concerned: vit\.layers\.0\.attention\.q_proj"),
+    ],
+    ids=["bits", "scales", "both"],
+)
+def test_missing_tensors(folder, keys, message):
+    edit(folder, lambda tensors: [tensors.pop(key) for key in keys])
+    refused(folder, CheckpointError, message)
+
+
+@pytest.mark.parametrize("name", ["body.weight", QUERY.replace("layer.0", "layer.2")], ids=["foreign", "no such layer"])
+def test_tensors_under_another_name(folder, name):
+    """Number and shapes of the tensors are right, and yet a layer gets none: its bits would be arbitrary."""
+    edit(folder, rename(QUERY, name))
+    refused(folder, CheckpointError, r"vit\.layers\.0\.attention\.q_proj")
+
+
+def test_tensors_in_the_place_of_others(folder):
+    edit(folder, swap(QUERY, FC1))
+    with pytest.raises(CheckpointError, match=r"vit\.layers\.(0\.attention\.q_proj|1\.mlp\.fc1)"):
+        load(folder, ignore_mismatched_sizes=True)
+    with pytest.raises((CheckpointError, RuntimeError), match=r"q_proj|ignore_mismatched_sizes"):
+        load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool], ids=str)
+def test_scales_that_are_no_floating_point_numbers(folder, dtype):
+    edit(folder, put(FC1 + "_scale", lambda scale: scale.to(dtype)))
+    refused(folder, ProxbitError, "scale")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_scales_that_are_not_finite(folder, value):
+    edit(folder, lambda tensors: tensors[FC1 + "_scale"].__setitem__(5, value))
+    refused(folder, PackedFormatError, rf"vit\.layers\.1\.mlp\.fc1: weight_scale must be finite, row 5 is {value}")
+
+
+@pytest.mark.parametrize("bit", [4, 7])
+def test_padding_bits_that_are_set(tmp_path, bit):
+    """36 columns are four bytes and four bits."""
+    proxbit.pack(proxbit.binarize(hf.ViTForImageClassification(vit()))).save_pretrained(tmp_path)
+    edit(tmp_path, lambda tensors: tensors[QUERY][7, 4].bitwise_or_(1 << bit))
+    refused(tmp_path, PackedFormatError, r"vit\.layers\.0\.attention\.q_proj: the 4 padding bits .* row 7 has others")
+
+
+def test_a_bit_that_is_no_padding_is_data(tmp_path):
+    """The control of the test above."""
+    proxbit.pack(proxbit.binarize(hf.ViTForImageClassification(vit()))).save_pretrained(tmp_path)
+    edit(tmp_path, lambda tensors: tensors[QUERY][7, 4].bitwise_xor_(1 << 3))
+    assert len(packed_layers(load(tmp_path))) == 12
+
+
+def test_files_that_would_be_unpickled(folder):
+    """Refused by their name, before they are opened."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    refused(
+        folder, CheckpointError, r"pytorch_model\.bin: packed checkpoints are safetensors files; nothing is unpickled"
+    )
+
+
+def test_a_pickle_beside_the_safetensors_is_not_opened(folder):
+    (folder / "pytorch_model.bin").write_bytes(b"no tensors in here")
+    assert len(packed_layers(load(folder))) == 12
+
+
+@pytest.mark.parametrize("extra", [{}, {"activations": "sign"}], ids=["known fields", "fields of the future"])
+def test_a_newer_format(folder, extra):
+    edit_config(folder, format_version=2, **extra)
+    refused(folder, CheckpointError, "format_version 2; this proxbit reads up to 1.*pip install --upgrade proxbit")
+
+
+def test_a_configuration_that_selects_more_than_the_file_has(folder):
+    """The float weight of that layer in the file does not pass for packed bits."""
+    edit_config(folder, include=["vit.layers", "classifier"])
+    refused(folder, CheckpointError, r"do not fit the model: expected .* Layers concerned: classifier")
+
+
+def test_a_configuration_that_selects_less_than_the_file_has(folder):
+    """A float layer would be filled with random weights."""
+    edit_config(folder, include=["vit.layers.1"])
+    refused(folder, CheckpointError, r"do not fit the model: expected \{\}.*found \{")
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_one_of_several_files(folder, damage):
+    model = load(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="5KB")
+    file = sorted(folder.glob("model-*.safetensors"))[1]
+    if damage == "missing":
+        file.unlink()
+        with pytest.raises((CheckpointError, OSError), match=file.name):
+            load(folder)
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+        refused(folder, CheckpointError, f"{file.name} is truncated or damaged")
+
+
+def test_files_are_checked_from_their_headers(folder):
+    """A function of files and layers: no tensor of the model is touched."""
+    config = hf.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = proxbit.pack(proxbit.binarize(hf.ViTForImageClassification(config)))
+    file = str(folder / "model.safetensors")
+    check_packed_files([file], packed_layers(model))
+    with pytest.raises(CheckpointError, match="do not fit the model"):
+        check_packed_files([], packed_layers(model))
+    with pytest.raises(CheckpointError, match="do not fit the model"):
+        check_packed_files([file], packed_layers(model)[1:])

@@ -1,0 +1,52 @@
+"""Every example runs, in the small version it offers, and tells what it promises."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def solar_cells(tmp_path_factory):
+    """The main example in its smoke version: output, and folder of results."""
+    out = tmp_path_factory.mktemp("solar")
+    command = [sys.executable, str(EXAMPLES / "finetune_solar_cells.py"), "--smoke", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, out
+
+
+def test_solar_cells_prints_every_row_of_the_table(solar_cells):
+    output, _ = solar_cells
+    for row in ("float, 1 epochs", "float, 2 epochs", "post-training sign", "latent, soft", "latent, hard", "packed"):
+        assert row in output
+    assert "the same" in output
+
+
+def test_solar_cells_leaves_models_curves_and_results(solar_cells):
+    _, out = solar_cells
+    run = out / "fold0-seed0"
+    assert (run / "training.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((out / "results.json").read_text())
+    assert len(results) == 1
+    packed, latent = results[0]["packed, reloaded"], results[0]["latent, hard (simulated)"]
+    assert packed["accuracy"] == latent["accuracy"]
+    assert packed["bytes"] == (run / "packed" / "model.safetensors").stat().st_size < latent["bytes"] / 8
+
+
+def test_solar_cells_reloads_with_the_same_predictions(solar_cells):
+    """The model of the example, evaluated once more in a process of its own."""
+    _, out = solar_cells
+    command = [sys.executable, str(EXAMPLES / "finetune_solar_cells.py"), "--evaluate"]
+    runs = [
+        subprocess.run([*command, str(out / "fold0-seed0" / "packed")], capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    logits = [np.array(json.loads(run.stdout.splitlines()[-1])["logits"]) for run in runs]
+    assert np.array_equal(logits[0], logits[1])
+    assert logits[0].shape == (32, 2)

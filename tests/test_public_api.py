@@ -1,0 +1,50 @@
+"""What a user imports: names, docstrings, and what the import costs."""
+
+import doctest
+import inspect
+import pkgutil
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+import proxbit
+
+MODULES = [info.name for info in pkgutil.walk_packages(proxbit.__path__, "proxbit.")]
+
+
+def test_public_names_exist_and_are_documented():
+    assert list(proxbit.__all__) == sorted(proxbit.__all__)
+    for name in proxbit.__all__:
+        assert inspect.getdoc(getattr(proxbit, name)), name
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'binarise'"):
+        proxbit.binarise  # noqa: B018
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_name_of_every_module_has_a_docstring(name):
+    module = import_module(name)
+    assert module.__doc__
+    for public in module.__all__ if hasattr(module, "__all__") else ():
+        thing = getattr(module, public)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            assert thing.__doc__, f"{name}.{public}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_are_true(name):
+    assert doctest.testmod(import_module(name)).failed == 0
+
+
+def test_import_does_not_load_the_trainer_or_the_pictures():
+    """Inference needs neither."""
+    code = (
+        "import sys, proxbit; "
+        "heavy = [m for m in ('matplotlib', 'datasets', 'evaluate', 'transformers.trainer') if m in sys.modules]; "
+        "assert not heavy, heavy; proxbit.ProxConnectTrainer; assert 'transformers.trainer' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
