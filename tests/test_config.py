@@ -149,7 +149,8 @@ def test_a_newer_format_asks_for_an_upgrade(extra):
 
 def test_from_dict_sorts_keyword_arguments():
     """Those that are fields change the configuration, the others come back."""
-    config, unused = BinarizationConfig.from_dict({"weights": "bc"}, return_unused_kwargs=True, scale="fixed", colour=1)
+    arguments = dict(scale="fixed", colour=1)
+    config, unused = BinarizationConfig.from_dict({"weights": "bc"}, return_unused_kwargs=True, **arguments)
     assert (config.weights, config.scale, unused) == ("bc", "fixed", {"colour": 1})
     assert BinarizationConfig.from_dict({"weights": "bc"}, scale="fixed") == config
 

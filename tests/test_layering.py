@@ -1,4 +1,4 @@
-"""The layers of the package hold: no upward import, no cycle, no import inside a function, no file or function too long."""
+"""The layers of the package hold: no upward import, no cycle, no import inside a function, nothing too long."""
 
 import ast
 from pathlib import Path

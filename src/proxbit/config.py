@@ -81,7 +81,7 @@ class BinarizationConfig(QuantizationConfigMixin):
         patterns = getattr(self, name)
         if patterns is None:
             return
-        if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
             raise ConfigError(f"{name} must be a list of patterns, such as ['vit.layers.*.mlp.fc2'], not {patterns!r}.")
         setattr(self, name, list(patterns))
 
@@ -100,8 +100,9 @@ class BinarizationConfig(QuantizationConfigMixin):
         unknown = sorted(set(config_dict) - known)
         if unknown and not (isinstance(version, int) and version > FORMAT_VERSION):
             raise ConfigError(f"Unknown fields {unknown} in a proxbit configuration. Valid: {sorted(known)}.")
-        config = cls(**{key: value for key, value in config_dict.items() if key in known})
-        unused = config.update(**kwargs)
+        values = {**config_dict, **kwargs}
+        config = cls(**{key: value for key, value in values.items() if key in known})
+        unused = {key: value for key, value in kwargs.items() if key not in known}
         return (config, unused) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from tiny_models import FAMILIES, SIDE, vit
 from torch import nn
 from transformers import ViTForImageClassification
 
 import proxbit
+from tiny_models import FAMILIES, SIDE, vit
 
 D, M, TOKENS, LAYERS, HEADS = 36, 50, (SIDE // 8) ** 2 + 1, 2, 4
 

@@ -126,7 +126,7 @@ def test_missing_tensors(folder, keys, message):
     refused(folder, CheckpointError, message)
 
 
-@pytest.mark.parametrize("name", ["body.weight", QUERY.replace("layer.0", "layer.2")], ids=["foreign", "no such layer"])
+@pytest.mark.parametrize("name", ["body.weight", QUERY.replace("layer.0", "layer.2")], ids=["foreign", "next layer"])
 def test_tensors_under_another_name(folder, name):
     """Number and shapes of the tensors are right, and yet a layer gets none: its bits would be arbitrary."""
     edit(folder, rename(QUERY, name))

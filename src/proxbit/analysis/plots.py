@@ -44,7 +44,11 @@ def plot_training(history: Sequence[dict[str, Any]], path: str | Path) -> Path:
         (
             "Accuracy on the test pictures",
             False,
-            (("eval_accuracy", "hard (ships)"), ("eval_soft_accuracy", "soft"), ("eval_balanced_accuracy", "balanced")),
+            (
+                ("eval_accuracy", "hard (ships)"),
+                ("eval_soft_accuracy", "soft"),
+                ("eval_balanced_accuracy", "hard, balanced"),
+            ),
         ),
         ("Sharpness mu", True, (("mu", "mu"),)),
         ("Signs flipped since the log before", True, (("flip_ratio", "flip ratio"),)),

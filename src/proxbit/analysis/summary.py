@@ -221,8 +221,7 @@ def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None) -> ModelS
     """
     macs, total, note = _count_macs(model, inputs)
     seen: set[int] = set()
-    note_in_file = {"format": "pt", "proxbit.state": "packed", "proxbit.format_version": "1"}
-    header: dict[str, Any] = {"__metadata__": note_in_file}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     layers = []
     for name, module in model.named_modules():
         tensors = {}

@@ -10,7 +10,7 @@ from proxbit.errors import CheckpointError
 from proxbit.packing import packed_columns
 from proxbit.patching.replace import PackedLayer
 
-__all__ = ["check_packed_files"]
+__all__ = ["check_loaded", "check_packed_files"]
 
 
 def _header(file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -21,6 +21,8 @@ def _header(file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         with safe_open(file, framework="pt") as tensors:
             slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
             return {key: (piece.get_dtype(), tuple(piece.get_shape())) for key, piece in slices.items()}
+    except OSError as error:
+        raise CheckpointError(f"{Path(file).name} cannot be read: {error}") from error
     except SafetensorError as error:
         raise CheckpointError(
             f"{Path(file).name} is truncated or damaged ({error}). Download or copy it again."
@@ -65,3 +67,19 @@ def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedL
             f"expected {dict(missing)} ([rows, bytes]: how many), found {dict(extra)} instead. "
             f"Layers concerned: {', '.join(names[:5]) or 'none'}{', ...' if len(names) > 5 else ''}."
         )
+
+
+def check_loaded(layers: Sequence[tuple[str, PackedLayer]]) -> None:
+    """Check that bits and scales of every packed layer came from the checkpoint.
+
+    transformers marks what it loads, and fills a buffer that the checkpoint does not name with arbitrary bytes.
+
+    Raises:
+        CheckpointError: naming the layer and the tensor.
+    """
+    for name, layer in layers:
+        for key, tensor in layer.state_dict(keep_vars=True).items():
+            if key.startswith("weight") and not getattr(tensor, "_is_hf_initialized", False):
+                raise CheckpointError(
+                    f"{name}.{key} is not in the checkpoint, or has another shape there: the layer was not loaded."
+                )

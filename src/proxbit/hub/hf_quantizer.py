@@ -6,10 +6,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
-from proxbit.config import FORMAT_VERSION, QUANT_METHOD, BinarizationConfig
+from proxbit.config import QUANT_METHOD, BinarizationConfig
 from proxbit.errors import ConfigError
-from proxbit.hub.checkpoint import check_packed_files
-from proxbit.patching import check_latents, check_packed_layers, packed_layers, state_of, to_float, to_latent, to_packed
+from proxbit.hub.checkpoint import check_loaded, check_packed_files
+from proxbit.patching import check_latents, check_packed_layers, matches, packed_layers, to_float, to_latent, to_packed
 
 __all__ = ["ProxbitHfQuantizer", "attach", "detach"]
 
@@ -38,6 +38,8 @@ class ProxbitHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         state = self.quantization_config.state
+        if self.pre_quantized:
+            self.quantization_config = _fit_patterns(model, self.quantization_config)
         _, resolved = to_latent(model, self.quantization_config)
         self.quantization_config = resolved.replace(state=state)
         if state == "packed":
@@ -46,6 +48,7 @@ class ProxbitHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        check_loaded(packed_layers(model))
         check_latents(model)
         check_packed_layers(model)
         return model
@@ -53,10 +56,6 @@ class ProxbitHfQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         to_float(model)
         return model if dtype is None else model.to(dtype)
-
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """No change of the tensors; a note of what they are in the header of the file."""
-        return None, {"proxbit.state": state_of(model), "proxbit.format_version": str(FORMAT_VERSION)}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Latent and packed models are saved as they are."""
@@ -76,6 +75,19 @@ class ProxbitHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Latent and packed layers have no graph breaks."""
         return True
+
+
+def _fit_patterns(model: PreTrainedModel, config: BinarizationConfig) -> BinarizationConfig:
+    """The stored patterns for another head: a backbone may be loaded from a task model's folder, and the reverse."""
+    if config.include is None:
+        return config
+    prefix = f"{model.base_model_prefix}."
+    names = [name for name, _ in model.named_modules()]
+    fitted = []
+    for pattern in config.include:
+        spellings = (pattern, pattern.removeprefix(prefix), prefix + pattern)
+        fitted.append(next((s for s in spellings if any(matches(name, s) for name in names)), pattern))
+    return config.replace(include=fitted)
 
 
 def attach(model: PreTrainedModel, config: BinarizationConfig) -> None:

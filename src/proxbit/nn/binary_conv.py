@@ -60,7 +60,7 @@ class BinaryConv2d(LatentWeight, nn.Conv2d):
             hard = self.effective_weight(hard=True)
         layer.weight = nn.Parameter(hard, requires_grad=self.weight.requires_grad)
         layer.bias = self.bias
-        return layer
+        return layer.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         result: Tensor = self._conv_forward(input, self.effective_weight(), self.bias)

@@ -63,7 +63,7 @@ class BinaryLinear(LatentWeight, nn.Linear):
             hard = self.effective_weight(hard=True)
         layer.weight = nn.Parameter(hard, requires_grad=self.weight.requires_grad)
         layer.bias = self.bias
-        return layer
+        return layer.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, self.effective_weight(), self.bias)

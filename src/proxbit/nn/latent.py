@@ -80,7 +80,7 @@ class LatentWeight(nn.Module):
             bad = empty.nonzero().flatten()
             raise LatentError(
                 f"{name}.weight: {len(bad)} of {len(rows)} rows are all zero (first: row {int(bad[0])}). "
-                "Such a row has no signs: leave the layer out with modules_to_not_convert=['{name}'], or initialise it."
+                f"Such rows have no signs: leave the layer out with modules_to_not_convert=['{name}'] or initialise it."
             )
 
 

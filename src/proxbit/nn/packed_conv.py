@@ -95,7 +95,7 @@ class PackedConv2d(nn.Module):
         layer = nn.Conv2d(bias=self.bias is not None, device="meta", **conv_arguments(self.geometry))
         layer.weight = nn.Parameter(self.weight)
         layer.bias = self.bias
-        return layer
+        return layer.train(self.training)
 
     @property
     def kernel(self) -> str:

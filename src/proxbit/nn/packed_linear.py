@@ -75,7 +75,7 @@ class PackedLinear(nn.Module):
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         layer.weight = nn.Parameter(unpack_weight(self.weight, self.weight_scale, self.columns))
         layer.register_parameter("bias", self.bias)
-        return layer
+        return layer.train(self.training)
 
     @property
     def kernel(self) -> str:

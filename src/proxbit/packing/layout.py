@@ -45,6 +45,8 @@ def check_packed(weight: Tensor, weight_scale: Tensor, columns: int, name: str =
         raise PackedFormatError(
             f"{name}: expected one scale a row, [{weight.shape[0]}], but weight_scale is {list(weight_scale.shape)}."
         )
+    if not weight_scale.is_floating_point():
+        raise PackedFormatError(f"{name}: weight_scale must be floating point, not {weight_scale.dtype}.")
     used = columns % BITS_PER_BYTE
     if used and bool((weight[:, -1] >> used).any()):
         row = int((weight[:, -1] >> used).nonzero()[0, 0])

@@ -9,13 +9,14 @@ from proxbit.patching.replace import (
     to_packed,
 )
 from proxbit.patching.report import BinarizationReport, ModuleDecision
-from proxbit.patching.targets import select, state_of
+from proxbit.patching.targets import matches, select, state_of
 
 __all__ = [
     "BinarizationReport",
     "ModuleDecision",
     "check_latents",
     "check_packed_layers",
+    "matches",
     "packed_layers",
     "select",
     "state_of",

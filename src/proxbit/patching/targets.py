@@ -1,6 +1,7 @@
 """Which modules of a model are binarized: patterns on in-memory names, and safe defaults."""
 
 import difflib
+import glob
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -141,8 +142,9 @@ def explicit_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
     names, others = list(names), list(others)
     chosen: list[str] = []
     for name in names:
-        wildcard = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-        pattern = name if any(matches(other, wildcard) for other in others) else wildcard
+        exact = glob.escape(name)
+        wildcard = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", exact)
+        pattern = exact if any(matches(other, wildcard) for other in others) else wildcard
         if pattern not in chosen:
             chosen.append(pattern)
     return chosen
