@@ -28,13 +28,20 @@ def _check_shapes(x: Tensor, weight: Tensor) -> None:
         raise PackedFormatError(f"linear_w1: the input must be floating point, not {x.dtype}.")
 
 
+# The ops have their own rule for the precision of their sums: autocast must not reach into the torch code inside.
 def _linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     _check_shapes(x, weight)
-    return reference.linear_w1(x, weight, scale, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.linear_w1(x, weight, scale, bias)
+
+
+def _linear_w1_grad_input(grad: Tensor, weight: Tensor, scale: Tensor, columns: int) -> Tensor:
+    with torch.autocast(grad.device.type, enabled=False):
+        return reference.linear_w1_grad_input(grad, weight, scale, columns)
 
 
 _LIBRARY.impl("linear_w1", _linear_w1, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear_w1_grad_input", reference.linear_w1_grad_input, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_w1_grad_input", _linear_w1_grad_input, "CompositeExplicitAutograd")
 _LIBRARY.impl("unpack_weight", reference.unpack_weight, "CompositeExplicitAutograd")
 
 
@@ -64,7 +71,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
     """Gradients for the input and the bias; bits and scales are what they are."""
     weight, scale = ctx.saved_tensors
-    grad_bias = None if ctx.bias_dtype is None else grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    grad_bias = None if ctx.bias_dtype is None else grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return torch.ops.proxbit.linear_w1_grad_input(grad, weight, scale, ctx.columns), None, None, grad_bias
 
 

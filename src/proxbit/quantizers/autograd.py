@@ -25,8 +25,7 @@ class _ForwardBackward(torch.autograd.Function):
     ) -> Tensor:
         rows = _as_rows(latent)
         divisor = normalizer(rows, normalize)
-        units = rows / divisor
-        quantized = sign(units) if hard else pair.forward(units, mu)
+        quantized = sign(rows) if hard else pair.forward(rows / divisor, mu)
         factor = output_scale(rows, quantized, divisor, scale)
         # A clone: the schedule changes mu in place between steps, and with gradient accumulation a backward
         # must see the mu of its own forward.

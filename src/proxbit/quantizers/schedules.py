@@ -100,7 +100,7 @@ class MuSchedule:
     @property
     def soft_steps(self) -> int:
         """The first step at which F is hard; `steps` if no step is."""
-        return self.steps - math.floor(self.steps * self.hard_fraction)
+        return self.steps - math.floor(self.steps * self.hard_fraction + 1e-9)
 
     def is_hard(self, step: int) -> bool:
         """Whether F is the sign at optimizer step `step` (counted from 0)."""
@@ -110,5 +110,7 @@ class MuSchedule:
         """The sharpness at optimizer step `step` (counted from 0)."""
         if self.kind == AGGREGATE:
             return self._aggregate[min(step, self.steps)]
-        progress = min(1.0, step / max(1, self.soft_steps - 1))
-        return SCHEDULES.get(self.kind)(progress, self.start, self.end)
+        progress = 1.0 if self.is_hard(step) else min(1.0, step / max(1, self.soft_steps - 1))
+        value = SCHEDULES.get(self.kind)(progress, self.start, self.end)
+        # Rounding must not carry mu out of the range that was checked at both ends.
+        return min(max(value, min(self.start, self.end)), max(self.start, self.end))

@@ -1,0 +1,227 @@
+"""The operators: values, gradients, registration, compilation, errors, and their FLOP formula."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from proxbit.errors import PackedFormatError
+from proxbit.kernels import linear_w1, linear_w1_kernel, unpack_weight
+from proxbit.packing import pack_signs
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+COLUMNS = [1, 7, 8, 9, 31, 32, 33, 63, 64, 65]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+biases = pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+LEADING = pytest.mark.parametrize("leading", [(), (4,), (2, 3), (0,), (2, 0)], ids=str)
+
+
+def layer(rows, columns, dtype=torch.float64):
+    """Packed bits, scales, bias, and the dense weight in double precision."""
+    values = torch.randn(rows, columns)
+    scale, bias = (torch.rand(rows) + 0.5).to(dtype), torch.randn(rows).to(dtype)
+    dense = np.where(values.numpy() >= 0, 1.0, -1.0) * scale.double().numpy()[:, None]
+    return pack_signs(values), scale, bias, dense
+
+
+@dtypes
+@pytest.mark.parametrize("columns", COLUMNS)
+@biases
+def test_linear_is_the_dense_product(columns, dtype, with_bias):
+    weight, scale, bias, dense = layer(6, columns, dtype)
+    x = torch.randn(4, columns).to(dtype)
+    result = linear_w1(x, weight, scale, bias if with_bias else None)
+    assert result.dtype == dtype
+    expected = x.double().numpy() @ dense.T + (bias.double().numpy() if with_bias else 0)
+    sums = 1e-13 if dtype == torch.float64 else 1e-5
+    np.testing.assert_allclose(
+        result.double().numpy(), expected, rtol=max(sums, torch.finfo(dtype).eps), atol=sums * columns
+    )
+
+
+@LEADING
+@biases
+def test_gradients_of_input_and_bias(leading, with_bias):
+    weight, scale, bias, dense = layer(5, 11)
+    x = torch.randn(*leading, 11, dtype=torch.float64, requires_grad=True)
+    bias = bias.requires_grad_() if with_bias else None
+    grad = torch.randn(*leading, 5, dtype=torch.float64)
+    linear_w1(x, weight, scale, bias).backward(grad)
+    np.testing.assert_allclose(x.grad.numpy(), grad.numpy() @ dense, rtol=1e-12, atol=1e-13)
+    if with_bias:
+        np.testing.assert_allclose(bias.grad.numpy(), grad.reshape(-1, 5).sum(dim=0).numpy(), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 2)], ids=str)
+@pytest.mark.parametrize("columns", [7, 8, 9])
+def test_gradcheck(leading, columns):
+    weight, scale, bias, _ = layer(4, columns)
+    x = torch.randn(*leading, columns, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, bias: linear_w1(x, weight, scale, bias), (x, bias.requires_grad_()))
+    assert torch.autograd.gradcheck(lambda x: linear_w1(x, weight, scale), x)
+
+
+@dtypes
+def test_gradients_have_the_dtypes_of_their_tensors(dtype):
+    weight, scale, bias, _ = layer(4, 9, torch.float32)
+    x, bias = torch.randn(3, 9).to(dtype).requires_grad_(), bias.requires_grad_()
+    linear_w1(x, weight, scale, bias).sum().backward()
+    assert x.grad.dtype == dtype
+    assert bias.grad.dtype == torch.float32
+    assert bias.grad.tolist() == [3.0] * 4
+
+
+def test_only_the_bits_are_kept_for_the_backward():
+    """The input of a packed layer is not needed again."""
+    weight, scale, bias, _ = layer(4, 64)
+    x, kept = torch.randn(128, 64, dtype=torch.float64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        linear_w1(x, weight, scale, bias)
+    assert sorted(tensor.data_ptr() for tensor in kept) == sorted([weight.data_ptr(), scale.data_ptr()])
+
+
+def views(columns):
+    base = torch.randn(6, columns + 3, 8, dtype=torch.float64)
+    return {
+        "transposed": base.transpose(1, 2)[..., :columns],
+        "offset": base.flatten()[5 : 5 + 7 * columns].view(7, columns),
+        "strided": torch.randn(9, 2 * columns, dtype=torch.float64)[1::3, 1::2],
+        "expanded": torch.randn(columns, dtype=torch.float64).expand(4, columns),
+    }
+
+
+@pytest.mark.parametrize("kind", list(views(9)))
+@pytest.mark.parametrize("columns", [8, 9])
+def test_views_of_the_input(kind, columns):
+    weight, scale, bias, dense = layer(5, columns)
+    x = views(columns)[kind]
+    assert x.shape[-1] == columns
+    expected = x.numpy() @ dense.T + bias.numpy()
+    np.testing.assert_allclose(linear_w1(x, weight, scale, bias).numpy(), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("columns", [8, 9, 33])
+def test_views_of_the_weight(columns):
+    weight, scale, bias, dense = layer(10, columns)
+    big = torch.full((12, weight.shape[1] + 2), 255, dtype=torch.uint8)
+    big[2:, 1:-1] = weight
+    x = torch.randn(3, columns, dtype=torch.float64)
+    for rows, view in ((slice(None), big[2:, 1:-1]), (slice(1, None, 2), big[3::2, 1:-1])):
+        assert not view.is_contiguous()
+        result = linear_w1(x, view, scale[rows], bias[rows])
+        np.testing.assert_allclose(result.numpy(), x.numpy() @ dense[rows].T + bias.numpy()[rows], rtol=1e-12)
+        np.testing.assert_array_equal(unpack_weight(view, scale[rows], columns).numpy(), dense[rows])
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+@biases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_of_the_linear_op(leading, grad, with_bias, dtype):
+    """Schema, fake implementation, autograd registration, and ahead-of-time dispatch with dynamic shapes."""
+    weight, scale, bias, _ = layer(4, 11, dtype)
+    x = torch.randn(*leading, 11).to(dtype).requires_grad_(grad)
+    bias = bias.requires_grad_(grad) if with_bias else None
+    torch.library.opcheck(torch.ops.proxbit.linear_w1.default, (x, weight, scale, bias))
+
+
+def test_opcheck_of_views_and_of_the_other_ops():
+    weight, scale, bias, _ = layer(4, 11)
+    transposed = torch.randn(2, 11, 3, dtype=torch.float64).transpose(1, 2)
+    torch.library.opcheck(torch.ops.proxbit.linear_w1.default, (transposed, weight, scale, bias))
+    grad = torch.randn(2, 4, 3, dtype=torch.float64).transpose(1, 2)
+    torch.library.opcheck(torch.ops.proxbit.linear_w1_grad_input.default, (grad, weight, scale, 11))
+    torch.library.opcheck(torch.ops.proxbit.unpack_weight.default, (weight, scale, 11))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_integer_input(dtype, device):
+    weight, scale, bias, _ = layer(4, 9)
+    with pytest.raises(PackedFormatError, match=f"the input must be floating point, not {dtype}"):
+        linear_w1(*(t.to(device) for t in (torch.ones(2, 9).to(dtype), weight, scale, bias)))
+
+
+@pytest.mark.parametrize("width", [8, 17, 1, 90])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_wrong_width(width, device):
+    weight, scale, bias, _ = layer(4, 9)
+    message = f"an input of width {width} needs {-(-width // 8)} bytes a row, the packed weight has 2"
+    with pytest.raises(PackedFormatError, match=message):
+        linear_w1(*(t.to(device) for t in (torch.ones(2, width), weight, scale, bias)))
+
+
+def test_meta_tensors_have_shapes_and_dtypes_only():
+    weight, scale, bias, _ = layer(4, 9, torch.float32)
+    x = torch.empty(2, 3, 9, dtype=torch.bfloat16, device="meta")
+    result = linear_w1(x, *(t.to("meta") for t in (weight, scale, bias)))
+    assert (result.shape, result.dtype, result.device.type) == ((2, 3, 4), torch.bfloat16, "meta")
+    dense = unpack_weight(weight.to("meta"), scale.half().to("meta"), 9)
+    assert (dense.shape, dense.dtype, dense.device.type) == ((4, 9), torch.float16, "meta")
+
+
+def test_autocast_does_not_reach_into_the_op():
+    """Sums stay in single precision: what a kernel computes must not depend on the context it is called in."""
+    weight, scale, bias, _ = layer(8, 65, torch.float32)
+    x = torch.randn(4, 65)
+    outside = linear_w1(x, weight, scale, bias)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            inside = linear_w1(x, weight, scale, bias)
+        torch.testing.assert_close(inside.to(outside.dtype), outside, rtol=1e-6, atol=1e-6)
+
+
+@biases
+def test_compiles_whole_with_gradients(with_bias):
+    torch.compiler.reset()
+    weight, scale, bias, _ = layer(5, 11)
+    x = torch.randn(3, 11, dtype=torch.float64)
+    results = []
+    for function in (linear_w1, torch.compile(linear_w1, fullgraph=True, backend="aot_eager")):
+        leaf, shift = x.clone().requires_grad_(), bias.clone().requires_grad_() if with_bias else None
+        output = function(leaf, weight, scale, shift)
+        output.square().sum().backward()
+        results.append((output.detach(), leaf.grad, shift.grad if with_bias else None))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-13)
+
+
+class _Layer(torch.nn.Module):
+    def __init__(self, weight, scale, bias):
+        super().__init__()
+        self.weight, self.scale, self.bias = weight, scale, bias
+
+    def forward(self, x):
+        return linear_w1(x, self.weight, self.scale, self.bias)
+
+
+@biases
+def test_exports_as_one_node_for_any_batch(with_bias):
+    weight, scale, bias, _ = layer(5, 11, torch.float32)
+    module = _Layer(weight, scale, bias if with_bias else None)
+    program = torch.export.export(
+        module, (torch.randn(3, 11),), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2)}}
+    )
+    assert [node.target for node in program.graph.nodes if node.op == "call_function"] == [
+        torch.ops.proxbit.linear_w1.default
+    ]
+    x = torch.randn(7, 11)
+    assert torch.equal(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((11,), 5), ((4, 11), 5), ((2, 3, 7), 6), ((2, 0, 8), 3), ((1, 65), 1)], ids=str
+)
+def test_flops_are_those_of_the_dense_layer(shape, rows):
+    weight, scale, _, _ = layer(rows, shape[-1], torch.float32)
+    counter, dense = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with counter:
+        linear_w1(torch.randn(shape), weight, scale)
+    positions = int(np.prod(shape[:-1]))
+    assert counter.get_total_flops() == 2 * positions * shape[-1] * rows
+    with dense:
+        torch.nn.functional.linear(torch.randn(shape), torch.randn(rows, shape[-1]))
+    assert counter.get_total_flops() == dense.get_total_flops()
+
+
+def test_kernel_name():
+    assert linear_w1_kernel(layer(4, 9)[0]) == "reference"

@@ -1,0 +1,117 @@
+"""The packed format: its sizes, and the checks that keep damaged weights out."""
+
+import math
+
+import pytest
+import torch
+
+from proxbit.errors import PackedFormatError
+from proxbit.packing import BITS_PER_BYTE, check_packed, packed_columns
+
+WIDTHS = {0: 0, 1: 1, 7: 1, 8: 1, 9: 2, 31: 4, 32: 4, 33: 5, 63: 8, 64: 8, 65: 9, 768: 96, 3072: 384}
+
+
+@pytest.fixture
+def weight():
+    """Three rows of 11 columns: 5 padding bits, all 0."""
+    return torch.tensor([[255, 0b111], [0, 0], [0b1010_0101, 0b100]], dtype=torch.uint8)
+
+
+@pytest.fixture
+def scale():
+    return torch.tensor([0.5, 2.0, 0.0])
+
+
+@pytest.mark.parametrize(("columns", "width"), WIDTHS.items())
+def test_bytes_a_row(columns, width):
+    assert BITS_PER_BYTE == 8
+    assert packed_columns(columns) == width
+
+
+def test_a_valid_weight_passes(weight, scale):
+    check_packed(weight, scale, columns=11)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        check_packed(weight, scale.to(dtype), columns=11)
+
+
+@pytest.mark.parametrize("columns", [9, 10, 11, 12, 13, 14, 15, 16])
+def test_the_padding_is_what_the_columns_leave(columns, scale):
+    """A bit at column 10 is data from 11 columns on, and damage before; 16 columns have no padding."""
+    weight = torch.tensor([[0, 0], [0, 0b100], [0, 0]], dtype=torch.uint8)
+    if columns >= 11:
+        check_packed(weight, scale, columns)
+    else:
+        with pytest.raises(PackedFormatError, match=f"the {16 - columns} padding bits"):
+            check_packed(weight, scale, columns)
+
+
+@pytest.mark.parametrize("columns", [8, 16, 64])
+def test_whole_bytes_have_no_padding(columns):
+    check_packed(torch.full((2, columns // 8), 255, dtype=torch.uint8), torch.ones(2), columns)
+
+
+@pytest.mark.parametrize("bit", [3, 4, 5, 6, 7])
+def test_any_padding_bit_is_found_and_its_row_named(weight, scale, bit):
+    weight[1, 1] = 1 << bit
+    with pytest.raises(PackedFormatError, match=r"here: the 5 padding bits .* must be 0, row 1 has others"):
+        check_packed(weight, scale, columns=11, name="here")
+
+
+def test_the_first_damaged_row_is_named(weight, scale):
+    weight[1:, 1] = 0b1000_0000
+    with pytest.raises(PackedFormatError, match="row 1 has others"):
+        check_packed(weight, scale, columns=11)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float32, torch.bool], ids=str)
+def test_dtype_of_the_bits(weight, scale, dtype):
+    with pytest.raises(PackedFormatError, match=f"here: packed weights are uint8, not {dtype}"):
+        check_packed(weight.to(dtype), scale, columns=11, name="here")
+
+
+@pytest.mark.parametrize(
+    ("columns", "shape"),
+    [(8, (3, 2)), (17, (3, 2)), (11, (3, 1)), (11, (3, 11)), (11, (6,)), (11, (3, 1, 2)), (11, (3, 0))],
+    ids=str,
+)
+def test_shape_of_the_bits(columns, shape, scale):
+    width = -(-columns // 8)
+    with pytest.raises(
+        PackedFormatError, match=rf"here: {columns} columns pack into \[rows, {width}\] bytes"
+    ) as caught:
+        check_packed(torch.zeros(shape, dtype=torch.uint8), scale, columns, name="here")
+    assert f"the tensor is {list(shape)}" in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(2,), (4,), (3, 1), ()], ids=str)
+def test_shape_of_the_scales(weight, shape):
+    with pytest.raises(PackedFormatError, match=r"here: expected one scale a row, \[3\]") as caught:
+        check_packed(weight, torch.ones(shape), columns=11, name="here")
+    assert f"weight_scale is {list(shape)}" in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_scales_are_finite(weight, scale, bad, dtype):
+    scale[2] = bad
+    with pytest.raises(PackedFormatError, match=f"here: weight_scale must be finite, row 2 is {bad}"):
+        check_packed(weight, scale.to(dtype), columns=11, name="here")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
+def test_scales_are_floating_point(weight, scale, dtype):
+    """An integer scale would be applied without complaint, and round every other tensor that meets it."""
+    with pytest.raises(PackedFormatError, match=f"weight_scale must be floating point, not {dtype}"):
+        check_packed(weight, scale.to(dtype), columns=11)
+
+
+def test_the_weight_has_a_name_in_messages_by_default(weight, scale):
+    with pytest.raises(PackedFormatError, match="^packed weight: "):
+        check_packed(weight.int(), scale, columns=11)
+
+
+def test_checking_changes_nothing(weight, scale):
+    before = weight.clone(), scale.clone()
+    check_packed(weight, scale, columns=11)
+    assert torch.equal(weight, before[0])
+    assert torch.equal(scale, before[1])

@@ -1,0 +1,266 @@
+"""The quantizer pairs: F and B of each one written once more, soundness, ranges of mu, and the registry."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import proxbit
+from proxbit.errors import MuRangeError, UnknownNameError
+from proxbit.quantizers import PAIRS, QuantizerPair, Surrogate, compose, get_pair, heuristic, pair_name, pairs
+from proxbit.quantizers.proximal import PARQ, SIGN
+from proxbit.quantizers.transforms import SIGN_SWISH
+from proxbit.registry import Registry
+
+
+def plus_minus(w, mu=None):
+    return np.where(w >= 0, 1.0, -1.0)
+
+
+def identity(w, mu):
+    return w
+
+
+def ones(w, mu):
+    return np.ones_like(w)
+
+
+def linear(w, mu):
+    return plus_minus(w) * np.minimum(1, np.abs(w) + mu)
+
+
+def relax(w, mu):
+    return w / (1 + mu) + mu / (1 + mu) * plus_minus(w)
+
+
+def clip(w, mu):
+    return np.minimum(1, np.maximum(-1, mu * w))
+
+
+def box(w, mu):
+    return np.where((w < -1) | (w > 1), 0.0, 1.0)
+
+
+def swish(w, mu):
+    return np.tanh(mu * w / 2) + mu * w / 2 / np.cosh(mu * w / 2) ** 2
+
+
+def swish_slope(w, mu):
+    return mu / np.cosh(mu * w / 2) ** 2 * (1 - mu * w / 2 * np.tanh(mu * w / 2))
+
+
+FORWARD = {
+    "bc": plus_minus,
+    "pc": linear,
+    "binaryrelax": relax,
+    "parq": clip,
+    "bnn": plus_minus,
+    "bnn+": plus_minus,
+    "bnn++": swish,
+}
+BACKWARD = {
+    "bc": ones,
+    "pc": ones,
+    "binaryrelax": ones,
+    "parq": ones,
+    "bnn": box,
+    "bnn+": swish_slope,
+    "bnn++": swish_slope,
+}
+# P of the sound pairs; the others have none.
+PROXIMAL = {"bc": plus_minus, "pc": linear, "binaryrelax": relax, "parq": clip, "bnn++": identity}
+LOWEST_MU = {"bc": 0, "pc": 0, "binaryrelax": 0, "parq": 1, "bnn": 0, "bnn+": 1e-3, "bnn++": 1e-3}
+MUS = {
+    "bc": [0.0, 3.0],
+    "pc": [0.0, 0.37, 1.0],
+    "binaryrelax": [0.0, 0.1, 100.0],
+    "parq": [1.0, 2.5, 100.0],
+    "bnn": [0.0, 3.0],
+    "bnn+": [1e-3, 5.0],
+    "bnn++": [1e-3, 0.3, 30.0],
+}
+ALL = [(name, mu) for name in sorted(PAIRS) for mu in MUS[name]]
+# With zeros, the levels, the edges of the box, and large values.
+GRID = np.concatenate([np.linspace(-3, 3, 481), [-20.0, 20.0, -0.0, 0.0, -1e-300, 1e-300]])
+
+
+def on_grid(function, mu, grid=GRID):
+    return function(torch.from_numpy(grid), mu).numpy()
+
+
+@pytest.mark.parametrize(("name", "mu"), ALL)
+def test_forward_and_backward(name, mu):
+    pair = get_pair(name)
+    tensor = torch.tensor(mu, dtype=torch.float64)
+    for value in (mu, tensor):
+        np.testing.assert_allclose(on_grid(pair.forward, value), FORWARD[name](GRID, mu), rtol=1e-11, atol=1e-13)
+        np.testing.assert_allclose(on_grid(pair.backward, value), BACKWARD[name](GRID, mu), rtol=1e-9, atol=1e-13)
+
+
+def test_soundness_flags():
+    assert {name for name in PAIRS if get_pair(name).sound} == set(PROXIMAL)
+    for name in sorted(PAIRS):
+        pair = get_pair(name)
+        assert (pair.proximal is not None) == (pair.transform is not None) == pair.sound
+
+
+@pytest.mark.parametrize(("name", "mu"), [(name, mu) for name, mu in ALL if name in PROXIMAL])
+def test_sound_pairs_keep_the_condition_of_proxconnect(name, mu):
+    """dF = B dP, by central differences of F and of P (written here), wherever both are smooth; P never decreases."""
+    step = 1e-6
+    middle = np.linspace(-2.7, 2.7, 301) + 0.001234
+    low, high = middle - step, middle + step
+    change_f = on_grid(get_pair(name).forward, mu, high) - on_grid(get_pair(name).forward, mu, low)
+    change_p = PROXIMAL[name](high, mu) - PROXIMAL[name](low, mu)
+    multiplier = on_grid(get_pair(name).backward, mu, middle)
+    np.testing.assert_allclose(change_f, multiplier * change_p, rtol=1e-6, atol=1e-14 * max(1, mu))
+    assert (np.diff(on_grid(get_pair(name).proximal, mu, np.sort(GRID))) >= -1e-14).all()
+    np.testing.assert_allclose(on_grid(get_pair(name).proximal, mu), PROXIMAL[name](GRID, mu), rtol=1e-12, atol=1e-14)
+
+
+def test_the_exact_gradient_pair():
+    """For bnn++, P is the identity, so B is the derivative of F itself."""
+    step = 1e-6
+    points = np.linspace(-4, 4, 161)
+    for mu in (0.3, 1.0, 5.0):
+        difference = on_grid(get_pair("bnn++").forward, mu, points + step) - on_grid(
+            get_pair("bnn++").forward, mu, points - step
+        )
+        np.testing.assert_allclose(
+            on_grid(get_pair("bnn++").backward, mu, points), difference / (2 * step), rtol=0, atol=1e-8
+        )
+
+
+@pytest.mark.parametrize("name", ["bnn", "bnn+"])
+def test_heuristic_pairs_break_the_condition(name):
+    """F is flat where B is not 0: no proximal map explains the pair."""
+    inside = np.array([-0.4, 0.3])
+    assert (on_grid(get_pair(name).backward, 5.0, inside) != 0).all()
+    assert np.array_equal(
+        on_grid(get_pair(name).forward, 5.0, inside + 0.01), on_grid(get_pair(name).forward, 5.0, inside)
+    )
+
+
+@pytest.mark.parametrize("name", sorted(PAIRS))
+def test_every_pair_becomes_the_sign(name):
+    """At the hard end of mu F is the sign, also at 0 and -0.0, but for pairs that cross 0 continuously."""
+    w = np.array([-2.0, -0.5, -0.01, 0.01, 0.5, 2.0])
+    np.testing.assert_allclose(on_grid(get_pair(name).forward, 1e5, w), np.sign(w), rtol=0, atol=1e-4)
+    at_zero = on_grid(get_pair(name).forward, 1e5, np.array([0.0, -0.0]))
+    continuous = name in ("parq", "bnn++")
+    np.testing.assert_allclose(at_zero, [0.0, 0.0] if continuous else [1.0, 1.0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bc", "bnn", "bnn+", "bnn++", "parq", "pc"])
+def test_infinite_values_give_a_level(name):
+    pair = get_pair(name)
+    w = torch.tensor([-math.inf, math.inf], dtype=torch.float64)
+    assert pair.forward(w, 2.0).tolist() == [-1, 1]
+    assert torch.isfinite(pair.backward(w, 2.0)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", sorted(PAIRS))
+def test_dtype_and_shape_are_kept(name, dtype):
+    pair = get_pair(name)
+    w = torch.randn(2, 3, 4).to(dtype)
+    for side in (pair.forward, pair.backward):
+        result = side(w, torch.tensor(1.5, dtype=torch.float64))
+        assert result.dtype == dtype
+        assert result.shape == w.shape
+
+
+@pytest.mark.parametrize("name", sorted(PAIRS))
+def test_range_of_mu(name):
+    pair, lowest = get_pair(name), LOWEST_MU[name]
+    for mu in (lowest, lowest + 1, 1e6):
+        assert pair.check_mu(mu) == mu
+    for mu in (lowest - 1e-6, -1.0, math.nan, math.inf, -math.inf):
+        with pytest.raises(MuRangeError, match=f"takes finite values from {lowest:g} to inf") as caught:
+            pair.check_mu(mu)
+        assert f"mu = {mu} is out of range" in str(caught.value)
+
+
+def test_upper_end_of_the_range_of_mu():
+    pair = compose(SIGN, mu_range=(2.0, 8.0))
+    assert pair.check_mu(8.0) == 8.0
+    with pytest.raises(MuRangeError, match="mu = 8.5 .* from 2 to 8"):
+        pair.check_mu(8.5)
+
+
+@pytest.mark.parametrize("name", sorted(PAIRS))
+def test_default_schedule_stays_in_the_range(name):
+    pair = get_pair(name)
+    kind, start, end = pair.schedule
+    schedule = proxbit.quantizers.MuSchedule(kind, start, end, 100)
+    assert [pair.check_mu(schedule.mu(step)) for step in range(100)] == [schedule.mu(step) for step in range(100)]
+
+
+@pytest.mark.parametrize("name", sorted(PAIRS))
+def test_each_pair_says_what_it_is_and_where_it_is_from(name):
+    pair = get_pair(name)
+    assert all((pair.forward_formula, pair.backward_formula, pair.source))
+
+
+@pytest.mark.parametrize("name", sorted(PAIRS))
+def test_names_round_trip(name):
+    pair = get_pair(name)
+    assert get_pair(pair) is pair
+    assert pair_name(pair) == pair_name(name) == name
+
+
+@pytest.mark.parametrize(("wrong", "meant"), [("bnn+++", "bnn++"), ("binaryrelaxed", "binaryrelax"), ("park", "parq")])
+@pytest.mark.parametrize("look_up", [get_pair, pair_name])
+def test_unknown_pair_names_the_nearest_and_all(look_up, wrong, meant):
+    with pytest.raises(UnknownNameError, match=re.escape(f"Unknown quantizer pair {wrong!r}")) as caught:
+        look_up(wrong)
+    question, valid = str(caught.value).split("? ")
+    assert repr(meant) in question
+    assert all(name in valid for name in FORWARD)
+
+
+def test_an_unregistered_pair_has_no_name():
+    pair = compose(SIGN, SIGN_SWISH)
+    assert get_pair(pair) is pair
+    with pytest.raises(UnknownNameError, match=r"no name.*proxbit\.register_pair\('a-name', pair\)"):
+        pair_name(pair)
+
+
+def test_registering_a_pair(monkeypatch):
+    registry = Registry("quantizer pair")
+    monkeypatch.setattr(pairs, "PAIRS", registry)
+    pair = heuristic(Surrogate(PARQ, "F"), Surrogate(lambda w, mu: w, "B"), source="own")
+    assert proxbit.register_pair("mine", pair) is pair
+    assert get_pair("mine") is pair
+    assert pair_name(pair) == "mine"
+    with pytest.raises(UnknownNameError, match="'mine' is already registered"):
+        proxbit.register_pair("mine", compose(SIGN))
+
+
+def test_compose_chains_map_and_transform():
+    pair = proxbit.compose(PARQ, SIGN_SWISH, mu_range=(1, 9), schedule=("log", 2.0, 8.0), source="here")
+    assert pair.sound
+    assert (pair.mu_range, pair.schedule, pair.source) == ((1, 9), ("log", 2.0, 8.0), "here")
+    np.testing.assert_allclose(on_grid(pair.forward, 3.0), swish(clip(GRID, 3.0), 3.0), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(on_grid(pair.backward, 3.0), swish_slope(clip(GRID, 3.0), 3.0), rtol=1e-11)
+    assert compose(PARQ).source == PARQ.source
+    np.testing.assert_allclose(on_grid(compose(PARQ).backward, 3.0), 1)
+
+
+def test_heuristic_keeps_both_sides_as_given():
+    pair = proxbit.heuristic(
+        Surrogate(lambda w, mu: w * mu, "mu w"), Surrogate(lambda w, mu: w - mu, "w - mu"), source="here"
+    )
+    assert not pair.sound
+    assert (pair.forward_formula, pair.backward_formula, pair.source) == ("mu w", "w - mu", "here")
+    assert pair.forward(torch.tensor(3.0), 2.0).item() == 6
+    assert pair.backward(torch.tensor(3.0), 2.0).item() == 1
+
+
+def test_a_pair_cannot_be_changed():
+    """Layers share it."""
+    with pytest.raises(AttributeError, match="cannot assign"):
+        get_pair("bc").mu_range = (0, 1)
+    assert isinstance(get_pair("bc"), QuantizerPair)
