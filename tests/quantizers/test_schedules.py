@@ -23,7 +23,7 @@ def curve(kind, start, end, p):
 
 
 def test_the_kinds_are_all_tested_here():
-    assert set(SCHEDULES) == {*KINDS, "constant"}
+    assert set(SCHEDULES) == {*KINDS, "constant", "aggregate"}
 
 
 @pytest.mark.parametrize("steps", [2, 3, 10, 101])

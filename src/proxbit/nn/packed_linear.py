@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from proxbit.errors import PackedFormatError
 from proxbit.kernels import linear_w1, linear_w1_kernel, unpack_weight
 from proxbit.nn.binary_linear import BinaryLinear
 from proxbit.packing import check_packed, pack_signs, packed_columns
@@ -83,6 +84,10 @@ class PackedLinear(nn.Module):
         return linear_w1_kernel(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.shape[-1] != self.in_features:
+            raise PackedFormatError(
+                f"An input of width {input.shape[-1]} came to a layer of {self.in_features} inputs."
+            )
         return linear_w1(input, self.weight, self.weight_scale, self.bias)
 
     def extra_repr(self) -> str:

@@ -35,11 +35,13 @@ def _sigmoid(progress: float, start: float, end: float) -> float:
 
 
 Curve = Callable[[float, float, float], float]
-SCHEDULES: Registry[Curve] = Registry("mu schedule")
+# `aggregate` is no curve of the progress: it sums what the optimizer does.
+SCHEDULES: Registry[Curve | None] = Registry("mu schedule")
 SCHEDULES.register("constant", _constant)
 SCHEDULES.register("linear", _linear)
 SCHEDULES.register("log", _log)
 SCHEDULES.register("sigmoid", _sigmoid)
+SCHEDULES.register(AGGREGATE, None)
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,10 @@ class MuSchedule:
 
     def mu(self, step: int) -> float:
         """The sharpness at optimizer step `step` (counted from 0)."""
-        if self.kind == AGGREGATE:
+        curve = SCHEDULES.get(self.kind)
+        if curve is None:
             return self._aggregate[min(step, self.steps)]
         progress = 1.0 if self.is_hard(step) else min(1.0, step / max(1, self.soft_steps - 1))
-        value = SCHEDULES.get(self.kind)(progress, self.start, self.end)
+        value = curve(progress, self.start, self.end)
         # Rounding must not carry mu out of the range that was checked at both ends.
         return min(max(value, min(self.start, self.end)), max(self.start, self.end))

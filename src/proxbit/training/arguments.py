@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from proxbit.errors import ConfigError
-from proxbit.quantizers import AGGREGATE, SCHEDULES
+from proxbit.quantizers import SCHEDULES
 
 __all__ = ["DistillationArguments", "ProxConnectArguments"]
 
@@ -70,7 +70,7 @@ class ProxConnectArguments(DistillationArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mu_schedule is not None and self.mu_schedule != AGGREGATE:
+        if self.mu_schedule is not None:
             SCHEDULES.get(self.mu_schedule)
         _check_fraction("hard_fraction", self.hard_fraction)
         _check_positive("latent_learning_rate_factor", self.latent_learning_rate_factor)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from proxbit.errors import ConfigError
+from proxbit.hub.compat import is_model_folder, load_weights
 from proxbit.training.arguments import DistillationArguments
 from proxbit.training.losses import distillation_loss
 
@@ -39,6 +40,25 @@ class DistillationTrainer(Trainer):
         self._check_teacher(model, teacher)
         super().__init__(model=model, args=args or DistillationArguments(), **kwargs)
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As the Trainer, but with the names that `save_pretrained` gave to the weights."""
+        target = self.model if model is None else model
+        if self._is_plain(target, resume_from_checkpoint):
+            load_weights(target, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Likewise."""
+        if self._is_plain(self.model, self.state.best_model_checkpoint):
+            load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _is_plain(self, model: nn.Module, folder: str) -> bool:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return isinstance(model, PreTrainedModel) and not sharded and is_model_folder(folder)
 
     @staticmethod
     def _check_teacher(model: nn.Module | None, teacher: nn.Module | None) -> None:

@@ -1,0 +1,29 @@
+"""Work-arounds for faults of dependencies, each with the issue and the condition under which it can go."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+__all__ = ["is_model_folder", "load_weights"]
+
+
+def is_model_folder(folder: str | Path) -> bool:
+    """Whether a folder is what `save_pretrained` writes: a configuration beside safetensors."""
+    folder = Path(folder)
+    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+
+
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Put the weights of a checkpoint into a model of the same kind and state.
+
+    The Trainer of transformers (5.15 to 5.23 at least) reads checkpoints with `load_state_dict(strict=False)`, without
+    the renaming that `save_pretrained` did, so resuming or loading the best model keeps the weights of renamed layers
+    as they happen to be: https://github.com/huggingface/transformers/issues/48805. `from_pretrained` does rename. To be
+    deleted once the oldest supported transformers applies weight conversions there.
+
+    Args:
+        model: float or latent; changed in place, parameters stay the same objects.
+        folder: a checkpoint of the same architecture and state.
+    """
+    loaded = type(model).from_pretrained(folder)
+    model.load_state_dict(loaded.state_dict())

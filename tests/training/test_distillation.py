@@ -1,0 +1,168 @@
+"""`DistillationTrainer`: the mixed loss by hand, the teacher left alone, models of any state."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, ViTForImageClassification
+
+import proxbit
+from proxbit.config import BinarizationConfig
+from proxbit.errors import ConfigError
+from proxbit.training import DistillationArguments, DistillationTrainer
+from tiny_models import LABELS, SIDE, vit
+
+
+def examples(crops, count):
+    return [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(count, SIDE))]
+
+
+def batch(crops, count=6):
+    return {"pixel_values": crops(count, SIDE), "labels": torch.arange(count) % LABELS}
+
+
+def sharp(seed):
+    """A model whose predictions are far from uniform."""
+    torch.manual_seed(seed)
+    model = ViTForImageClassification(vit())
+    nn.init.normal_(model.classifier.weight)
+    return model
+
+
+def arguments(folder, **changes):
+    fixed = dict(report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", logging_strategy="no")
+    training = dict(per_device_train_batch_size=4, max_steps=3, learning_rate=1e-2)
+    return DistillationArguments(str(folder), **(fixed | training | changes))
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def cross_entropy(logits, labels, count):
+    return -log_softmax(logits)[np.arange(len(labels)), labels].sum() / count
+
+
+def divergence(student, teacher, temperature, count):
+    p, q = log_softmax(teacher / temperature), log_softmax(student / temperature)
+    return temperature**2 * (np.exp(p) * (p - q)).sum() / count
+
+
+def by_hand(model, teacher, inputs, weight, temperature, count):
+    with torch.no_grad():
+        student = model(inputs["pixel_values"]).logits.double().numpy()
+        target = teacher(inputs["pixel_values"]).logits.double().numpy()
+    task = cross_entropy(student, inputs["labels"].numpy(), count)
+    return (1 - weight) * task + weight * divergence(student, target, temperature, count)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("items", [None, 24], ids=["of this batch", "of the step"])
+def test_the_loss_is_the_weighted_mix(tmp_path, crops, weight, temperature, items):
+    model, teacher, inputs = sharp(1), sharp(2), batch(crops)
+    args = arguments(tmp_path, distillation_weight=weight, distillation_temperature=temperature)
+    trainer = DistillationTrainer(model=model, args=args, teacher=teacher)
+    expected = by_hand(model, teacher, inputs, weight, temperature, items or 6)
+    loss, outputs = trainer.compute_loss(model.train(), dict(inputs), return_outputs=True, num_items_in_batch=items)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert outputs.logits.shape == (6, LABELS)
+    assert trainer.compute_loss(model, dict(inputs), num_items_in_batch=items).item() == loss.item()
+
+
+def test_the_defaults_are_one_half_at_temperature_two(tmp_path, crops):
+    model, teacher, inputs = sharp(1), sharp(2), batch(crops)
+    trainer = DistillationTrainer(model=model, args=arguments(tmp_path), teacher=teacher)
+    expected = by_hand(model, teacher, inputs, 0.5, 2.0, 6)
+    assert trainer.compute_loss(model.train(), inputs).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["evaluation", "no teacher"])
+def test_otherwise_the_loss_is_that_of_the_task(tmp_path, crops, mode):
+    model, inputs = sharp(1), batch(crops)
+    teacher = sharp(2) if mode == "evaluation" else None
+    trainer = DistillationTrainer(model=model, args=arguments(tmp_path), teacher=teacher)
+    loss = trainer.compute_loss(model.train(mode != "evaluation"), inputs)
+    with torch.no_grad():
+        logits = model(inputs["pixel_values"]).logits.double().numpy()
+    assert loss.item() == pytest.approx(cross_entropy(logits, inputs["labels"].numpy(), 6), rel=1e-4)
+
+
+def test_the_teacher_is_left_alone(tmp_path, crops):
+    """In evaluation mode all along, without gradients, and with the weights that it came with."""
+    model, teacher = sharp(1), sharp(2).train()
+    before = copy.deepcopy(teacher.state_dict())
+    trainer = DistillationTrainer(
+        model=model, args=arguments(tmp_path), teacher=teacher, train_dataset=examples(crops, 8)
+    )
+    assert trainer.teacher is teacher and not any(module.training for module in teacher.modules())
+    trainer.train()
+    assert not any(module.training for module in teacher.modules())
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_other_labels_are_refused(tmp_path):
+    teacher = ViTForImageClassification(vit(num_labels=LABELS + 2))
+    with pytest.raises(ConfigError, match="The teacher has 5 labels, the model 3: distillation needs the same labels"):
+        DistillationTrainer(model=sharp(1), args=arguments(tmp_path / "out"), teacher=teacher)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["float", "latent"])
+def test_a_student_comes_nearer_to_its_teacher(tmp_path, crops, binary):
+    """With all weight on the teacher, labels do not matter; predictions follow the teacher's."""
+    pictures = crops(8, SIDE)
+    model, teacher = sharp(1), sharp(2)
+    if binary:
+        proxbit.binarize(model, BinarizationConfig())
+    data = [{"pixel_values": picture, "labels": 0} for picture in pictures]
+    args = arguments(
+        tmp_path, distillation_weight=1.0, max_steps=15, per_device_train_batch_size=8, lr_scheduler_type="constant"
+    )
+
+    def distance():
+        with torch.no_grad():
+            student, target = (m(pictures).logits.double().numpy() for m in (model.train(), teacher))
+        return divergence(student, target, 1.0, 8)
+
+    before = distance()
+    DistillationTrainer(model=model, args=args, teacher=teacher, train_dataset=data).train()
+    assert distance() < 0.3 * before
+
+
+def test_without_a_teacher_it_is_the_plain_trainer(tmp_path, crops):
+    weights = []
+    for kind in (Trainer, DistillationTrainer):
+        model = sharp(1)
+        kind(model=model, args=arguments(tmp_path), train_dataset=examples(crops, 8)).train()
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][key], value) for key, value in weights[1].items())
+
+
+@pytest.mark.parametrize("distil", [False, True], ids=["alone", "with teacher"])
+def test_eight_small_batches_are_one_of_eight(tmp_path, crops, distil):
+    """Twelve pictures in batches of eight: the last step of an epoch has fewer, and still is their mean. Gradients are
+    not clipped, which would hide a wrong factor.
+    """
+    weights, start = [], sharp(1).state_dict()
+    for size, steps in ((8, 1), (1, 8)):
+        model = sharp(1)
+        args = arguments(
+            tmp_path,
+            optim="sgd",
+            max_grad_norm=0,
+            max_steps=4,
+            learning_rate=0.05,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+        )
+        teacher = sharp(2) if distil else None
+        DistillationTrainer(model=model, args=args, teacher=teacher, train_dataset=examples(crops, 12)).train()
+        weights.append(model.state_dict())
+    assert max((weights[0][key] - value).abs().max().item() for key, value in start.items()) > 1e-2
+    for key, value in weights[1].items():
+        torch.testing.assert_close(value, weights[0][key], atol=1e-5, rtol=0)

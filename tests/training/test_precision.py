@@ -1,0 +1,228 @@
+"""What people do to a model around training: autocast, accumulation, checkpointing, compilation, copies."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import ViTForImageClassification
+
+import proxbit
+from proxbit.config import BinarizationConfig
+from proxbit.nn import latent_layers, set_mu
+from proxbit.training import ProxConnectArguments, ProxConnectTrainer
+from tiny_models import LABELS, SIDE, vit
+
+
+def floats(seed=1):
+    torch.manual_seed(seed)
+    model = ViTForImageClassification(vit())
+    nn.init.normal_(model.classifier.weight)
+    return model
+
+
+def make(seed=1, packed=False):
+    """Patches are embedded by a binary convolution, so that it is covered too."""
+    include = ["vit.layers", "vit.embeddings.patch_embeddings.projection"]
+    model = proxbit.binarize(floats(seed), BinarizationConfig(include=include)).train()
+    set_mu(model, 2.0)
+    return proxbit.pack(model) if packed else model
+
+
+def examples(crops, count):
+    return [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(count, SIDE))]
+
+
+def batch(crops, count=6):
+    return {"pixel_values": crops(count, SIDE), "labels": torch.arange(count) % LABELS}
+
+
+def arguments(folder, **changes):
+    fixed = dict(report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", logging_strategy="no")
+    return ProxConnectArguments(str(folder), **(fixed | changes))
+
+
+def gradients(model, inputs, **autocast):
+    """Loss and gradients, the picture's included."""
+    model.zero_grad()
+    pictures = inputs["pixel_values"].clone().requires_grad_()
+    with torch.autocast("cpu", **(autocast or dict(enabled=False))):
+        loss = model(pictures, labels=inputs["labels"]).loss
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), found | {"pictures": pictures.grad}
+
+
+def close(first, second, share):
+    """The distance of two gradients, in every tensor, is below this share of its size. Gradients of the keys' biases
+    are zero but for rounding.
+    """
+    assert first.keys() == second.keys()
+    size = torch.stack([value.norm() for value in second.values()]).max()
+    for name, value in second.items():
+        assert (first[name].float() - value).norm() <= share * max(value.norm(), 1e-2 * size), name
+
+
+# --- mixed precision
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["latent", "packed"])
+@pytest.mark.parametrize("dtype, share", [(torch.bfloat16, 0.1), (torch.float16, 0.02)], ids=["bf16", "fp16"])
+def test_autocast_is_close_to_single_precision(crops, packed, dtype, share):
+    model, inputs = make(packed=packed), batch(crops)
+    loss, expected = gradients(model, inputs)
+    mixed_loss, mixed = gradients(model, inputs, dtype=dtype)
+    assert mixed_loss.item() == pytest.approx(loss.item(), rel=share)
+    assert all(torch.isfinite(value).all() for value in mixed.values())
+    assert all(value.dtype == torch.float32 for value in mixed.values())
+    close(mixed, expected, share)
+    names = [f"{name}.weight" for name, _ in latent_layers(model)]
+    assert len(names) == (0 if packed else 13) and mixed.keys() >= set(names)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast_gives_the_logits_of_what_ships(crops, dtype):
+    latent, pictures = make(), crops(6, SIDE)
+    packed = proxbit.pack(copy.deepcopy(latent)).eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        found, expected = packed(pictures).logits, latent.eval()(pictures).logits
+    assert found.dtype == expected.dtype == dtype
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=40 * torch.finfo(dtype).eps)
+
+
+def test_the_trainer_runs_in_bf16(tmp_path, crops):
+    """Latents stay in single precision, and the run stays close to that without bf16."""
+    weights, start = [], make().state_dict()
+    for bf16 in (False, True):
+        model = make()
+        args = arguments(
+            tmp_path, bf16=bf16, optim="sgd", max_steps=5, learning_rate=0.02, per_device_train_batch_size=6
+        )
+        ProxConnectTrainer(model=model, args=args, train_dataset=examples(crops, 6), teacher=floats(2)).train()
+        assert all(layer.weight.dtype == torch.float32 for _, layer in latent_layers(model))
+        weights.append(model.state_dict())
+    moved = {key: (value - start[key]).norm() for key, value in weights[0].items()}
+    most = max(moved.values())
+    assert most > 1e-3
+    for key, value in weights[1].items():
+        assert (value - weights[0][key]).norm() <= 0.1 * max(moved[key], 0.05 * most), key
+        assert not torch.equal(value, weights[0][key]), key
+
+
+# --- less memory
+
+
+@pytest.mark.parametrize("distil", [False, True], ids=["alone", "with teacher"])
+def test_eight_small_batches_are_one_of_eight(tmp_path, crops, distil):
+    """mu moves at every step and the last is hard. Twelve pictures: the last step of an epoch has fewer than eight.
+    Gradients are not clipped, which would hide a wrong factor.
+    """
+    weights, start = [], make().state_dict()
+    for size, steps in ((8, 1), (1, 8)):
+        model = make()
+        args = arguments(
+            tmp_path,
+            optim="sgd",
+            max_grad_norm=0,
+            max_steps=4,
+            learning_rate=0.02,
+            hard_fraction=0.25,
+            mu_start=0.5,
+            mu_end=4.0,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+        )
+        teacher = floats(2) if distil else None
+        ProxConnectTrainer(model=model, args=args, train_dataset=examples(crops, 12), teacher=teacher).train()
+        weights.append(model.state_dict())
+    assert max((weights[0][key] - value).abs().max().item() for key, value in start.items()) > 1e-2
+    for key, value in weights[1].items():
+        torch.testing.assert_close(value, weights[0][key], atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_gradient_checkpointing_changes_no_gradient(crops, reentrant):
+    inputs = batch(crops)
+    model = make()
+    _, expected = gradients(model, inputs)
+    runs = []
+    layer = model.get_submodule("vit.layers.0.mlp.fc1")
+    layer.register_forward_hook(lambda *_: runs.append(1))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    _, found = gradients(model, inputs)
+    assert len(runs) == 2
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_the_trainer_checkpoints_gradients(tmp_path, crops):
+    weights = []
+    for checkpointing in (False, True):
+        model = make()
+        args = arguments(tmp_path, max_steps=3, learning_rate=1e-2, gradient_checkpointing=checkpointing)
+        ProxConnectTrainer(model=model, args=args, train_dataset=examples(crops, 8)).train()
+        assert model.is_gradient_checkpointing == checkpointing
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][key], value) for key, value in weights[1].items())
+
+
+# --- compilation
+
+
+def test_a_latent_model_compiles_whole(crops):
+    """Forward and backward are those of eager mode, and no graph is made again when mu moves."""
+    torch.compiler.reset()
+    model, inputs = make(), batch(crops)
+    model.config.problem_type = "single_label_classification"  # transformers sets it in the first forward otherwise
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def step(function):
+        model.zero_grad()
+        loss = function(**inputs).loss
+        loss.backward()
+        return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    step(compiled)
+    losses = []
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for mu in (0.5, 8.0):
+            set_mu(model, mu)
+            (loss, found), (expected_loss, expected) = step(compiled), step(model)
+            torch.testing.assert_close(loss, expected_loss)
+            close(found, expected, 1e-4)
+            losses.append(loss.item())
+    assert len(set(losses)) == 2
+
+
+def test_a_packed_model_compiles_whole(crops):
+    torch.compiler.reset()
+    model = make(packed=True).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        pictures = crops(4, SIDE)
+        torch.testing.assert_close(compiled(pictures).logits, model(pictures).logits, atol=1e-5, rtol=1e-5)
+
+
+# --- copies
+
+
+def test_a_copy_trains_on_its_own(tmp_path, crops):
+    model = make()
+    model.get_submodule("vit.layers.1.mlp.fc2").soft_eval = True
+    before, twin = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
+    pictures = crops(4, SIDE)
+    with torch.no_grad():
+        logits = model(pictures).logits
+        assert torch.equal(twin(pictures).logits, logits)
+    args = arguments(tmp_path, max_steps=3, learning_rate=1e-2)
+    ProxConnectTrainer(model=twin, args=args, train_dataset=examples(crops, 8)).train()
+    for (name, layer), (_, other) in zip(latent_layers(twin), latent_layers(model)):
+        assert not torch.equal(layer.weight, other.weight), name
+        assert layer.pair == other.pair
+        assert (float(other.mu), other.hardened) == (2.0, False)
+        assert float(layer.mu) == pytest.approx(30.0)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model.train()(pictures).logits, logits)

@@ -1,0 +1,234 @@
+"""Checkpoints of a run: latent, reloadable, the best of them, and resumed as if training had never stopped."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForImageClassification,
+    CLIPConfig,
+    CLIPForImageClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTForImageClassification,
+)
+
+import proxbit
+from proxbit.config import BinarizationConfig
+from proxbit.nn import latent_layers
+from proxbit.patching import state_of
+from proxbit.training import DistillationArguments, DistillationTrainer, ProxConnectArguments, ProxConnectTrainer
+from tiny_models import LABELS, SIDE, vit
+
+HALF = 5
+
+
+def vit_with_dropout():
+    return ViTForImageClassification(vit(hidden_dropout_prob=0.1))
+
+
+def clip_with_dropout():
+    config = vit(attention_dropout=0.1).to_dict()
+    names = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    sizes = {name: config[name] for name in (*names, "attention_dropout")}
+    return CLIPForImageClassification(CLIPConfig(vision_config=sizes, num_labels=LABELS))
+
+
+# The names of CLIP's weights are the same in memory and on disk, those of ViT are not. The Trainer of transformers 5
+# loses renamed weights when it resumes, of float models too: the control arm is without them.
+FAMILIES = {"vit": vit_with_dropout, "clip": clip_with_dropout}
+
+
+def make(seed, family="vit", latent=True):
+    """Dropout is on: resuming must restore the state of the random numbers too."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family]()
+    nn.init.normal_(model.classifier.weight)
+    return proxbit.binarize(model, BinarizationConfig()) if latent else model
+
+
+def examples(crops, count):
+    return [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(count, SIDE))]
+
+
+def settings(folder, **changes):
+    fixed = dict(report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="steps", save_steps=HALF)
+    training = dict(per_device_train_batch_size=4, max_steps=2 * HALF, learning_rate=1e-2, logging_steps=1)
+    return dict(output_dir=str(folder)) | fixed | training | changes
+
+
+def same(first, second):
+    """Bit for bit."""
+    first, second = first.state_dict(), second.state_dict()
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[key], second[key]) for key in first)
+
+
+class Stop(TrainerCallback):
+    """Stops training after `HALF` steps."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == HALF
+
+
+def proxconnect(folder, model, data, **kwargs):
+    """The second half begins soft and ends hard."""
+    args = ProxConnectArguments(**settings(folder, hard_fraction=0.3, weight_decay=0.1))
+    return ProxConnectTrainer(model=model, args=args, train_dataset=data, **kwargs)
+
+
+def distilled(folder, model, data, **kwargs):
+    return proxconnect(folder, model, data, teacher=make(9, latent=False), **kwargs)
+
+
+def distilled_float(folder, model, data, **kwargs):
+    args = DistillationArguments(**settings(folder))
+    teacher = make(9, latent=False)
+    return DistillationTrainer(model=model, args=args, train_dataset=data, teacher=teacher, **kwargs)
+
+
+def plain(folder, model, data, **kwargs):
+    """The control: the Trainer of transformers on the float model."""
+    return Trainer(model=model, args=TrainingArguments(**settings(folder)), train_dataset=data, **kwargs)
+
+
+def curve(trainer):
+    """The numbers that were logged at every step, without the times."""
+    names = ("step", "loss", "grad_norm", "learning_rate", "mu", "hardening_gap", "flip_ratio")
+    return [{k: entry[k] for k in names if k in entry} for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    "build, family, latent",
+    [
+        (proxconnect, "vit", True),
+        (proxconnect, "clip", True),
+        (distilled, "vit", True),
+        (distilled_float, "vit", False),
+        (plain, "clip", False),
+    ],
+    ids=["vit", "clip", "vit with teacher", "float vit with teacher", "control"],
+)
+def test_resuming_is_as_if_training_had_not_stopped(tmp_path, crops, build, family, latent):
+    """Eleven pictures in batches of four: the stop falls inside an epoch. The control is the plain Trainer on the float
+    model.
+    """
+    data = examples(crops, 11)
+    whole = build(tmp_path / "whole", make(1, family, latent), data)
+    whole.train()
+
+    first = build(tmp_path / "parts", make(1, family, latent), data, callbacks=[Stop()])
+    first.train()
+    assert first.state.global_step == HALF
+    assert not same(first.model, whole.model)
+
+    rest = build(tmp_path / "parts", make(2, family, latent), data)
+    rest.train(resume_from_checkpoint=str(tmp_path / "parts" / f"checkpoint-{HALF}"))
+    assert same(rest.model, whole.model)
+    assert curve(rest) == curve(whole)
+    assert [entry["step"] for entry in curve(rest)] == list(range(1, 2 * HALF + 1))
+    kept = [trainer.optimizer.state_dict()["state"] for trainer in (rest, whole)]
+    assert all(torch.equal(kept[0][i][name], value) for i in kept[1] for name, value in kept[1][i].items())
+
+
+def test_a_resumed_run_has_the_mu_of_its_step(tmp_path, crops):
+    data = examples(crops, 8)
+    proxconnect(tmp_path, make(1), data, callbacks=[Stop()]).train()
+    trainer = proxconnect(tmp_path, make(2), data)
+    trainer.train(resume_from_checkpoint=True)
+    mus = [entry["mu"] for entry in curve(trainer)]
+    assert mus == pytest.approx([0.3 * 100 ** min(1, step / 6) for step in range(10)])
+
+
+def test_checkpoints_are_latent_and_reload(tmp_path, crops):
+    trainer = proxconnect(tmp_path, make(1), examples(crops, 8))
+    trainer.train()
+    folder = tmp_path / f"checkpoint-{2 * HALF}"
+    again = AutoModelForImageClassification.from_pretrained(folder)
+    assert state_of(again) == "latent"
+    assert again.config.quantization_config.state == "latent"
+    assert same(again, trainer.model)
+    with torch.no_grad():
+        pictures = crops(4, SIDE)
+        assert torch.equal(again.eval()(pictures).logits, trainer.model.eval()(pictures).logits)
+
+
+def test_a_reloaded_checkpoint_trains_on(tmp_path, crops):
+    data = examples(crops, 8)
+    proxconnect(tmp_path / "a", make(1), data).train()
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "a" / f"checkpoint-{HALF}")
+    before = copy.deepcopy(again)
+    proxconnect(tmp_path / "b", again, data).train()
+    for (name, layer), (_, old) in zip(latent_layers(again), latent_layers(before)):
+        assert not torch.equal(layer.weight, old.weight), name
+
+
+def test_save_model_is_latent_and_packs_to_the_same(tmp_path, crops):
+    trainer = proxconnect(tmp_path, make(1), examples(crops, 8))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "latent"))
+    proxbit.pack(trainer.model).save_pretrained(tmp_path / "packed")
+    latent, packed = (
+        AutoModelForImageClassification.from_pretrained(tmp_path / n).eval() for n in ("latent", "packed")
+    )
+    assert (state_of(latent), state_of(packed)) == ("latent", "packed")
+    with torch.no_grad():
+        pictures = crops(4, SIDE)
+        torch.testing.assert_close(latent(pictures).logits, packed(pictures).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_best_model_is_that_with_the_best_hard_value(tmp_path, crops, family):
+    """Scripted scores, hard and soft in turn: the middle evaluation is the best hard one and the worst soft one."""
+    scores = iter([0.1, 0.8, 0.9, 0.2, 0.3, 0.95])
+    args = ProxConnectArguments(
+        **settings(
+            tmp_path,
+            max_steps=6,
+            save_steps=2,
+            eval_steps=2,
+            eval_strategy="steps",
+            load_best_model_at_end=True,
+            metric_for_best_model="score",
+        )
+    )
+    trainer = ProxConnectTrainer(
+        model=make(1, family),
+        args=args,
+        train_dataset=examples(crops, 8),
+        eval_dataset=examples(crops, 4),
+        compute_metrics=lambda prediction: {"score": next(scores)},
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    best, last = (AutoModelForImageClassification.from_pretrained(tmp_path / f"checkpoint-{n}") for n in (4, 6))
+    assert same(trainer.model, best)
+    assert not same(best, last)
+    evaluations = [entry for entry in trainer.state.log_history if "eval_score" in entry]
+    assert [entry["eval_score"] for entry in evaluations] == [0.1, 0.9, 0.3]
+    assert [entry["eval_soft_score"] for entry in evaluations] == [0.8, 0.2, 0.95]
+
+
+def test_the_stock_trainer_trains_a_latent_model(tmp_path, crops):
+    model = make(1)
+    before = copy.deepcopy(model)
+    args = TrainingArguments(**settings(tmp_path))
+    trainer = Trainer(model=model, args=args, train_dataset=examples(crops, 8))
+    trainer.train()
+    for (name, layer), (_, old) in zip(latent_layers(model), latent_layers(before)):
+        assert not torch.equal(layer.weight, old.weight), name
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / f"checkpoint-{2 * HALF}")
+    assert state_of(again) == "latent"
+    assert same(again, model)
+
+
+@pytest.mark.parametrize("reloaded", [False, True], ids=["packed in hand", "reloaded"])
+def test_the_stock_trainer_refuses_a_packed_model(tmp_path, reloaded):
+    model = proxbit.pack(make(1))
+    if reloaded:
+        model.save_pretrained(tmp_path / "packed")
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / "packed")
+    with pytest.raises(ValueError, match="You cannot perform fine-tuning on purely quantized models"):
+        Trainer(model=model, args=TrainingArguments(**settings(tmp_path / "out")))

@@ -1,0 +1,298 @@
+"""`ProxConnectTrainer`: what it refuses, its parameter groups, the way of mu, its logs and evaluations, checkpoints."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback, ViTForImageClassification
+
+import proxbit
+from proxbit.config import BinarizationConfig
+from proxbit.errors import ConfigError, LatentError, ModelStateError, MuRangeError
+from proxbit.nn import latent_layers, set_mu
+from proxbit.training import ProxConnectArguments, ProxConnectTrainer
+from proxbit.training.metrics import classification_metrics
+from tiny_models import LABELS, SIDE, vit
+
+
+def make(pair="bnn++", seed=1, **changes):
+    torch.manual_seed(seed)
+    model = ViTForImageClassification(vit())
+    nn.init.normal_(model.classifier.weight)
+    return proxbit.binarize(model, BinarizationConfig(weights=pair, **changes))
+
+
+def examples(crops, count):
+    return [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(count, SIDE))]
+
+
+def arguments(folder, **changes):
+    fixed = dict(report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", logging_strategy="no")
+    training = dict(per_device_train_batch_size=4, max_steps=10, learning_rate=1e-2)
+    return ProxConnectArguments(str(folder), **(fixed | training | changes))
+
+
+def prepare(folder, model, crops, callbacks=None, **changes):
+    return ProxConnectTrainer(
+        model=model,
+        args=arguments(folder, **changes),
+        train_dataset=examples(crops, 8),
+        eval_dataset=examples(crops, 12),
+        callbacks=callbacks,
+        compute_metrics=classification_metrics,
+    )
+
+
+def latents(model):
+    return {name: layer.weight.detach().clone() for name, layer in latent_layers(model)}
+
+
+class Recorder(TrainerCallback):
+    """What the model is like inside every optimizer step, and its latents after it."""
+
+    def __init__(self):
+        self.mu, self.hard, self.rates, self.latents = [], [], [], []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.latents.append(latents(model))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        layers = [layer for _, layer in latent_layers(model)]
+        assert len({(float(layer.mu), layer.hardened) for layer in layers}) == 1
+        self.mu.append(float(layers[0].mu))
+        self.hard.append(layers[0].hardened)
+        self.rates.append(optimizer.param_groups[-1]["lr"])
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.latents.append(latents(model))
+
+
+# --- what it refuses
+
+
+@pytest.mark.parametrize(
+    "convert, words",
+    [
+        (proxbit.dequantize, r"this one is float. Call proxbit.binarize\(model, config\) first"),
+        (proxbit.pack, "this one is packed. A packed model cannot be trained; load its latent checkpoint instead"),
+    ],
+    ids=["float", "packed"],
+)
+def test_only_latent_models_are_trained(tmp_path, convert, words):
+    with pytest.raises(ModelStateError, match=words):
+        ProxConnectTrainer(model=convert(make()), args=arguments(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value, words", [(float("nan"), "NaN or infinite"), (0.0, "all zero")], ids=["nan", "zero"])
+def test_latents_that_cannot_be_binarized_are_refused(tmp_path, value, words):
+    model = make()
+    name, layer = list(latent_layers(model))[1]
+    with torch.no_grad():
+        layer.weight[2] = value
+    with pytest.raises(LatentError, match=f"{name}.weight: 1 of .* {words}.*row 2"):
+        ProxConnectTrainer(model=model, args=arguments(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_is_needed(tmp_path):
+    with pytest.raises(ConfigError, match="needs a model; model_init is not supported"):
+        ProxConnectTrainer(args=arguments(tmp_path), model_init=make)
+
+
+def test_a_teacher_with_other_labels_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="The teacher has 7 labels, the model 3"):
+        ProxConnectTrainer(model=make(), args=arguments(tmp_path), teacher=ViTForImageClassification(vit(num_labels=7)))
+
+
+@pytest.mark.parametrize(
+    "pair, changes, words",
+    [
+        ("parq", dict(mu_start=0.5), "mu = 0.5 is out of range: this pair takes finite values from 1 to inf"),
+        ("bnn++", dict(mu_schedule="linear", mu_end=-3.0), "mu = -3.0 is out of range"),
+        ("bnn++", dict(mu_start=0.0), "'log' needs mu > 0"),
+        ("pc", dict(mu_end=float("inf")), "mu must be finite"),
+    ],
+    ids=["below the start", "below the end", "log of zero", "infinite"],
+)
+def test_mu_out_of_range_is_refused_before_the_first_step(tmp_path, crops, pair, changes, words):
+    model, recorder = make(pair), Recorder()
+    before = copy.deepcopy(model.state_dict())
+    trainer = prepare(tmp_path, model, crops, [recorder], **changes)
+    with pytest.raises(MuRangeError, match=words):
+        trainer.train()
+    assert recorder.mu == []
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_aggregate_needs_a_learning_rate_known_beforehand(tmp_path, crops):
+    changes = dict(mu_schedule="aggregate", lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps")
+    with pytest.raises(MuRangeError, match="'aggregate' needs a learning rate that is a function of the step"):
+        prepare(tmp_path, make("parq"), crops, **changes).train()
+
+
+# --- parameter groups
+
+
+def test_latents_are_a_last_group(tmp_path, crops):
+    model = make()
+    trainer = prepare(tmp_path, model, crops, weight_decay=0.1, learning_rate=2e-3, latent_learning_rate_factor=2.5)
+    *others, last = trainer.create_optimizer().param_groups
+    assert {id(p) for p in last["params"]} == {id(layer.weight) for _, layer in latent_layers(model)}
+    assert (last["weight_decay"], last["lr"]) == (0, pytest.approx(5e-3))
+    assert {group["weight_decay"] for group in others} == {0.0, 0.1}
+    assert {group["lr"] for group in others} == {2e-3}
+    assert trainer.create_optimizer() is trainer.optimizer
+
+
+def test_every_trainable_parameter_is_in_one_group(tmp_path, crops):
+    model = make()
+    model.classifier.weight.requires_grad_(False)
+    frozen = next(layer for _, layer in latent_layers(model))
+    frozen.weight.requires_grad_(False)
+    groups = prepare(tmp_path, model, crops, weight_decay=0.1).create_optimizer().param_groups
+    given = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(given) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert id(frozen.weight) not in given
+
+
+def test_the_head_decays_and_latents_do_not(tmp_path, crops):
+    """With all gradients zero, only decay moves weights."""
+    model = make()
+    trainer = prepare(tmp_path, model, crops, weight_decay=0.1, latent_learning_rate_factor=3.0)
+    optimizer = trainer.create_optimizer()
+    before, head = latents(model), model.classifier.weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in latents(model).items())
+    torch.testing.assert_close(model.classifier.weight.detach(), head * (1 - 1e-2 * 0.1))
+
+
+# --- the way of mu
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [("log", lambda p: 0.5 * 16**p), ("linear", lambda p: 0.5 + 7.5 * p), ("constant", lambda p: 0.5)],
+    ids=["log", "linear", "constant"],
+)
+def test_mu_follows_its_schedule(tmp_path, crops, schedule, expected):
+    """Ten steps, the last three hard: the first seven go from the start to the end, the others stay there."""
+    recorder, model = Recorder(), make()
+    changes = dict(mu_schedule=schedule, mu_start=0.5, mu_end=8.0, hard_fraction=0.3)
+    prepare(tmp_path, model, crops, [recorder], **changes).train()
+    assert recorder.mu == pytest.approx([expected(min(1, step / 6)) for step in range(10)])
+    assert recorder.hard == [False] * 7 + [True] * 3
+    assert all(layer.hardened for _, layer in latent_layers(model))
+
+
+def test_the_defaults_are_those_of_the_pair(tmp_path, crops):
+    """BNN++ goes from 0.3 to 30, logarithmically; the last tenth of the steps is hard."""
+    recorder = Recorder()
+    prepare(tmp_path, make(), crops, [recorder]).train()
+    assert recorder.mu == pytest.approx([0.3 * 100 ** min(1, step / 8) for step in range(10)])
+    assert recorder.hard == [False] * 9 + [True]
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup"])
+def test_aggregate_sums_the_learning_rates_of_the_latents(tmp_path, crops, kind):
+    recorder = Recorder()
+    changes = dict(mu_schedule="aggregate", lr_scheduler_type=kind, warmup_steps=3, latent_learning_rate_factor=2.0)
+    prepare(tmp_path, make("parq"), crops, [recorder], **changes).train()
+    assert max(recorder.rates) == pytest.approx(2e-2)
+    assert len(set(recorder.rates)) > 3
+    assert recorder.mu == pytest.approx([1 + sum(recorder.rates[:step]) for step in range(10)], rel=1e-9)
+
+
+def test_a_pair_may_have_aggregate_as_its_default(tmp_path, crops):
+    recorder, model = Recorder(), make("parq")
+    for _, layer in latent_layers(model):
+        layer.pair = replace(layer.pair, schedule=("aggregate", 1.0, 1.0))
+    prepare(tmp_path, model, crops, [recorder]).train()
+    assert recorder.mu == pytest.approx([1 + sum(recorder.rates[:step]) for step in range(10)], rel=1e-9)
+
+
+def test_accumulated_batches_share_one_mu(tmp_path, crops):
+    recorder = Recorder()
+    changes = dict(mu_schedule="linear", mu_start=1.0, mu_end=3.0, hard_fraction=0, max_steps=3)
+    prepare(tmp_path, make(), crops, [recorder], gradient_accumulation_steps=4, **changes).train()
+    assert recorder.mu == pytest.approx([1, 2, 3])
+    assert recorder.hard == [False] * 3
+
+
+# --- logs and evaluation
+
+
+def gap(model, mu):
+    """The distance of a SS_mu(W / s) from the hard weights over the size of these, with s the mean |W| of a row and a
+    the least-squares scale.
+    """
+    distance = size = 0.0
+    for weight in latents(model).values():
+        weight = weight.double().numpy()
+        mean = np.abs(weight).mean(1, keepdims=True)
+        x = mu * weight / mean
+        logistic = 1 / (1 + np.exp(-x))
+        soft = 2 * logistic * (1 + x * (1 - logistic)) - 1
+        soft *= (soft * weight).sum(1, keepdims=True) / (soft * soft).sum(1, keepdims=True)
+        distance += np.abs(soft - np.where(weight >= 0, mean, -mean)).sum()
+        size += np.abs(weight).sum()
+    return distance / size
+
+
+class Gaps(TrainerCallback):
+    """The gap after every step, by hand: the log comes right after."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.values.append(gap(model, float(next(latent_layers(model))[1].mu)))
+
+
+def test_logs_hold_mu_flips_and_gap(tmp_path, crops):
+    """Every two of ten steps; the last three are hard."""
+    recorder, gaps = Recorder(), Gaps()
+    changes = dict(logging_strategy="steps", logging_steps=2, hard_fraction=0.3, learning_rate=0.05)
+    trainer = prepare(tmp_path, make(), crops, [recorder, gaps], **changes)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in logs] == [2, 4, 6, 8, 10]
+    for entry in logs:
+        step = entry["step"]
+        before, after = recorder.latents[step - 2], recorder.latents[step]
+        flips = sum(int(((before[name] >= 0) != (after[name] >= 0)).sum()) for name in before)
+        assert entry["mu"] == pytest.approx(recorder.mu[step - 1])
+        assert entry["flip_ratio"] == pytest.approx(flips / sum(value.numel() for value in before.values()))
+        assert entry["hardening_gap"] == pytest.approx(0 if step > 7 else gaps.values[step - 1], rel=1e-4)
+    assert min(entry["flip_ratio"] for entry in logs[:3]) > 0
+
+
+def measured(logits, labels):
+    """Loss, accuracy and balanced accuracy, from their definitions."""
+    right = (logits.argmax(1) == labels).double()
+    recall = torch.stack([right[labels == label].mean() for label in range(LABELS)])
+    loss = -logits.double().log_softmax(1)[torch.arange(len(labels)), labels].mean()
+    return {"loss": float(loss), "accuracy": float(right.mean()), "balanced_accuracy": float(recall.mean())}
+
+
+@pytest.mark.parametrize("prefix", ["eval", "test"], ids=["evaluate", "predict"])
+def test_evaluation_is_of_what_ships(tmp_path, crops, prefix):
+    """Soft values are those of training mode: this model has no dropout."""
+    model, pictures, labels = make(), crops(12, SIDE), torch.arange(12) % LABELS
+    set_mu(model, 0.3)
+    with torch.no_grad():
+        soft = measured(model.train()(pictures).logits, labels)
+        hard = measured(proxbit.pack(copy.deepcopy(model)).eval()(pictures).logits, labels)
+    trainer = prepare(tmp_path, model, crops)
+    found = trainer.evaluate() if prefix == "eval" else trainer.predict(examples(crops, 12)).metrics
+    assert abs(soft["loss"] - hard["loss"]) > 0.01
+    for name, value in hard.items():
+        assert found[f"{prefix}_{name}"] == pytest.approx(value, abs=1e-5)
+        assert found[f"{prefix}_soft_{name}"] == pytest.approx(soft[name], abs=1e-5)
+        assert found[f"{prefix}_gap_{name}"] == pytest.approx(soft[name] - value, abs=1e-5)
+    assert not any(layer.soft_eval for _, layer in latent_layers(model))
