@@ -58,18 +58,17 @@ def load_cells(uncertain: bool, limit: int | None) -> tuple[np.ndarray, np.ndarr
 
 
 def make_dataset(images: np.ndarray, labels: np.ndarray, processor) -> Dataset:
-    """A `datasets.Dataset` of preprocessed pictures; grey is kept once, its three channels are made on the way out."""
-    grey = [processor(np.stack([image] * 3, axis=-1))["pixel_values"][0][0] for image in images]
-    features = Features({"grey": Value("binary"), "labels": ClassLabel(names=LABELS)})
-    rows = {"grey": [plane.astype(np.float32).tobytes() for plane in map(np.asarray, grey)], "labels": labels}
-    return Dataset.from_dict(rows, features=features)
+    """A `datasets.Dataset` of pictures as the model's own processor makes them, kept as float32 bytes."""
+    pixels = [np.asarray(processor(np.stack([image] * 3, axis=-1))["pixel_values"][0], np.float32) for image in images]
+    features = Features({"pixels": Value("binary"), "labels": ClassLabel(names=LABELS)})
+    return Dataset.from_dict({"pixels": [p.tobytes() for p in pixels], "labels": labels}, features=features)
 
 
 def as_pixels(batch: dict) -> dict:
     """Bytes to `[3, side, side]` tensors."""
-    planes = [torch.frombuffer(bytearray(grey), dtype=torch.float32) for grey in batch["grey"]]
-    side = round(len(planes[0]) ** 0.5)
-    return {"pixel_values": [p.view(1, side, side).expand(3, -1, -1) for p in planes], "labels": batch["labels"]}
+    pixels = [torch.frombuffer(bytearray(row), dtype=torch.float32) for row in batch["pixels"]]
+    side = round((len(pixels[0]) / 3) ** 0.5)
+    return {"pixel_values": [p.view(3, side, side) for p in pixels], "labels": batch["labels"]}
 
 
 def augment(batch: dict) -> dict:

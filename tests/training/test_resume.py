@@ -30,9 +30,9 @@ def vit_with_dropout():
 
 
 def clip_with_dropout():
-    config = vit(attention_dropout=0.1).to_dict()
-    names = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    sizes = {name: config[name] for name in (*names, "attention_dropout")}
+    config = vit().to_dict()
+    sizes = {name: config[name] for name in ("image_size", "patch_size", "hidden_size", "intermediate_size")}
+    sizes |= dict(num_hidden_layers=2, num_attention_heads=4, attention_dropout=0.1)
     return CLIPForImageClassification(CLIPConfig(vision_config=sizes, num_labels=LABELS))
 
 
@@ -112,8 +112,8 @@ def curve(trainer):
     ids=["vit", "clip", "vit with teacher", "float vit with teacher", "control"],
 )
 def test_resuming_is_as_if_training_had_not_stopped(tmp_path, crops, build, family, latent):
-    """Eleven pictures in batches of four: the stop falls inside an epoch. The control is the plain Trainer on the float
-    model.
+    """Eleven pictures in batches of four: the stop falls inside an epoch. The control is the plain Trainer on the
+    float model.
     """
     data = examples(crops, 11)
     whole = build(tmp_path / "whole", make(1, family, latent), data)

@@ -1,4 +1,4 @@
-"""`ProxConnectTrainer`: what it refuses, its parameter groups, the way of mu, its logs and evaluations, checkpoints."""
+"""`ProxConnectTrainer`: what it refuses, its parameter groups, the way of mu, its logs and evaluations."""
 
 import copy
 from dataclasses import replace
@@ -104,8 +104,9 @@ def test_a_model_is_needed(tmp_path):
 
 
 def test_a_teacher_with_other_labels_is_refused(tmp_path):
+    teacher = ViTForImageClassification(vit(num_labels=7))
     with pytest.raises(ConfigError, match="The teacher has 7 labels, the model 3"):
-        ProxConnectTrainer(model=make(), args=arguments(tmp_path), teacher=ViTForImageClassification(vit(num_labels=7)))
+        ProxConnectTrainer(model=make(), args=arguments(tmp_path), teacher=teacher)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,10 @@ class QuantizerPair:
         """Whether the pair is built as F = T∘P, B = T'∘P, with P a proximal map."""
         return self.proximal is not None and self.transform is not None
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "QuantizerPair":
+        """A pair is immutable data: copies of a model share it, and it keeps its name."""
+        return self
+
     def check_mu(self, mu: float) -> float:
         """Return `mu`, if it is in the range of this pair.
 

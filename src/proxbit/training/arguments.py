@@ -1,5 +1,6 @@
 """The arguments of the Trainers: those of transformers, of distillation, and of the ProxConnect step."""
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -18,6 +19,8 @@ def _check_fraction(name: str, value: float) -> None:
 def _check_positive(name: str, value: float) -> None:
     if not value > 0:
         raise ConfigError(f"{name} must be positive, not {value}.")
+    if math.isinf(value):
+        raise ConfigError(f"{name} must be finite.")
 
 
 @dataclass

@@ -70,13 +70,14 @@ class ProxConnectTrainer(DistillationTrainer):
         self._flips = FlipCounter(self.model)
         layers = [layer for _, layer in latent_layers(self.model)]
         kind, start, end = layers[0].pair.schedule
+        kind = self.args.mu_schedule or kind
         schedule = MuSchedule(
-            kind=self.args.mu_schedule or kind,
+            kind=kind,
             start=start if self.args.mu_start is None else self.args.mu_start,
             end=end if self.args.mu_end is None else self.args.mu_end,
             steps=steps,
             hard_fraction=self.args.hard_fraction,
-            learning_rates=self._learning_rates(steps) if self.args.mu_schedule == AGGREGATE else (),
+            learning_rates=self._learning_rates(steps) if kind == AGGREGATE else (),
         )
         for layer in layers:
             for step in (0, steps):
