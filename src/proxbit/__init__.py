@@ -11,7 +11,7 @@ from proxbit.config import BinarizationConfig
 from proxbit.errors import ProxbitError
 from proxbit.hub import binarize, dequantize, pack
 from proxbit.nn import set_mu, soft_evaluation
-from proxbit.quantizers import QuantizerPair, compose, heuristic, register_pair
+from proxbit.quantizers import QuantizerPair, compose, decompose, enhance, heuristic, register_pair
 
 __version__ = version("proxbit")
 
@@ -30,7 +30,9 @@ __all__ = [
     "QuantizerPair",
     "binarize",
     "compose",
+    "decompose",
     "dequantize",
+    "enhance",
     "heuristic",
     "pack",
     "register_pair",

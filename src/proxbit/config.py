@@ -6,8 +6,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from proxbit.errors import CheckpointError, ConfigError
-from proxbit.quantizers import QuantizerPair, pair_name
-from proxbit.quantizers.scaling import NORMALIZATIONS, SCALES
+from proxbit.quantizers import QuantizerPair, check_scaling, pair_name
 
 __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "STATES", "BinarizationConfig"]
 
@@ -71,9 +70,9 @@ class BinarizationConfig(QuantizationConfigMixin):
         if self.quant_method != QUANT_METHOD:
             raise ConfigError(f"quant_method must be {QUANT_METHOD!r}, not {self.quant_method!r}.")
         self.weights = pair_name(self.weights)
-        for name, valid in (("normalize", NORMALIZATIONS), ("scale", SCALES), ("state", STATES)):
-            if getattr(self, name) not in valid:
-                raise ConfigError(f"{name} must be one of {', '.join(valid)}; not {getattr(self, name)!r}.")
+        check_scaling(self.normalize, self.scale)
+        if self.state not in STATES:
+            raise ConfigError(f"state must be one of {', '.join(STATES)}; not {self.state!r}.")
         for name in ("include", "modules_to_not_convert"):
             self._check_patterns(name)
 

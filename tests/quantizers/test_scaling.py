@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from proxbit.quantizers.scaling import NORMALIZATIONS, SCALES, normalizer, output_scale
+from proxbit.errors import ConfigError
+from proxbit.quantizers.scaling import NORMALIZATIONS, SCALES, check_scaling, normalizer, output_scale
 from proxbit.sign import sign
 
 
@@ -89,3 +90,9 @@ def test_least_squares_scale_of_signs_is_the_mean_absolute_weight(rows):
 def test_fixed_scale_is_the_divisor(rows, soft, normalize):
     divisor = normalizer(rows, normalize)
     assert torch.equal(output_scale(rows, soft, divisor, "fixed"), divisor)
+
+
+@pytest.mark.parametrize(("normalize", "scale"), [("rows", "ls"), ("row", "LS"), ("", "ls")])
+def test_unknown_modes(normalize, scale):
+    with pytest.raises(ConfigError, match="must be one of row, tensor, none|must be one of ls, fixed"):
+        check_scaling(normalize, scale)

@@ -1,5 +1,6 @@
 """The operators `torch.ops.proxbit.*`: schema, shapes, gradient and FLOP formula; kernels register behind them."""
 
+import math
 from typing import Any
 
 import torch
@@ -80,10 +81,12 @@ torch.library.register_autograd("proxbit::linear_w1", _backward, setup_context=_
 
 @register_flop_formula(torch.ops.proxbit.linear_w1)
 def _(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    positions = 1
-    for size in x_shape[:-1]:
-        positions *= size
-    return 2 * positions * int(x_shape[-1]) * int(weight_shape[0])
+    return int(2 * math.prod(x_shape) * weight_shape[0])
+
+
+@register_flop_formula(torch.ops.proxbit.linear_w1_grad_input)
+def _(grad_shape: Any, weight_shape: Any, scale_shape: Any, columns: int, *args: Any, **kwargs: Any) -> int:
+    return int(2 * math.prod(grad_shape) * columns)
 
 
 def linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from proxbit.errors import LatentError
-from proxbit.quantizers import QuantizerPair, hard_scale, quantize
+from proxbit.quantizers import QuantizerPair, check_scaling, hard_scale, quantize
 
 __all__ = ["LatentWeight", "latent_layers", "set_mu", "soft_evaluation"]
 
@@ -38,7 +38,12 @@ class LatentWeight(nn.Module):
     soft_eval: bool
 
     def init_latent(self, pair: QuantizerPair, normalize: str, scale: str) -> None:
-        """Set the quantizer, with mu at the start of the pair's default schedule."""
+        """Set the quantizer, with mu at the start of the pair's default schedule.
+
+        Raises:
+            ConfigError: for a normalization or a scale that does not exist.
+        """
+        check_scaling(normalize, scale)
         self.pair, self.normalize, self.scale = pair, normalize, scale
         self.mu = torch.tensor(pair.schedule[1], dtype=torch.float64, device="cpu")
         self.hardened = False

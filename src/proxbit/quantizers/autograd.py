@@ -14,7 +14,7 @@ __all__ = ["hard_scale", "quantize"]
 
 def _as_rows(latent: Tensor) -> Tensor:
     """`[rows, columns]` in at least single precision: scales are sums over a row."""
-    rows = latent.detach().flatten(1)
+    rows = latent.flatten(1)
     return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
 
 
@@ -37,7 +37,7 @@ class _ForwardBackward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         latent, factor, mu = ctx.saved_tensors
         rows = _as_rows(latent)
-        divisor = normalizer(rows, ctx.normalize)
+        divisor = normalizer(rows.detach(), ctx.normalize)
         multiplier = ctx.pair.backward(rows / divisor, mu)
         grad = grads[0].flatten(1) * multiplier * (factor / divisor)
         return grad.to(latent.dtype).view_as(latent), None, None, None, None, None
@@ -51,7 +51,7 @@ def quantize(
     Forward:
         w = a F_mu(W / s);  with `hard`, w = a sign(W / s)
     Backward:
-        dL/dW = (a / s) B_mu(W / s) \odot dL/dw, with s and a held constant.
+        dL/dW = (a / s) B_mu(W / s) \odot dL/dw, with s and a held constant; derivatives of it are those of B.
 
     Args:
         latent: W, `[rows, ...]`, floating point, one row per output channel.
@@ -83,7 +83,7 @@ def hard_scale(latent: Tensor, *, normalize: str, scale: str) -> Tensor:
     Returns:
         `[rows]`, dtype of `latent`.
     """
-    rows = _as_rows(latent)
+    rows = _as_rows(latent.detach())
     divisor = normalizer(rows, normalize)
     factor = output_scale(rows, sign(rows), divisor, scale)
     return factor.squeeze(1).to(latent.dtype).contiguous()

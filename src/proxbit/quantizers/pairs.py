@@ -1,4 +1,4 @@
-"""Forward/backward quantizer pairs (F, B): the registry, and the rows of data that fill it."""
+"""Forward/backward quantizer pairs (F, B): what a pair is, how one is made, and the registry of names."""
 
 import math
 from collections.abc import Callable
@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from proxbit.errors import MuRangeError, UnknownNameError
-from proxbit.quantizers.proximal import BINARYRELAX, IDENTITY, LINEAR, PARQ, SIGN, Mu, ProximalMap
-from proxbit.quantizers.transforms import IDENTITY_TRANSFORM, SIGN_SWISH, Transform
+from proxbit.quantizers.proximal import Mu, ProximalMap
+from proxbit.quantizers.transforms import IDENTITY_TRANSFORM, Transform
 from proxbit.registry import Registry
-from proxbit.sign import sign
 
-__all__ = ["PAIRS", "QuantizerPair", "Surrogate", "compose", "get_pair", "heuristic", "register_pair"]
-
-PCPP = "Lu, Yu, Li, Partovi Nia, Understanding Neural Network Binarization, NeurIPS 2023, arXiv 2402.17710"
+__all__ = ["PAIRS", "QuantizerPair", "Surrogate", "compose", "get_pair", "heuristic", "pair_name", "register_pair"]
 
 
 @dataclass(frozen=True)
@@ -200,41 +197,3 @@ def pair_name(pair: "str | QuantizerPair") -> str:
         "This QuantizerPair has no name, so no checkpoint could say which pair it was trained with. "
         "Call proxbit.register_pair('a-name', pair) first."
     )
-
-
-def _sign(w: Tensor, mu: Mu) -> Tensor:
-    return sign(w)
-
-
-def _box(w: Tensor, mu: Mu) -> Tensor:
-    return (w.abs() <= 1).to(w.dtype)
-
-
-SIGN_FORWARD = Surrogate(_sign, "F(w) = sign(w)")
-
-register_pair("bc", compose(SIGN, source="BinaryConnect: Courbariaux, Bengio, David, NeurIPS 2015"))
-register_pair("pc", compose(LINEAR, schedule=("linear", 0.01, 1.0), source=LINEAR.source))
-register_pair("binaryrelax", compose(BINARYRELAX, schedule=("log", 0.1, 100.0), source=BINARYRELAX.source))
-register_pair("parq", compose(PARQ, mu_range=(1.0, math.inf), schedule=("sigmoid", 1.0, 100.0), source=PARQ.source))
-register_pair(
-    "bnn",
-    heuristic(
-        SIGN_FORWARD,
-        Surrogate(_box, "B(w) = 1[|w| <= 1]"),
-        source="Hubara, Courbariaux, Soudry, El-Yaniv, Bengio, Binarized Neural Networks, NeurIPS 2016",
-    ),
-)
-register_pair(
-    "bnn+",
-    heuristic(
-        SIGN_FORWARD,
-        Surrogate(SIGN_SWISH.derivative, "B(w) = SS'_mu(w)"),
-        mu_range=(1e-3, math.inf),
-        schedule=("constant", 5.0, 5.0),
-        source=SIGN_SWISH.source,
-    ),
-)
-register_pair(
-    "bnn++",
-    compose(IDENTITY, SIGN_SWISH, mu_range=(1e-3, math.inf), schedule=("log", 0.3, 30.0), source=f"BNN++: {PCPP}"),
-)

@@ -11,7 +11,19 @@ from torch import Tensor
 
 from proxbit.sign import sign
 
-__all__ = ["BINARYRELAX", "IDENTITY", "LINEAR", "PARQ", "SIGN", "Mu", "ProximalMap", "linear_quantizer"]
+__all__ = [
+    "BINARYRELAX",
+    "BOX",
+    "IDENTITY",
+    "LINEAR",
+    "PARQ",
+    "PERIOD",
+    "SIGN",
+    "TANH",
+    "Mu",
+    "ProximalMap",
+    "linear_quantizer",
+]
 
 Mu = Tensor | float
 
@@ -93,6 +105,18 @@ def _parq(w: Tensor, mu: Mu) -> Tensor:
     return (w * mu).clamp(-1, 1)
 
 
+def _tanh(w: Tensor, mu: Mu) -> Tensor:
+    return (mu * w).tanh()
+
+
+def _box(w: Tensor, mu: Mu) -> Tensor:
+    return (mu * w).clamp(-1, 1) / mu
+
+
+def _period(w: Tensor, mu: Mu) -> Tensor:
+    return w.clamp(-torch.pi, torch.pi)
+
+
 IDENTITY = ProximalMap("identity", _identity, "P(w) = w", "the proximal map of a constant")
 SIGN = ProximalMap("sign", _sign, "P(w) = sign(w)", "BinaryConnect: Courbariaux, Bengio, David, NeurIPS 2015")
 LINEAR = ProximalMap(
@@ -113,3 +137,11 @@ PARQ = ProximalMap(
     "P(w) = clip(mu w, -1, 1)",
     "PARQ: Jin, Ma, Liu, Gromov, Defazio, Xiao, 2025, https://huggingface.co/papers/2503.15748",
 )
+TANH = ProximalMap(
+    "tanh",
+    _tanh,
+    "P(w) = tanh(mu w)",
+    "Mirror descent: Ajanthan, Gupta, Torr, Hartley, Dokania, AISTATS 2021",
+)
+BOX = ProximalMap("box", _box, "P(w) = clip(w, -1/mu, 1/mu)", "the projection onto a box")
+PERIOD = ProximalMap("period", _period, "P(w) = clip(w, -pi, pi)", "the projection onto half a period of `FOURIER`")

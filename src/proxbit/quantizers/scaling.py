@@ -6,10 +6,19 @@ A weight `W` of shape `[rows, ...]` has one row per output channel. All function
 import torch
 from torch import Tensor
 
-__all__ = ["NORMALIZATIONS", "SCALES", "normalizer", "output_scale"]
+from proxbit.errors import ConfigError
+
+__all__ = ["NORMALIZATIONS", "SCALES", "check_scaling", "normalizer", "output_scale"]
 
 NORMALIZATIONS = ("row", "tensor", "none")
 SCALES = ("ls", "fixed")
+
+
+def check_scaling(normalize: str, scale: str) -> None:
+    """Raise ConfigError unless both are valid; the message lists what is."""
+    for name, value, valid in (("normalize", normalize, NORMALIZATIONS), ("scale", scale, SCALES)):
+        if value not in valid:
+            raise ConfigError(f"{name} must be one of {', '.join(valid)}; not {value!r}.")
 
 
 def normalizer(rows: Tensor, normalize: str) -> Tensor:

@@ -48,7 +48,7 @@ SCHEDULES.register(AGGREGATE, None)
 class MuSchedule:
     r"""The sharpness mu at each optimizer step, and from which step on the forward is hard.
 
-    Formula (p = step / soft steps, in [0, 1]):
+    Formula (p = step / (soft steps - 1), at most 1):
         constant   mu = start
         linear     mu = start + (end - start) p
         log        mu = start (end / start)^p

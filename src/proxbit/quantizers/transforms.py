@@ -8,7 +8,19 @@ from torch import Tensor
 
 from proxbit.quantizers.proximal import Mu
 
-__all__ = ["IDENTITY_TRANSFORM", "SIGN_SWISH", "Transform", "sign_swish", "sign_swish_derivative"]
+__all__ = [
+    "EDE",
+    "FOURIER",
+    "IDENTITY_TRANSFORM",
+    "POLYNOMIAL",
+    "SIGN_SWISH",
+    "SINE",
+    "TANH",
+    "Transform",
+    "as_tensor_like",
+    "sign_swish",
+    "sign_swish_derivative",
+]
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,66 @@ def _ones(p: Tensor, mu: Mu) -> Tensor:
     return torch.ones((), dtype=p.dtype, device=p.device).expand_as(p)
 
 
+def as_tensor_like(mu: Mu, like: Tensor) -> Tensor:
+    """`mu` as a 0-dimensional tensor, for functions that take no numbers."""
+    return torch.as_tensor(mu, dtype=like.dtype, device=like.device)
+
+
+def _tanh(p: Tensor, mu: Mu) -> Tensor:
+    return (mu * p).tanh()
+
+
+def _tanh_slope(p: Tensor, mu: Mu) -> Tensor:
+    return mu * (1 - (mu * p).tanh() ** 2)
+
+
+def _ede_gain(p: Tensor, mu: Mu) -> Tensor:
+    return (1 / as_tensor_like(mu, p)).clamp(min=1)
+
+
+def _ede(p: Tensor, mu: Mu) -> Tensor:
+    return _ede_gain(p, mu) * _tanh(p, mu)
+
+
+def _ede_slope(p: Tensor, mu: Mu) -> Tensor:
+    return _ede_gain(p, mu) * _tanh_slope(p, mu)
+
+
+def _polynomial(p: Tensor, mu: Mu) -> Tensor:
+    x = (mu * p).clamp(-1, 1)
+    return x * (2 - x.abs())
+
+
+def _polynomial_slope(p: Tensor, mu: Mu) -> Tensor:
+    return mu * (2 - 2 * (mu * p).abs()).clamp(min=0)
+
+
+# The half period of the Fourier series is 2 pi, so that weights of a few row means lie on its flat top.
+FOURIER_TERMS = 32
+FOURIER_FREQUENCY = 0.5
+
+
+def _fourier(p: Tensor, mu: Mu) -> Tensor:
+    odd = range(1, 2 * FOURIER_TERMS, 2)
+    share = (as_tensor_like(mu, p) + 1 - torch.arange(FOURIER_TERMS, dtype=p.dtype, device=p.device)).clamp(0, 1)
+    return 4 / torch.pi * sum((share[i] * (k * FOURIER_FREQUENCY * p).sin() / k for i, k in enumerate(odd)), p * 0)
+
+
+def _fourier_slope(p: Tensor, mu: Mu) -> Tensor:
+    odd = range(1, 2 * FOURIER_TERMS, 2)
+    share = (as_tensor_like(mu, p) + 1 - torch.arange(FOURIER_TERMS, dtype=p.dtype, device=p.device)).clamp(0, 1)
+    gain = 4 * FOURIER_FREQUENCY / torch.pi
+    return gain * sum((share[i] * (k * FOURIER_FREQUENCY * p).cos() for i, k in enumerate(odd)), p * 0)
+
+
+def _sine(p: Tensor, mu: Mu) -> Tensor:
+    return (mu * p).sin()
+
+
+def _cosine(p: Tensor, mu: Mu) -> Tensor:
+    return mu * (mu * p).cos()
+
+
 IDENTITY_TRANSFORM = Transform("identity", _identity, _ones, "T(p) = p", "T'(p) = 1", "")
 SIGN_SWISH = Transform(
     "sign-swish",
@@ -97,3 +169,29 @@ SIGN_SWISH = Transform(
     "T'(p) = mu (2 - x tanh(x/2)) / (1 + cosh x), x = mu p",
     "Regularized Binary Network Training: Darabi et al., 2018, https://huggingface.co/papers/1812.11800",
 )
+TANH = Transform("tanh", _tanh, _tanh_slope, "T(p) = tanh(mu p)", "T'(p) = mu (1 - tanh(mu p)^2)", "")
+EDE = Transform(
+    "ede",
+    _ede,
+    _ede_slope,
+    "T(p) = k tanh(mu p), k = max(1/mu, 1)",
+    "T'(p) = k mu (1 - tanh(mu p)^2)",
+    "IR-Net: Qin et al., CVPR 2020, error decay estimator",
+)
+POLYNOMIAL = Transform(
+    "polynomial",
+    _polynomial,
+    _polynomial_slope,
+    "T(p) = x (2 - |x|), x = clip(mu p, -1, 1)",
+    "T'(p) = mu (2 - 2 |mu p|)+",
+    "Bi-Real Net: Liu et al., ECCV 2018, approximation of the sign",
+)
+FOURIER = Transform(
+    "fourier",
+    _fourier,
+    _fourier_slope,
+    "T(p) = s_mu(p) = (4/pi) sum_{i=0..mu} sin((2i+1) p/2) / (2i+1)",
+    "T'(p) = (2/pi) sum_{i=0..mu} cos((2i+1) p/2)",
+    "FDA-BNN: Xu et al., NeurIPS 2021, decomposition of the sign in sines",
+)
+SINE = Transform("sine", _sine, _cosine, "T(p) = sin(mu p)", "T'(p) = mu cos(mu p)", "BiPer: Vargas et al., CVPR 2024")

@@ -1,0 +1,149 @@
+"""The criterion: which pairs are sound, with P and T recovered."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from proxbit.errors import MuRangeError
+from proxbit.quantizers import PAIRS, Surrogate, decompose, heuristic, regularizer
+from proxbit.quantizers.proximal import BINARYRELAX, IDENTITY, LINEAR, PARQ, SIGN
+
+W = torch.linspace(-2.9, 2.9, 1001, dtype=torch.float64)
+
+
+def hard(w):
+    return torch.where(w >= 0, 1.0, -1.0)
+
+
+# name: whether it is sound, and its P as the theory has it (None: not checked here).
+EXPECTED = {
+    "fp": (True, lambda w, mu: w),
+    "bc": (True, lambda w, mu: hard(w)),
+    "dorefa": (True, lambda w, mu: hard(w)),
+    "pc": (True, None),
+    "binaryrelax": (True, lambda w, mu: (w + mu * hard(w)) / (1 + mu)),
+    "parq": (True, lambda w, mu: (w * mu).clamp(-1, 1)),
+    "md-tanh": (True, lambda w, mu: (mu * w).tanh()),
+    "tanh": (True, lambda w, mu: w),
+    "bnn": (False, None),
+    "bnn+": (False, None),
+    "bnn++": (True, lambda w, mu: w),
+    "bireal": (False, None),
+    "bireal++": (True, lambda w, mu: w.clamp(-1 / mu, 1 / mu)),
+    "ede": (False, None),
+    "ede++": (True, lambda w, mu: w),
+    "fda": (False, None),
+    "fda++": (True, lambda w, mu: w.clamp(-math.pi, math.pi)),
+    "reste": (False, None),
+    "dsq": (False, None),
+    "biper": (False, None),
+    "biper-sine": (True, lambda w, mu: w),
+}
+
+
+def test_every_pair_is_expected():
+    assert set(PAIRS) == set(EXPECTED)
+
+
+@pytest.mark.parametrize("end", [1, 2], ids=["start", "end"])
+@pytest.mark.parametrize("name", EXPECTED)
+def test_verdict_and_proximal_map(name, end):
+    """The verdict comes from the numbers alone; it agrees with how the pair was made, and with the theory."""
+    pair = PAIRS.get(name)
+    mu = pair.schedule[end]
+    result = decompose(name, mu)
+    sound, proximal = EXPECTED[name]
+    assert result.sound == pair.sound == sound
+    assert (result.interval is None) == sound
+    if proximal is not None:
+        # At a large mu, tanh is 1 to the last bit far out: P cannot be told from a constant there.
+        slope = pair.backward(W, mu).abs()
+        told = W[(W.abs() > 1e-3) & (slope > 1e-6 * slope.max())]
+        step = 6 / 20_000
+        assert torch.allclose(result.proximal(told), proximal(told, mu).double(), atol=1e-5 + (step * mu) ** 2)
+
+
+@pytest.mark.parametrize("name", [name for name, (sound, _) in EXPECTED.items() if sound])
+def test_forward_is_transform_of_proximal_map(name):
+    result = decompose(name)
+    assert torch.allclose(result.transform(result.p), result.f, atol=1e-9)
+    assert bool((torch.diff(result.p) >= -1e-12).all())
+
+
+def pair_of(forward, backward):
+    return heuristic(Surrogate(forward, "F"), Surrogate(backward, "B"))
+
+
+def ones(w: Tensor, mu) -> Tensor:
+    return torch.ones_like(w)
+
+
+def test_a_decreasing_map_is_refused():
+    result = decompose(pair_of(lambda w, mu: w.sin(), ones))
+    assert not result.sound and "decreases" in result.reason
+    assert result.interval == pytest.approx((-3.0, -math.pi / 2), abs=1e-3)
+
+
+def test_a_forward_that_moves_where_the_gradient_is_zero_is_refused():
+    result = decompose(pair_of(lambda w, mu: w, lambda w, mu: (w.abs() <= 1).to(w.dtype)))
+    assert not result.sound and "F moves where B is zero" in result.reason
+    assert result.interval == pytest.approx((-3.0, -1.0), abs=1e-3)
+
+
+def test_a_backward_that_changes_where_the_map_stands_still_is_refused():
+    """A staircase with a gradient that is not constant on the stairs; the interval is the first stair."""
+    result = decompose(pair_of(lambda w, mu: torch.floor(w), lambda w, mu: 2 + w.cos()), window=2.5)
+    assert not result.sound and "B changes while P stands still" in result.reason
+    assert result.interval == pytest.approx((-2.5, -2.0), abs=1e-3)
+
+
+def test_a_staircase_with_constant_gradient_is_sound():
+    """Jumps are kept exactly: three levels, one apart."""
+    result = decompose(pair_of(lambda w, mu: torch.floor(w + 0.5).clamp(-1, 1), ones))
+    assert result.sound
+    points = torch.tensor([-2.0, -0.2, 0.3, 1.7], dtype=torch.float64)
+    assert torch.allclose(result.proximal(points), torch.tensor([-1.0, 0.0, 0.0, 1.0], dtype=torch.float64))
+
+
+def test_negative_slopes_of_both_sides_agree():
+    """sign-Swish falls beyond its peak, and so does its derivative: P is the identity all the same."""
+    result = decompose("bnn++", mu=10.0)
+    assert result.sound
+    assert torch.allclose(result.p, result.w, atol=1e-6)
+    assert float(torch.diff(result.f).min()) < 0
+
+
+def test_mu_out_of_range():
+    with pytest.raises(MuRangeError, match="out of range"):
+        decompose("parq", mu=0.5)
+
+
+@pytest.mark.parametrize(
+    ("proximal", "mu", "expected"),
+    [
+        (SIGN, 1.0, lambda p: (1 - p**2) / 2),
+        (IDENTITY, 1.0, lambda p: 0 * p),
+        (PARQ, 4.0, lambda p: (1 - p**2) / 2 * (1 - 1 / 4)),
+        (BINARYRELAX, 1.5, lambda p: 1.5 * (p.abs() - 1) ** 2 / 2),
+    ],
+    ids=["sign", "identity", "parq", "binaryrelax"],
+)
+def test_regularizer(proximal, mu, expected):
+    """Closed forms. BinaryRelax: mu/2 times the squared distance to the levels, where P takes its values."""
+    p, r = regularizer(proximal, mu)
+    if proximal is BINARYRELAX:
+        reached = p.abs() >= mu / (1 + mu)
+        p, r = p[reached], r[reached]
+    assert torch.allclose(r, expected(p), atol=2e-3)
+
+
+@pytest.mark.parametrize("proximal", [SIGN, LINEAR, BINARYRELAX, PARQ], ids=lambda p: p.name)
+def test_the_proximal_map_minimises_its_regularizer(proximal):
+    """argmin_p r(p) + (p - w)^2 / 2, found by trying every p of the grid."""
+    mu = 0.4 if proximal is LINEAR else 2.0
+    p, r = regularizer(proximal, mu)
+    for w in (-1.7, -0.6, -0.05, 0.2, 0.9, 2.2):
+        best = p[torch.argmin(r + (p - w) ** 2 / 2)]
+        assert float(best) == pytest.approx(float(proximal(torch.tensor([w]).double(), mu)), abs=5e-3)
