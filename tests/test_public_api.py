@@ -3,13 +3,16 @@
 import doctest
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 import proxbit
+from proxbit.quantizers import PAIRS
 
 MODULES = [info.name for info in pkgutil.walk_packages(proxbit.__path__, "proxbit.")]
 
@@ -48,3 +51,14 @@ def test_import_does_not_load_the_trainer_or_the_pictures():
         "assert not heavy, heavy; proxbit.ProxConnectTrainer; assert 'transformers.trainer' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_the_readme_says_of_the_pairs():
+    """The names in its table, and the answers of its session."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for kind, sound in (("sound", True), ("heuristic", False)):
+        row = next(line for line in readme.splitlines() if line.startswith(f"| {kind} |"))
+        assert set(re.findall(r"`([^`]+)`", row)) == {name for name in PAIRS if PAIRS.get(name).sound == sound}
+    session = doctest.DocTestParser().get_doctest(readme, {"proxbit": proxbit}, "README", None, None)
+    assert len(session.examples) == 2
+    assert doctest.DocTestRunner().run(session).failed == 0
