@@ -57,6 +57,12 @@ def test_temperature_and_factor_are_positive(tmp_path, name, value):
         ProxConnectArguments(str(tmp_path), **{name: value})
 
 
+@pytest.mark.parametrize("name", ["distillation_temperature", "latent_learning_rate_factor"])
+def test_temperature_and_factor_are_finite(tmp_path, name):
+    with pytest.raises(ConfigError, match=f"{name} must be finite"):
+        ProxConnectArguments(str(tmp_path), **{name: float("inf")})
+
+
 def test_the_own_fields_are_known_and_have_a_help_text():
     inherited = {item.name for item in fields(TrainingArguments)}
     helps = {item.name: item.metadata.get("help", "") for item in fields(ProxConnectArguments)}

@@ -178,8 +178,13 @@ def test_the_head_decays_and_latents_do_not(tmp_path, crops):
 
 @pytest.mark.parametrize(
     "schedule, expected",
-    [("log", lambda p: 0.5 * 16**p), ("linear", lambda p: 0.5 + 7.5 * p), ("constant", lambda p: 0.5)],
-    ids=["log", "linear", "constant"],
+    [
+        ("log", lambda p: 0.5 * 16**p),
+        ("linear", lambda p: 0.5 + 7.5 * p),
+        ("sigmoid", lambda p: 1 / (1 / 8 + (2 - 1 / 8) * (1 - np.tanh(5 * p - 2.5) / np.tanh(2.5)) / 2)),
+        ("constant", lambda p: 0.5),
+    ],
+    ids=["log", "linear", "sigmoid", "constant"],
 )
 def test_mu_follows_its_schedule(tmp_path, crops, schedule, expected):
     """Ten steps, the last three hard: the first seven go from the start to the end, the others stay there."""
@@ -228,12 +233,12 @@ def test_accumulated_batches_share_one_mu(tmp_path, crops):
 # --- logs and evaluation
 
 
-def gap(model, mu):
+def gap(weights, mu):
     """The distance of a SS_mu(W / s) from the hard weights over the size of these, with s the mean |W| of a row and a
     the least-squares scale.
     """
     distance = size = 0.0
-    for weight in latents(model).values():
+    for weight in weights.values():
         weight = weight.double().numpy()
         mean = np.abs(weight).mean(1, keepdims=True)
         x = mu * weight / mean
@@ -245,21 +250,11 @@ def gap(model, mu):
     return distance / size
 
 
-class Gaps(TrainerCallback):
-    """The gap after every step, by hand: the log comes right after."""
-
-    def __init__(self):
-        self.values = []
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.values.append(gap(model, float(next(latent_layers(model))[1].mu)))
-
-
 def test_logs_hold_mu_flips_and_gap(tmp_path, crops):
     """Every two of ten steps; the last three are hard."""
-    recorder, gaps = Recorder(), Gaps()
+    recorder = Recorder()
     changes = dict(logging_strategy="steps", logging_steps=2, hard_fraction=0.3, learning_rate=0.05)
-    trainer = prepare(tmp_path, make(), crops, [recorder, gaps], **changes)
+    trainer = prepare(tmp_path, make(), crops, [recorder], **changes)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["step"] for entry in logs] == [2, 4, 6, 8, 10]
@@ -269,7 +264,7 @@ def test_logs_hold_mu_flips_and_gap(tmp_path, crops):
         flips = sum(int(((before[name] >= 0) != (after[name] >= 0)).sum()) for name in before)
         assert entry["mu"] == pytest.approx(recorder.mu[step - 1])
         assert entry["flip_ratio"] == pytest.approx(flips / sum(value.numel() for value in before.values()))
-        assert entry["hardening_gap"] == pytest.approx(0 if step > 7 else gaps.values[step - 1], rel=1e-4)
+        assert entry["hardening_gap"] == pytest.approx(0 if step > 7 else gap(after, recorder.mu[step - 1]), rel=1e-4)
     assert min(entry["flip_ratio"] for entry in logs[:3]) > 0
 
 
@@ -281,14 +276,16 @@ def measured(logits, labels):
     return {"loss": float(loss), "accuracy": float(right.mean()), "balanced_accuracy": float(recall.mean())}
 
 
+@pytest.mark.parametrize("hardened", [False, True], ids=["soft training", "hard training"])
 @pytest.mark.parametrize("prefix", ["eval", "test"], ids=["evaluate", "predict"])
-def test_evaluation_is_of_what_ships(tmp_path, crops, prefix):
-    """Soft values are those of training mode: this model has no dropout."""
+def test_evaluation_is_of_what_ships(tmp_path, crops, prefix, hardened):
+    """Soft values are those of training mode (this model has no dropout), and those of F_mu once training is hard."""
     model, pictures, labels = make(), crops(12, SIDE), torch.arange(12) % LABELS
     set_mu(model, 0.3)
     with torch.no_grad():
         soft = measured(model.train()(pictures).logits, labels)
         hard = measured(proxbit.pack(copy.deepcopy(model)).eval()(pictures).logits, labels)
+    set_mu(model, 0.3, hard=hardened)
     trainer = prepare(tmp_path, model, crops)
     found = trainer.evaluate() if prefix == "eval" else trainer.predict(examples(crops, 12)).metrics
     assert abs(soft["loss"] - hard["loss"]) > 0.01

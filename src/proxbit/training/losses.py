@@ -36,7 +36,8 @@ def distillation_loss(
             f"The teacher's logits are {list(teacher.shape)}, the student's {list(student.shape)}: both models must be "
             "trained for the same labels."
         )
-    student_log = torch.log_softmax(student.float() / temperature, dim=-1).flatten(0, -2)
-    teacher_log = torch.log_softmax(teacher.detach().float() / temperature, dim=-1).flatten(0, -2)
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    student_log = torch.log_softmax(student.to(dtype) / temperature, dim=-1).flatten(0, -2)
+    teacher_log = torch.log_softmax(teacher.detach().to(dtype) / temperature, dim=-1).flatten(0, -2)
     divergence = torch.nn.functional.kl_div(student_log, teacher_log, reduction="sum", log_target=True)
     return divergence * temperature**2 / (len(student_log) if num_items is None else num_items)
