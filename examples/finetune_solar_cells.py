@@ -4,7 +4,7 @@
 # ///
 """Find defects in photographs of solar cells with a 1-bit vision transformer.
 
-    python examples/finetune_solar_cells.py                    # one split, about 6 minutes on 2 CPU cores
+    python examples/finetune_solar_cells.py                    # one split, 6 to 8 minutes on 2 CPU cores
     python examples/finetune_solar_cells.py --folds 5          # cross-validation over all pictures
     python examples/finetune_solar_cells.py --model google/vit-base-patch16-224     # start from a pretrained model
 
