@@ -77,6 +77,13 @@ def test_half_precision_logits_give_a_single_precision_loss(dtype):
     assert loss.item() == pytest.approx(divergence(student.double().numpy(), teacher.double().numpy(), 2, 6), rel=1e-5)
 
 
+def test_double_precision_logits_give_a_double_precision_loss():
+    student, teacher = logits(6, 5), logits(6, 5, seed=1)
+    loss = distillation_loss(torch.tensor(student), torch.tensor(teacher), 2.0)
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(divergence(student, teacher, 2, 6), rel=1e-12)
+
+
 def test_extreme_logits_stay_finite():
     student = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
     loss = distillation_loss(student, -student.detach(), 1.0)
