@@ -9,21 +9,8 @@ SIDE = 32
 LABELS = 3
 
 
-def vit(**changes) -> hf.ViTConfig:
-    """36 and 50 are no multiples of 8: padding bits are always in play."""
-    sizes = dict(
-        image_size=SIDE,
-        patch_size=8,
-        hidden_size=36,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=50,
-        num_labels=LABELS,
-    )
-    return hf.ViTConfig(**(sizes | changes))
-
-
 def _transformer_sizes() -> dict:
+    """36 and 50 are no multiples of 8: padding bits are always in play."""
     return dict(
         image_size=SIDE,
         patch_size=8,
@@ -33,6 +20,10 @@ def _transformer_sizes() -> dict:
         intermediate_size=50,
         num_labels=LABELS,
     )
+
+
+def vit(**changes) -> hf.ViTConfig:
+    return hf.ViTConfig(**(_transformer_sizes() | changes))
 
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {

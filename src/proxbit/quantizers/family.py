@@ -28,10 +28,6 @@ def _box(w: Tensor, mu: Mu) -> Tensor:
     return (w.abs() <= 1).to(w.dtype)
 
 
-def _polynomial_slope(w: Tensor, mu: Mu) -> Tensor:
-    return mu * (2 - 2 * (mu * w).abs()).clamp(min=0)
-
-
 def _fourier_slope(w: Tensor, mu: Mu) -> Tensor:
     return t.FOURIER.derivative(PERIOD(w, mu), mu)
 
@@ -87,7 +83,7 @@ register_pair(
 register_pair(
     "bireal",
     heuristic(
-        SIGN_FORWARD, Surrogate(_polynomial_slope, "B(w) = mu (2 - 2 |mu w|)+"), mu_range=POSITIVE, source=BIREAL
+        SIGN_FORWARD, Surrogate(t.POLYNOMIAL.derivative, "B(w) = mu (2 - 2 |mu w|)+"), mu_range=POSITIVE, source=BIREAL
     ),
 )
 register_pair(
