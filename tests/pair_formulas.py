@@ -105,12 +105,33 @@ def clip_to_tent(w, mu):
     return np.minimum(1 / mu, np.maximum(-1 / mu, w))
 
 
+def nearest(w, levels):
+    """The nearest of some increasing levels, by comparing all distances; the upper one of two that are as near."""
+    downwards = np.array(levels)[::-1]
+    return downwards[np.abs(np.asarray(w)[..., None] - downwards).argmin(axis=-1)]
+
+
+def units(rows, normalize, center):
+    """Offset and divisor of each row, `[rows, 1]`."""
+    c = np.array([[0.0 if center == "none" else sum(row) / len(row)] for row in rows])
+    sizes = np.array([[sum(abs(value) for value in row) / len(row)] for row in rows - c])
+    s = {
+        "row": sizes,
+        "tensor": np.full(sizes.shape, np.abs(rows - c).mean()),
+        "std": np.array([[np.std(row)] for row in rows]),
+        "none": np.ones(sizes.shape),
+    }
+    return c, s[normalize]
+
+
 # name: F, B, P (None for a heuristic pair), the lowest mu, and values of mu to try.
 ROWS = {
     "fp": (identity, ones, identity, 0, [1.0]),
     "bc": (plus_minus, ones, plus_minus, 0, [0.0, 3.0]),
     "dorefa": (plus_minus, ones, plus_minus, 0, [1.0]),
     "pc": (linear, ones, linear, 0, [0.0, 0.37, 1.0]),
+    "proxquant": (linear, ones, linear, 0, [0.0, 0.37, 1.0]),
+    "rpc": (identity, ones, identity, 0, [0.3]),
     "binaryrelax": (relax, ones, relax, 0, [0.0, 0.1, 100.0]),
     "parq": (clip, ones, clip, 1, [1.0, 2.5, 100.0]),
     "md-tanh": (tanh, ones, tanh, 1e-3, [0.3, 5.0]),
@@ -128,4 +149,21 @@ ROWS = {
     "dsq": (plus_minus, differentiable, None, 1e-3, [1.0, 7.0]),
     "biper": (square_wave, cosine, None, 1e-3, [1.0, 2.3]),
     "biper-sine": (sine, cosine, identity, 1e-3, [1.0, 2.3]),
+    "xnor": (plus_minus, box, None, 0, [1.0]),
+    "adabin": (plus_minus, decay_slope, None, 1e-3, [0.1, 3.0]),
 }
+
+
+def weight_and_gradient(name, rows, upstream, mu, normalize, scale, center, hard):
+    """The weight of the forward pass and the gradient of the latent; s and a are numbers, c is the mean of the row."""
+    forward, backward, *_ = ROWS[name]
+    c, s = units(rows, normalize, center)
+    w = rows - c
+    q = forward(w / s, mu) if not hard else w / s if name == "fp" else plus_minus(w)
+    a = s if scale == "fixed" else (q * w).sum(axis=1, keepdims=True) / (q * q).sum(axis=1, keepdims=True)
+    value, slope = a * q, upstream * backward(w / s, mu) * a / s
+    if center != "none":
+        slope = slope - slope.mean(axis=1, keepdims=True)
+    if center == "restore":
+        value, slope = value + c, slope + upstream.mean(axis=1, keepdims=True)
+    return value, slope

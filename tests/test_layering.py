@@ -14,6 +14,7 @@ LAYERS = {
     "quantizers": 1,
     "packing": 1,
     "kernels": 2,
+    "optim": 2,
     "nn": 3,
     "config": 4,
     "patching": 5,

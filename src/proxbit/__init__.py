@@ -10,7 +10,8 @@ from typing import Any
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ProxbitError
 from proxbit.hub import binarize, dequantize, pack
-from proxbit.nn import set_mu, soft_evaluation
+from proxbit.nn import set_mu, soft_evaluation, start_update
+from proxbit.optim import ProxConnect
 from proxbit.quantizers import QuantizerPair, compose, decompose, enhance, heuristic, register_pair
 
 __version__ = version("proxbit")
@@ -24,6 +25,7 @@ _LAZY = {
 
 __all__ = [
     "BinarizationConfig",
+    "ProxConnect",
     "ProxConnectArguments",
     "ProxConnectTrainer",
     "ProxbitError",
@@ -38,6 +40,7 @@ __all__ = [
     "register_pair",
     "set_mu",
     "soft_evaluation",
+    "start_update",
     "summary",
 ]
 

@@ -1,12 +1,13 @@
 """`BinarizationConfig`: what is binarized and how, stored whole in `config.json`."""
 
+import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from proxbit.errors import CheckpointError, ConfigError
-from proxbit.quantizers import QuantizerPair, check_scaling, pair_name
+from proxbit.errors import CheckpointError, ConfigError, UnknownNameError
+from proxbit.quantizers import PAIRS, QuantizerPair, check_scaling, get_pair, pair_key
 
 __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "STATES", "BinarizationConfig"]
 
@@ -21,7 +22,7 @@ class BinarizationConfig(QuantizationConfigMixin):
 
     Raises:
         ConfigError: for a value that is not valid.
-        UnknownNameError: for an unknown quantizer pair; the message lists the valid names.
+        UnknownNameError: for an unknown quantizer pair, unless the state is packed; the message lists the valid names.
         CheckpointError: if `format_version` is newer than this version of proxbit can read.
 
     Example:
@@ -32,6 +33,10 @@ class BinarizationConfig(QuantizationConfigMixin):
     weights: str | QuantizerPair = field(
         default="bnn++",
         metadata={"help": "The quantizer pair of the weights: a registered name, or a registered QuantizerPair."},
+    )
+    pair_parameters: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Parameters of the pair, where it takes any: {'levels': [-1, 0, 1]} for 'pc'."},
     )
     include: list[str] | None = field(
         default=None,
@@ -44,13 +49,26 @@ class BinarizationConfig(QuantizationConfigMixin):
     modules_to_not_convert: list[str] | None = field(
         default=None, metadata={"help": "Patterns (fnmatch) of module names to leave as they are."}
     )
-    normalize: str = field(
-        default="row",
-        metadata={"help": "What a latent weight is divided by before F: its row's mean |w|, the tensor's, or nothing."},
+    normalize: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a latent weight is divided by before F: its 'row's mean |w|, the 'tensor's, the 'std' of the "
+            "row, or 'none'. None: the default of the pair, 'row' for most."
+        },
     )
-    scale: str = field(
-        default="ls",
-        metadata={"help": "What F is multiplied by: 'ls', the row's least-squares factor; 'fixed', the same divisor."},
+    scale: str | None = field(
+        default=None,
+        metadata={
+            "help": "What F is multiplied by: 'ls', the row's least-squares factor; 'fixed', the same divisor. None: "
+            "the default of the pair, 'ls' for most."
+        },
+    )
+    center: str | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the row's mean is taken off before F: 'none'; 'remove'; 'restore', where it is added "
+            "again after F and stored beside the scale. None: the default of the pair, 'none' for most."
+        },
     )
     state: str = field(
         default="latent",
@@ -69,12 +87,44 @@ class BinarizationConfig(QuantizationConfigMixin):
             )
         if self.quant_method != QUANT_METHOD:
             raise ConfigError(f"quant_method must be {QUANT_METHOD!r}, not {self.quant_method!r}.")
-        self.weights = pair_name(self.weights)
-        check_scaling(self.normalize, self.scale)
         if self.state not in STATES:
             raise ConfigError(f"state must be one of {', '.join(STATES)}; not {self.state!r}.")
+        self._resolve_pair()
         for name in ("include", "modules_to_not_convert"):
             self._check_patterns(name)
+
+    def _resolve_pair(self) -> None:
+        """Name the pair and its parameters, and fill in its default row units."""
+        if isinstance(self.weights, QuantizerPair):
+            if self.pair_parameters:
+                raise ConfigError("pair_parameters go with the name of a pair; this QuantizerPair has its own already.")
+            self.weights, self.pair_parameters = pair_key(self.weights)
+        self.pair_parameters = self.pair_parameters or None
+        try:
+            units = self.quantizer_pair().scaling
+        except UnknownNameError as error:
+            raise UnknownNameError(
+                f"{error} A pair of your own must be registered under its name before its models are made or loaded: "
+                f"proxbit.register_pair({self.weights!r}, pair)."
+            ) from error
+        given = (self.normalize, self.scale, self.center)
+        self.normalize, self.scale, self.center = (g or default for g, default in zip(given, units, strict=True))
+        check_scaling(self.normalize, self.scale, self.center)
+
+    def quantizer_pair(self) -> QuantizerPair:
+        """The pair of the weights.
+
+        A packed checkpoint holds signs, whatever pair they were trained with: `bc` stands in for a name that is not
+        registered here.
+
+        Raises:
+            UnknownNameError: for a name that is not registered.
+            ConfigError: for parameters that the pair does not take.
+        """
+        assert isinstance(self.weights, str)
+        if self.state == "packed" and self.weights not in PAIRS:
+            return get_pair("bc")
+        return get_pair(self.weights, self.pair_parameters)
 
     def _check_patterns(self, name: str) -> None:
         patterns = getattr(self, name)
@@ -107,7 +157,7 @@ class BinarizationConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types, in a fixed order."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
+        return copy.deepcopy(values)
 
     def replace(self, **changes: Any) -> "BinarizationConfig":
         """A copy with some fields changed."""

@@ -3,8 +3,10 @@
 import matplotlib.image
 import pytest
 
-from proxbit.analysis.plots import plot_pairs, plot_training
-from proxbit.errors import UnknownNameError
+from proxbit.analysis.plots import default_sharpness, plot_pair, plot_pairs, plot_training
+from proxbit.errors import MuRangeError, UnknownNameError
+from proxbit.quantizers import compose, get_pair
+from proxbit.quantizers.proximal import TANH
 
 HISTORY = [
     {"loss": 1.0, "mu": 0.3, "flip_ratio": 0.02, "hardening_gap": 0.6, "epoch": 0.5, "step": 1},
@@ -34,4 +36,40 @@ def test_pairs_get_a_column_each(tmp_path):
 def test_unknown_pair(tmp_path):
     with pytest.raises(UnknownNameError, match="Valid: "):
         plot_pairs(["bnn+++"], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def words_of(path):
+    return path.read_text()
+
+
+def test_a_sound_pair_shows_its_map_its_transform_and_what_it_penalises(tmp_path):
+    text = words_of(plot_pair("bnn++", tmp_path / "pair.svg", [0.5, 2.0]))
+    assert all(words in text for words in ("bnn++", "(sound)", "mu = 0.5", "mu = 2", "what P penalises"))
+    assert "no transform" not in text
+
+
+def test_a_heuristic_pair_says_why_it_has_none(tmp_path):
+    text = words_of(plot_pair("bnn+", tmp_path / "pair.svg"))
+    assert all(words in text for words in ("(heuristic)", "no transform", "no regularizer", "B changes while P stands"))
+
+
+def test_an_svg_is_the_same_byte_for_byte(tmp_path):
+    one, two = (plot_pair("parq", tmp_path / name) for name in ("one.svg", "two.svg"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_pair_without_a_name_gets_the_title_that_is_given(tmp_path):
+    text = words_of(plot_pair(compose(TANH, schedule=("log", 0.5, 8.0)), tmp_path / "pair.svg", title="mine"))
+    assert "mine" in text and "mu = 0.5" in text and "mu = 8" in text
+
+
+def test_default_sharpness_follows_the_schedule():
+    assert default_sharpness(get_pair("bnn++")) == pytest.approx([0.3, 3.0, 30.0])
+    assert default_sharpness(get_pair("bc")) == [1.0]
+
+
+def test_a_mu_out_of_range_draws_nothing(tmp_path):
+    with pytest.raises(MuRangeError, match="out of range"):
+        plot_pair("parq", tmp_path / "none.png", [0.5])
     assert not (tmp_path / "none.png").exists()

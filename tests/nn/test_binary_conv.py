@@ -122,7 +122,7 @@ def test_to_float_holds_plus_and_minus_the_scale(geometry, bias, pixels):
     assert plain.weight.requires_grad
     assert plain.extra_repr() == latent.extra_repr()
     plus_minus = torch.where(latent.weight >= 0, 1.0, -1.0)
-    assert torch.equal(plain.weight, plus_minus * latent.row_scale().view(-1, 1, 1, 1))
+    assert torch.equal(plain.weight, plus_minus * latent.hard_rows().scale.view(-1, 1, 1, 1))
     assert torch.equal(plain(pixels), latent.eval()(pixels))
 
 

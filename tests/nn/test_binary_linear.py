@@ -114,7 +114,7 @@ def test_to_float_holds_plus_and_minus_the_scale(bias, normalize, scale, tokens)
     assert type(plain) is nn.Linear
     assert plain.bias is layer.bias
     assert torch.equal(plain(tokens), layer.eval()(tokens))
-    row_scale = layer.row_scale()
+    row_scale = layer.hard_rows().scale
     for row, factor, latent in zip(plain.weight, row_scale, layer.weight):
         assert row.tolist() == [factor.item() if value >= 0 else -factor.item() for value in latent.tolist()]
     assert plain.weight.requires_grad

@@ -114,7 +114,9 @@ def test_hardened_training_still_has_gradients(net, pixels):
 
 def test_row_scale_is_the_mean_absolute_weight(net):
     for _, layer in latent_layers(net):
-        np.testing.assert_allclose(layer.row_scale().numpy(), np.abs(rows_of(layer.weight)).mean(axis=1), rtol=1e-6)
+        np.testing.assert_allclose(
+            layer.hard_rows().scale.numpy(), np.abs(rows_of(layer.weight)).mean(axis=1), rtol=1e-6
+        )
 
 
 def test_soft_evaluation(net, pixels):

@@ -58,7 +58,7 @@ def test_packed_equals_latent_hard(geometry, bias, pixels):
 def test_every_scale_is_packed(normalize, scale, pixels):
     latent = latent_layer(normalize=normalize, scale=scale)
     packed = PackedConv2d.from_latent(latent)
-    assert torch.equal(packed.weight_scale, latent.row_scale())
+    assert torch.equal(packed.weight_scale, latent.hard_rows().scale)
     torch.testing.assert_close(packed(pixels), latent(pixels), rtol=1e-5, atol=1e-4)
 
 
@@ -151,7 +151,7 @@ def test_to_float_is_exact(geometry, bias, dtype):
     assert plain.extra_repr() == latent.extra_repr()
     assert plain.bias is latent.bias
     plus_minus = torch.where(latent.weight >= 0, 1.0, -1.0).to(dtype)
-    assert torch.equal(plain.weight, plus_minus * latent.row_scale().view(-1, 1, 1, 1))
+    assert torch.equal(plain.weight, plus_minus * latent.hard_rows().scale.view(-1, 1, 1, 1))
     assert torch.equal(plain.weight, latent.to_float().weight)
 
 

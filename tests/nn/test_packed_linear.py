@@ -48,7 +48,7 @@ def test_every_scale_is_packed(normalize, scale, tokens):
     latent = latent_layer(normalize=normalize, scale=scale)
     packed = PackedLinear.from_latent(latent)
     torch.testing.assert_close(packed(tokens), latent(tokens), rtol=1e-5, atol=1e-5)
-    assert torch.equal(packed.weight_scale, latent.row_scale())
+    assert torch.equal(packed.weight_scale, latent.hard_rows().scale)
 
 
 @dtypes

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from proxbit.errors import MuRangeError
-from proxbit.quantizers import PAIRS, Surrogate, decompose, heuristic, regularizer
-from proxbit.quantizers.proximal import BINARYRELAX, IDENTITY, LINEAR, PARQ, SIGN
+from proxbit.quantizers import PAIRS, Surrogate, decompose, get_pair, heuristic, regularizer
+from proxbit.quantizers.proximal import BINARYRELAX, IDENTITY, PARQ, SIGN
 
+LINEAR = get_pair("pc").proximal
 W = torch.linspace(-2.9, 2.9, 1001, dtype=torch.float64)
 
 
@@ -23,6 +24,8 @@ EXPECTED = {
     "bc": (True, lambda w, mu: hard(w)),
     "dorefa": (True, lambda w, mu: hard(w)),
     "pc": (True, None),
+    "proxquant": (True, None),
+    "rpc": (True, lambda w, mu: w),
     "binaryrelax": (True, lambda w, mu: (w + mu * hard(w)) / (1 + mu)),
     "parq": (True, lambda w, mu: (w * mu).clamp(-1, 1)),
     "md-tanh": (True, lambda w, mu: (mu * w).tanh()),
@@ -40,6 +43,8 @@ EXPECTED = {
     "dsq": (False, None),
     "biper": (False, None),
     "biper-sine": (True, lambda w, mu: w),
+    "xnor": (False, None),
+    "adabin": (False, None),
 }
 
 

@@ -51,3 +51,11 @@ def test_antiderivative_keeps_the_dtype_and_takes_zeros():
     values = Antiderivative(lambda w, mu: torch.ones_like(w))(torch.zeros(3, dtype=torch.float32), 1.0)
     assert values.dtype == torch.float32
     assert torch.equal(values, torch.zeros(3))
+
+
+@pytest.mark.parametrize("name", ["bnn+", "xnor", "adabin"])
+def test_the_partner_keeps_the_units_of_its_rows(name):
+    """B is a function of the weight in those units."""
+    partner, pair = enhance(name), get_pair(name)
+    assert (partner.scaling, partner.levels, partner.mu_range) == (pair.scaling, pair.levels, pair.mu_range)
+    assert torch.equal(partner.backward(W, 2.0), pair.backward(W, 2.0))

@@ -1,67 +1,140 @@
 """The family as a whole: what every row of data promises."""
 
+import numpy as np
 import pytest
 import torch
 
-from pair_formulas import ROWS
-from proxbit.quantizers import PAIRS, MuSchedule, get_pair
+from pair_formulas import ROWS, linear, nearest
+from proxbit.errors import ConfigError
+from proxbit.quantizers import PAIRS, MuSchedule, decompose, get_pair
 
-# How far from 0, in row means, F may still be more than 1e-3 from the sign at the end of the default schedule.
-HARD_FROM = {
-    "bc": 0.0,
-    "dorefa": 0.0,
-    "pc": 0.0,
-    "parq": 0.011,
-    "md-tanh": 0.05,
-    "tanh": 0.15,
-    "bnn": 0.0,
-    "bnn+": 0.0,
-    "bnn++": 0.45,
-    "bireal": 0.0,
-    "bireal++": 0.05,
-    "ede": 0.0,
-    "ede++": 0.15,
-    "fda": 0.0,
-    "reste": 0.0,
-    "dsq": 0.0,
+TERNARY, TWO_BITS, UNEVEN = [-1, 0, 1], [-1.5, -0.5, 0.5, 1.5], [-2, -0.5, 0.25, 1]
+LEVELS = {"ternary": TERNARY, "two-bit": TWO_BITS, "uneven": UNEVEN}
+VARIANTS = {name: (name, None) for name in ROWS} | {
+    f"{name}-{kind}": (name, {"levels": levels}) for name in ("pc", "proxquant") for kind, levels in LEVELS.items()
 }
+VARIANTS |= {
+    "pc-rho": ("pc", {"rho": 0.5, "varrho": 0}),
+    "pc-varrho": ("pc", {"levels": TERNARY, "rho": 0, "varrho": 2.0}),
+    "rpc-ternary": ("rpc", {"levels": TERNARY}),
+}
+# Row units of their papers, where they are not those of all others.
+SCALING = {
+    "dorefa": ("tensor", "fixed", "none"),
+    "xnor": ("none", "ls", "remove"),
+    "adabin": ("std", "fixed", "restore"),
+}
+# Pairs that stay soft, or stay periodic, whatever mu.
+NEVER_HARD = {"rpc", "rpc-ternary", "fda++", "biper", "biper-sine"}
+
+
+def variant(name):
+    return get_pair(*VARIANTS[name])
+
+
+def furthest(pair, distance):
+    """How far F is from the nearest level, for all |w| <= 10 at least `distance` from a boundary, at the end of mu."""
+    boundaries = [(low + high) / 2 for low, high in zip(pair.levels[:-1], pair.levels[1:], strict=True)]
+    edges = [boundary + side * distance for boundary in boundaries for side in (-1, 1)]
+    w = np.concatenate([np.linspace(-10, 10, 20001), edges, np.linspace(-1, 1, 20001)])
+    away = np.abs(w[:, None] - np.array(boundaries)).min(axis=1)
+    w = np.unique(w[away >= distance - 1e-15])
+    return float(np.abs(pair.forward(torch.from_numpy(w), pair.schedule[2]).numpy() - nearest(w, pair.levels)).max())
 
 
 def test_the_family_is_the_one_of_the_formulas():
     assert set(PAIRS) == set(ROWS)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_every_row_is_complete(name):
-    pair = get_pair(name)
+    pair = variant(name)
     assert pair.source and pair.forward_formula and pair.backward_formula
+    assert pair.scaling == SCALING.get(name, ("row", "ls", "none"))
+    assert list(pair.levels) == sorted(set(pair.levels))
     kind, start, end = pair.schedule
     schedule = MuSchedule(kind, start, end, steps=100)
     assert all(pair.check_mu(schedule.mu(step)) is not None for step in range(100))
 
 
-@pytest.mark.parametrize("name", HARD_FROM)
-def test_annealed_forwards_end_at_the_sign(name):
-    pair = get_pair(name)
-    w = torch.linspace(HARD_FROM[name], 3.1, 4001, dtype=torch.float64)
-    assert float((pair.forward(w, pair.schedule[2]) - 1).abs().max()) <= 1e-3
-    assert float((pair.forward(-w[1:], pair.schedule[2]) + 1).abs().max()) <= 1e-3
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in NEVER_HARD | {"fp"}])
+def test_annealed_forwards_end_at_the_levels_from_where_their_row_says(name):
+    pair = variant(name)
+    assert furthest(pair, pair.hard_from) <= 1e-3
+    if pair.hard_from > 0:
+        assert furthest(pair, 0.8 * pair.hard_from) > 1e-3
 
 
-def test_binaryrelax_keeps_a_thousandth_of_the_weight():
-    pair = get_pair("binaryrelax")
-    w = torch.linspace(0, 2, 2001, dtype=torch.float64)
-    assert float((pair.forward(w, pair.schedule[2]) - 1).abs().max()) <= 1e-3
+@pytest.mark.parametrize("name", sorted(NEVER_HARD))
+def test_rows_that_promise_no_hard_end_have_none(name):
+    """Not even far from the boundary."""
+    pair = variant(name)
+    assert pair.levels and pair.hard_from is None
+    assert furthest(pair, 1.0) > 1e-3
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_odd_forward_even_backward_and_finite_far_out(name):
-    pair, mu = get_pair(name), float(get_pair(name).schedule[1])
-    w = torch.tensor([1e-3, 0.1, 0.9, 1.2, 3.0, 40.0, 1e4], dtype=torch.float64)
-    assert torch.allclose(pair.forward(-w, mu), -pair.forward(w, mu))
-    assert torch.allclose(pair.backward(-w, mu), pair.backward(w, mu))
-    far = torch.tensor([1e30, -1e30], dtype=torch.float64)
-    half = torch.tensor([6e4, -6e4, 1e-7, 0.0], dtype=torch.float16)
-    for function in (pair.forward, pair.backward):
-        assert bool(torch.isfinite(function(far, mu)).all())
-        assert bool(torch.isfinite(function(half, mu)).all())
+def test_full_precision_has_no_levels():
+    pair = get_pair("fp")
+    assert (pair.levels, pair.hard_from, pair.binary) == ((), None, False)
+
+
+@pytest.mark.parametrize("kind", LEVELS)
+@pytest.mark.parametrize("name", ["pc", "proxquant"])
+def test_any_levels(name, kind):
+    """Sound and non-decreasing while soft; the nearest level, the upper one half-way, at the end of the schedule."""
+    pair, levels = get_pair(name, {"levels": LEVELS[kind]}), LEVELS[kind]
+    assert pair.levels == tuple(map(float, levels))
+    w = np.arange(-192, 193) / 64
+    tensor = torch.from_numpy(w)
+    _, start, end = pair.schedule
+    for mu in (start, (start + end) / 2, end):
+        result = decompose(pair, mu)
+        assert pair.sound and result.sound, result.reason
+        assert (np.diff(pair.forward(tensor, mu).numpy()) >= -1e-14).all()
+        assert (pair.backward(tensor, mu) == 1).all()
+        assert np.ptp(pair.forward(tensor, mu).numpy()) == pytest.approx(levels[-1] - levels[0], abs=1e-14)
+    assert len(np.unique(pair.forward(tensor, start).numpy())) > 20 > len(levels)
+    assert len(np.unique(pair.forward(tensor, 0.9 * end).numpy())) > len(levels)
+    np.testing.assert_array_equal(pair.forward(tensor, end).numpy(), nearest(w, levels))
+    np.testing.assert_array_equal(pair.hard(tensor).numpy(), nearest(w, levels))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"levels": []},
+        {"levels": [1]},
+        {"levels": [1, -1]},
+        {"levels": [-1, -1, 1]},
+        {"levels": ["a", "b"]},
+        {"levels": "ab"},
+        {"levels": [-1, None, 1]},
+        {"levels": 3},
+        {"levels": None},
+        {"rho": -0.1},
+        {"varrho": -1.0},
+        {"rho": 0, "varrho": 0},
+        {"rho": "1"},
+        {"rho": None},
+    ],
+    ids=str,
+)
+def test_levels_and_shrinks_that_cannot_work(parameters):
+    with pytest.raises(ConfigError, match=r"increasing numbers, such as \[-1, 0, 1\], and rho and varrho") as caught:
+        get_pair("pc", parameters)
+    assert all(f"{name}=" in str(caught.value) for name in ("levels", "rho", "varrho"))
+
+
+@pytest.mark.parametrize("name", ["proxquant", "rpc"])
+def test_where_the_step_starts_from(name):
+    """ProxQuant and reverse ProxConnect step from P(w); ProxQuant shows the network P(w), reverse ProxConnect w."""
+    pair, w = get_pair(name), np.linspace(-2, 2, 401)
+    for mu in (0.01, 0.4, 1.0):
+        at = torch.from_numpy(w)
+        np.testing.assert_allclose(pair.update_from(at, mu).numpy(), linear(w, mu), rtol=0, atol=1e-14)
+        seen = w if name == "rpc" else linear(w, mu)
+        np.testing.assert_allclose(pair.forward(at, mu).numpy(), seen, rtol=0, atol=1e-14)
+
+
+def test_only_two_methods_step_from_elsewhere():
+    assert {name for name in PAIRS if get_pair(name).update_from is not None} == {"proxquant", "rpc"}

@@ -1,19 +1,18 @@
-"""The quantizer pairs: F and B of each one written once more, soundness, ranges of mu, and the registry."""
+"""The quantizer pairs: F and B of each one written once more, soundness, ranges of mu, and what a pair is made of."""
 
+import copy
 import math
-import re
 
 import numpy as np
 import pytest
 import torch
 
 import proxbit
-from pair_formulas import ROWS, clip, swish, swish_slope
-from proxbit.errors import MuRangeError, UnknownNameError
-from proxbit.quantizers import PAIRS, QuantizerPair, Surrogate, compose, get_pair, heuristic, pair_name, pairs
+from pair_formulas import ROWS, clip, nearest, swish, swish_slope
+from proxbit.errors import MuRangeError
+from proxbit.quantizers import BINARY, PAIRS, QuantizerPair, Surrogate, compose, get_pair, heuristic
 from proxbit.quantizers.proximal import PARQ, SIGN
 from proxbit.quantizers.transforms import SIGN_SWISH
-from proxbit.registry import Registry
 
 FORWARD = {name: row[0] for name, row in ROWS.items()}
 BACKWARD = {name: row[1] for name, row in ROWS.items()}
@@ -22,7 +21,7 @@ LOWEST_MU = {name: row[3] for name, row in ROWS.items()}
 MUS = {name: row[4] for name, row in ROWS.items()}
 ALL = [(name, mu) for name in sorted(PAIRS) for mu in MUS[name]]
 # Pairs that stay what they are, whatever mu.
-NEVER_HARD = {"fp", "fda++", "biper", "biper-sine"}
+NEVER_HARD = {"fp", "rpc", "fda++", "biper", "biper-sine"}
 # With zeros, the levels, the edges of the box, and large values.
 GRID = np.concatenate([np.linspace(-3, 3, 481), [-20.0, 20.0, -0.0, 0.0, -1e-300, 1e-300]])
 
@@ -146,39 +145,34 @@ def test_each_pair_says_what_it_is_and_where_it_is_from(name):
     assert all((pair.forward_formula, pair.backward_formula, pair.source))
 
 
-@pytest.mark.parametrize("name", sorted(PAIRS))
-def test_names_round_trip(name):
-    pair = get_pair(name)
-    assert get_pair(pair) is pair
-    assert pair_name(pair) == pair_name(name) == name
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("levels", [(-1.0, 1.0), (-1.0, 0.0, 1.0), (-2.0, -0.5, 0.25, 1.0)], ids=["2", "3", "4"])
+def test_hard_is_the_nearest_level_and_the_upper_one_half_way(levels, dtype):
+    pair = compose(SIGN, levels=levels)
+    w = torch.linspace(-3, 3, 193).to(dtype).view(193, 1)
+    middles = [(low + high) / 2 for low, high in zip(levels[:-1], levels[1:], strict=True)]
+    assert pair.hard(w).dtype == dtype and pair.hard(w).shape == w.shape
+    np.testing.assert_array_equal(pair.hard(w).double().numpy(), nearest(w.double().numpy(), levels))
+    assert pair.hard(torch.tensor(middles, dtype=dtype)).tolist() == list(levels[1:])
+    assert pair.binary == (len(levels) == 2)
 
 
-@pytest.mark.parametrize(("wrong", "meant"), [("bnn+++", "bnn++"), ("binaryrelaxed", "binaryrelax"), ("park", "parq")])
-@pytest.mark.parametrize("look_up", [get_pair, pair_name])
-def test_unknown_pair_names_the_nearest_and_all(look_up, wrong, meant):
-    with pytest.raises(UnknownNameError, match=re.escape(f"Unknown quantizer pair {wrong!r}")) as caught:
-        look_up(wrong)
-    question, valid = str(caught.value).split("? ")
-    assert repr(meant) in question
-    assert all(name in valid for name in FORWARD)
+def test_hard_without_levels_is_the_weight_itself():
+    w = torch.randn(3, 4)
+    assert compose(SIGN, levels=()).hard(w) is w
+    assert not compose(SIGN, levels=()).binary
+    assert get_pair("fp").levels == () and get_pair("fp").hard(w) is w
 
 
-def test_an_unregistered_pair_has_no_name():
-    pair = compose(SIGN, SIGN_SWISH)
-    assert get_pair(pair) is pair
-    with pytest.raises(UnknownNameError, match=r"no name.*proxbit\.register_pair\('a-name', pair\)"):
-        pair_name(pair)
+def test_hard_of_a_binary_pair_at_zero_and_below_the_smallest_number():
+    w = torch.tensor([0.0, -0.0, 1e-45, -1e-45])
+    assert get_pair("bc").hard(w).tolist() == [1, 1, 1, -1]
 
 
-def test_registering_a_pair(monkeypatch):
-    registry = Registry("quantizer pair")
-    monkeypatch.setattr(pairs, "PAIRS", registry)
-    pair = heuristic(Surrogate(PARQ, "F"), Surrogate(lambda w, mu: w, "B"), source="own")
-    assert proxbit.register_pair("mine", pair) is pair
-    assert get_pair("mine") is pair
-    assert pair_name(pair) == "mine"
-    with pytest.raises(UnknownNameError, match="'mine' is already registered"):
-        proxbit.register_pair("mine", compose(SIGN))
+def test_copies_of_a_model_share_its_pairs():
+    pair = get_pair("bnn++")
+    assert copy.deepcopy({"pair": pair})["pair"] is pair
+    assert copy.deepcopy(compose(SIGN)) is not get_pair("bc")
 
 
 def test_compose_chains_map_and_transform():
@@ -189,6 +183,46 @@ def test_compose_chains_map_and_transform():
     np.testing.assert_allclose(on_grid(pair.backward, 3.0), swish_slope(clip(GRID, 3.0), 3.0), rtol=1e-11)
     assert compose(PARQ).source == PARQ.source
     np.testing.assert_allclose(on_grid(compose(PARQ).backward, 3.0), 1)
+
+
+def test_compose_of_plain_functions():
+    """The derivative of T is found, or taken where the function brings it."""
+
+    def halved(w, mu):
+        return w / 2
+
+    def squared(p, mu):
+        return mu * p * p.abs()
+
+    pair = compose(halved, squared)
+    assert pair.sound and (pair.proximal.name, pair.transform.name) == ("halved", "squared")
+    np.testing.assert_allclose(on_grid(pair.forward, 3.0), 3 * GRID / 2 * np.abs(GRID / 2), rtol=1e-14)
+    np.testing.assert_allclose(on_grid(pair.backward, 3.0), 6 * np.abs(GRID / 2), rtol=1e-14)
+    assert "halved" in pair.forward_formula and "squared" in pair.forward_formula
+    squared.derivative = lambda p, mu: p * 0 + 7
+    assert on_grid(compose(halved, squared).backward, 3.0).tolist() == [7.0] * len(GRID)
+
+
+def test_heuristic_of_plain_functions():
+    def stairs(w, mu):
+        return w.floor()
+
+    pair = heuristic(stairs, Surrogate(lambda w, mu: w * 0 + mu, "B(w) = mu"))
+    assert not pair.sound
+    assert (pair.forward_formula, pair.backward_formula) == ("F = stairs(w, mu)", "B(w) = mu")
+    assert pair.forward(torch.tensor(2.5), 1.0).item() == 2
+    assert pair.backward(torch.tensor(2.5), 3.0).item() == 3
+
+
+def test_fields_of_a_row():
+    defaults, row = compose(SIGN), {"levels": (-1.0, 0.0, 1.0), "scaling": ("std", "fixed", "remove")}
+    row |= {"hard_from": 0.5, "update_from": PARQ, "schedule": ("log", 1.0, 2.0), "mu_range": (0.5, 9.0), "source": "s"}
+    for pair in (compose(SIGN, **row), heuristic(SIGN, PARQ, **row)):
+        assert {field: getattr(pair, field) for field in row} == row
+    assert (
+        (defaults.levels, defaults.scaling) == (BINARY, ("row", "ls", "none")) == ((-1.0, 1.0), ("row", "ls", "none"))
+    )
+    assert defaults.hard_from is None and defaults.update_from is None
 
 
 def test_heuristic_keeps_both_sides_as_given():

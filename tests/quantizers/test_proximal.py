@@ -6,7 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from proxbit.quantizers.proximal import BINARYRELAX, IDENTITY, LINEAR, PARQ, SIGN, linear_quantizer
+from pair_formulas import nearest
+from proxbit.quantizers import get_pair
+from proxbit.quantizers.proximal import (
+    BINARYRELAX,
+    BOX,
+    IDENTITY,
+    PARQ,
+    PERIOD,
+    SIGN,
+    TANH,
+    LinearQuantizer,
+    as_proximal_map,
+    linear_quantizer,
+    nearest_level,
+)
 
 # Steps of 1/64 from -3 to 3: 0, the levels and their midpoints are among them, and all are exact in binary.
 GRID = np.arange(-192, 193) / 64
@@ -19,9 +33,12 @@ SHRINKS = [(0.0, 0.0), (0.25, 0.0), (0.0, 0.25), (0.125, 0.5), (0.5, 0.125), (0.
 MAPS = {
     "identity": (IDENTITY, [1.0]),
     "sign": (SIGN, [0.0, 1.0, 1000.0]),
-    "linear": (LINEAR, [0.0, 0.01, 0.4, 1.0, 10.0]),
+    "linear": (get_pair("pc").proximal, [0.0, 0.01, 0.4, 1.0, 10.0]),
     "binaryrelax": (BINARYRELAX, [0.0, 0.1, 1.0, 100.0]),
     "parq": (PARQ, [1.0, 2.5, 100.0]),
+    "tanh": (TANH, [0.3, 5.0]),
+    "box": (BOX, [0.2, 1.0, 30.0]),
+    "period": (PERIOD, [1.0]),
 }
 
 
@@ -65,9 +82,7 @@ def test_without_shrink_it_clips(levels):
 @pytest.mark.parametrize(("rho", "varrho"), [(2.0, 0.0), (0.0, 2.0), (2.0, 2.0)], ids=["rho", "varrho", "both"])
 def test_half_the_gap_or_more_gives_the_nearest_level(rho, varrho, levels):
     """Midpoints go to the upper level, as 0 goes to +1; the result is a level to the last bit."""
-    distance = np.abs(GRID[:, None] - np.array(levels)[::-1])
-    nearest = np.array(levels)[::-1][distance.argmin(axis=1)]
-    np.testing.assert_array_equal(quantized(GRID, rho, varrho, levels), nearest)
+    np.testing.assert_array_equal(quantized(GRID, rho, varrho, levels), nearest(GRID, levels))
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.1, 0.5, 0.75, 1.0, 2.0])
@@ -76,7 +91,7 @@ def test_equal_shrinks_are_the_map_of_proxquant(lam):
     distance = np.abs(w) - 1
     expected = plus_minus(w) * (1 + np.sign(distance) * np.maximum(np.abs(distance) - lam, 0))
     np.testing.assert_allclose(quantized(w, lam, lam), expected, atol=1e-14)
-    np.testing.assert_allclose(LINEAR(torch.from_numpy(w), lam).numpy(), expected, atol=1e-14)
+    np.testing.assert_allclose(LinearQuantizer()(torch.from_numpy(w), lam).numpy(), expected, atol=1e-14)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.1, 1.0, 30.0])
@@ -156,3 +171,34 @@ def test_half_precision_linear_quantizer_matches_double():
         exact = linear_quantizer(w, 0.25, 0.125, TERNARY)
         result = linear_quantizer(w.to(dtype), 0.25, 0.125, TERNARY)
         torch.testing.assert_close(result.double(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@LEVELS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_nearest_level(levels, dtype):
+    w = torch.from_numpy(GRID).to(dtype)
+    result = nearest_level(w.view(5, 77), levels)
+    assert result.dtype == dtype
+    np.testing.assert_array_equal(result.flatten().double().numpy(), nearest(w.double().numpy(), levels))
+    ends = torch.tensor([-math.inf, math.inf], dtype=dtype)
+    assert nearest_level(ends, levels).tolist() == [levels[0], levels[-1]]
+
+
+@LEVELS
+@pytest.mark.parametrize(("rho", "varrho"), [(1.0, 1.0), (0.5, 2.0), (0.0, 1.0), (3.0, 0.0)])
+def test_shrinks_are_in_proportion_to_mu(rho, varrho, levels):
+    for mu in (0.0, 0.125, 0.25):
+        result = LinearQuantizer(levels, rho, varrho)(torch.from_numpy(GRID), mu).numpy()
+        expected = [pieces(value, mu * rho, mu * varrho, levels) for value in GRID]
+        np.testing.assert_allclose(result, expected, rtol=0, atol=1e-14)
+
+
+def test_a_plain_function_is_a_proximal_map():
+    def halved(w, mu):
+        return w / 2
+
+    proximal = as_proximal_map(halved)
+    assert (proximal.name, proximal.formula) == ("halved", "P(w) = halved(w, mu)")
+    assert proximal(torch.tensor([3.0]), 1.0).tolist() == [1.5]
+    assert as_proximal_map(proximal) is proximal
+    assert as_proximal_map(LinearQuantizer()).name == "LinearQuantizer"

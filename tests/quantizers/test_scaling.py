@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from proxbit.errors import ConfigError
-from proxbit.quantizers.scaling import NORMALIZATIONS, SCALES, check_scaling, normalizer, output_scale
+from proxbit.quantizers.scaling import (
+    CENTERINGS,
+    NORMALIZATIONS,
+    SCALES,
+    check_scaling,
+    output_scale,
+    row_divisor,
+    row_offset,
+)
 from proxbit.sign import sign
 
 
@@ -20,30 +28,46 @@ def soft(rows):
     return torch.tanh(rows / rows.abs().mean(dim=1, keepdim=True))
 
 
-def test_normalizers_by_hand():
+def test_divisors_by_hand():
+    """`tensor` is that of each row here: its mean over all rows is taken where all rows are known."""
     rows = torch.tensor([[1.0, -3.0], [0.5, 0.0]])
-    assert normalizer(rows, "row").tolist() == [[2.0], [0.25]]
-    assert normalizer(rows, "tensor").tolist() == [[1.125], [1.125]]
-    assert normalizer(rows, "none").tolist() == [[1.0], [1.0]]
+    assert row_divisor(rows, "row").tolist() == row_divisor(rows, "tensor").tolist() == [[2.0], [0.25]]
+    assert row_divisor(rows, "std").tolist() == [[2.0], [0.25]]
+    assert row_divisor(rows, "none").tolist() == [[1.0], [1.0]]
+
+
+def test_offsets_by_hand():
+    rows = torch.tensor([[1.0, -3.0], [0.5, 0.0]])
+    assert row_offset(rows, "none").tolist() == [[0.0], [0.0]]
+    assert row_offset(rows, "remove").tolist() == row_offset(rows, "restore").tolist() == [[-1.0], [0.25]]
+
+
+def test_std_is_that_of_the_population(rows):
+    np.testing.assert_allclose(row_divisor(rows, "std")[:, 0].numpy(), np.std(rows.numpy(), axis=1), rtol=1e-13)
 
 
 def test_row_normalisation_gives_rows_of_size_one(rows):
-    units = rows / normalizer(rows, "row")
+    units = rows / row_divisor(rows, "row")
     np.testing.assert_allclose(units.abs().mean(dim=1).numpy(), np.ones(6), rtol=1e-14)
 
 
-def test_tensor_normalisation_gives_a_tensor_of_size_one_and_keeps_proportions(rows):
-    units = rows / normalizer(rows, "tensor")
-    assert units.abs().mean().item() == pytest.approx(1, rel=1e-14)
-    np.testing.assert_allclose((units[4] / units[1, 0]).numpy(), (rows[4] / rows[1, 0]).numpy(), rtol=1e-13)
+def test_standardised_rows(rows):
+    """IR-Net: mean 0 and deviation 1, once the offset is taken off."""
+    centred = rows - row_offset(rows, "remove")
+    units = (centred / row_divisor(centred, "std")).numpy()
+    np.testing.assert_allclose(units.mean(axis=1), np.zeros(6), atol=1e-14)
+    np.testing.assert_allclose((units**2).mean(axis=1), np.ones(6), rtol=1e-13)
 
 
 @pytest.mark.parametrize("factor", [2.0**-40, 0.125, 1024.0], ids=["tiny", "small", "large"])
-def test_row_scaling_changes_nothing_in_units(rows, factor):
+@pytest.mark.parametrize("normalize", ["row", "std"])
+@pytest.mark.parametrize("center", CENTERINGS)
+def test_row_scaling_changes_nothing_in_units(rows, factor, normalize, center):
     """Powers of two, so that the equality is exact."""
     factors = torch.tensor([factor, 1, factor, 1, factor, factor], dtype=torch.float64).unsqueeze(1)
     scaled = rows * factors
-    assert torch.equal(scaled / normalizer(scaled, "row"), rows / normalizer(rows, "row"))
+    centred, scaled = rows - row_offset(rows, center), scaled - row_offset(scaled, center)
+    assert torch.equal(scaled / row_divisor(scaled, normalize), centred / row_divisor(centred, normalize))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -51,7 +75,7 @@ def test_row_scaling_changes_nothing_in_units(rows, factor):
 @pytest.mark.parametrize("scale", SCALES)
 def test_zero_rows_stay_finite_and_dtype_is_kept(normalize, scale, dtype):
     rows = torch.zeros(3, 5, dtype=dtype)
-    divisor = normalizer(rows, normalize)
+    divisor = row_divisor(rows, normalize)
     assert divisor.shape == (3, 1)
     assert divisor.dtype == dtype
     units = rows / divisor
@@ -64,7 +88,7 @@ def test_zero_rows_stay_finite_and_dtype_is_kept(normalize, scale, dtype):
 
 
 def test_least_squares_scale_is_the_regression_of_the_row(rows, soft):
-    factor = output_scale(rows, soft, normalizer(rows, "row"), "ls")
+    factor = output_scale(rows, soft, row_divisor(rows, "row"), "ls")
     for row, quantized, found in zip(rows.numpy(), soft.numpy(), factor.flatten().tolist()):
         (expected,), *_ = np.linalg.lstsq(quantized[:, None], row, rcond=None)
         assert found == pytest.approx(expected, rel=1e-12)
@@ -72,7 +96,7 @@ def test_least_squares_scale_is_the_regression_of_the_row(rows, soft):
 
 @pytest.mark.parametrize("change", [-1e-3, 1e-3, 0.5, -1.0])
 def test_least_squares_scale_is_the_minimiser(rows, soft, change):
-    factor = output_scale(rows, soft, normalizer(rows, "row"), "ls")
+    factor = output_scale(rows, soft, row_divisor(rows, "row"), "ls")
 
     def error(scale):
         return ((rows - scale * soft) ** 2).sum(dim=1)
@@ -82,17 +106,43 @@ def test_least_squares_scale_is_the_minimiser(rows, soft, change):
 
 def test_least_squares_scale_of_signs_is_the_mean_absolute_weight(rows):
     for normalize in NORMALIZATIONS:
-        factor = output_scale(rows, sign(rows), normalizer(rows, normalize), "ls")
+        factor = output_scale(rows, sign(rows), row_divisor(rows, normalize), "ls")
         np.testing.assert_allclose(factor.flatten().numpy(), np.abs(rows.numpy()).mean(axis=1), rtol=1e-13)
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_fixed_scale_is_the_divisor(rows, soft, normalize):
-    divisor = normalizer(rows, normalize)
+    divisor = row_divisor(rows, normalize)
     assert torch.equal(output_scale(rows, soft, divisor, "fixed"), divisor)
 
 
-@pytest.mark.parametrize(("normalize", "scale"), [("rows", "ls"), ("row", "LS"), ("", "ls")])
-def test_unknown_modes(normalize, scale):
-    with pytest.raises(ConfigError, match="must be one of row, tensor, none|must be one of ls, fixed"):
-        check_scaling(normalize, scale)
+@pytest.mark.parametrize("center", CENTERINGS)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_constant_rows_stay_finite(normalize, center):
+    """A row of one value deviates by zero."""
+    rows = torch.tensor([[0.5, 0.5, 0.5], [-40.0, -40.0, -40.0]])
+    centred = rows - row_offset(rows, center)
+    assert torch.isfinite(centred / row_divisor(centred, normalize)).all()
+
+
+@pytest.mark.parametrize(
+    ("modes", "message"),
+    [
+        (("rows", "ls"), "normalize must be one of row, tensor, std, none; not 'rows'"),
+        (("", "ls"), "normalize must be one of row, tensor, std, none; not ''"),
+        (("row", "LS"), "scale must be one of ls, fixed; not 'LS'"),
+        (("row", "ls", "mean"), "center must be one of none, remove, restore; not 'mean'"),
+    ],
+    ids=["normalize", "empty", "scale", "center"],
+)
+def test_unknown_modes(modes, message):
+    with pytest.raises(ConfigError, match=message):
+        check_scaling(*modes)
+
+
+def test_valid_modes():
+    for normalize in ("row", "tensor", "std", "none"):
+        for scale in ("ls", "fixed"):
+            check_scaling(normalize, scale)
+            for center in ("none", "remove", "restore"):
+                check_scaling(normalize, scale, center)

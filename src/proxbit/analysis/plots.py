@@ -2,17 +2,28 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from proxbit.quantizers import get_pair
+from proxbit.quantizers import MuSchedule, QuantizerPair, decompose, get_pair, regularizer
 
-__all__ = ["plot_pairs", "plot_training"]
+__all__ = ["default_sharpness", "plot_pair", "plot_pairs", "plot_training"]
 
 COLORS = ("#2a5caa", "#d1495b", "#3a9d6e", "#8a5fb5")
+W = torch.linspace(-2.5, 2.5, 1001, dtype=torch.float64)
+PANELS = {
+    "F": "F: the weight that is seen",
+    "B": "B: multiplies the gradient",
+    "P": "P: proximal map",
+    "T": "T: transform, F = T(P(w))",
+    "r": "r: what P penalises",
+}
 
 
 def _style(axes: Axes, title: str, xlabel: str = "") -> None:
@@ -71,7 +82,7 @@ def plot_training(history: Sequence[dict[str, Any]], path: str | Path) -> Path:
 
 
 def plot_pairs(names: Sequence[str], path: str | Path, sharpness: Sequence[float] = (1.0, 3.0, 10.0)) -> Path:
-    """Draw F and B of some pairs, in row-normalised units, for a few values of mu.
+    """Draw F and B of some pairs, in row units, for a few values of mu.
 
     Args:
         names: of registered pairs, one column each.
@@ -81,17 +92,15 @@ def plot_pairs(names: Sequence[str], path: str | Path, sharpness: Sequence[float
     Returns:
         The path.
     """
-    w = torch.linspace(-2.5, 2.5, 2001, dtype=torch.float64)
     figure = Figure(figsize=(2.3 * len(names), 4.4), layout="constrained")
     grid = figure.subplots(2, len(names), squeeze=False, sharex=True, sharey="row")
     for column, name in enumerate(names):
         pair = get_pair(name)
         low, high = pair.mu_range
         for mu, color in zip(sharpness, COLORS, strict=False):
-            if not low <= mu <= high:
-                continue
-            for row, function in enumerate((pair.forward, pair.backward)):
-                grid[row, column].plot(w, function(w, mu), color=color, linewidth=1.6, label=f"mu = {mu:g}")
+            if low <= mu <= high:
+                for row, function in enumerate((pair.forward, pair.backward)):
+                    grid[row, column].plot(W, function(W, mu), color=color, linewidth=1.6, label=f"mu = {mu:g}")
         _style(grid[0, column], f"{name}\n{'sound' if pair.sound else 'heuristic'}")
         _style(grid[1, column], "", "latent weight / row mean")
     grid[0, 0].set_ylabel("forward F")
@@ -101,4 +110,72 @@ def plot_pairs(names: Sequence[str], path: str | Path, sharpness: Sequence[float
     handles, labels = grid[0, -1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=140)
+    return Path(path)
+
+
+def default_sharpness(pair: QuantizerPair, count: int = 3) -> list[float]:
+    """Values of mu along the default schedule of a pair: its start, its end, and those between at equal steps."""
+    schedule = MuSchedule(*pair.schedule, steps=count)
+    return list(dict.fromkeys(schedule.mu(step) for step in range(count)))
+
+
+def _curves(pair: QuantizerPair, mu: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """What there is to draw of a pair at one mu, by panel: the points along, and across."""
+    curves = {"F": (W, pair.forward(W, mu)), "B": (W, pair.backward(W, mu).expand_as(W))}
+    if pair.proximal is not None and pair.transform is not None:
+        p = pair.proximal(W, mu)
+        reached = torch.linspace(float(p.min()), float(p.max()), len(W), dtype=W.dtype)
+        curves |= {"P": (W, p), "T": (reached, pair.transform(reached, mu))}
+        curves["r"] = regularizer(pair.update_from or pair.proximal, mu, float(W[-1]))
+    else:
+        numerical = decompose(pair, mu, float(W[-1]))
+        curves["P"] = (numerical.w, numerical.p)
+    return curves
+
+
+def plot_pair(
+    pair: str | QuantizerPair, path: str | Path, sharpness: Sequence[float] | None = None, title: str = ""
+) -> Path:
+    """Draw one pair for a few values of mu: F, B, the proximal map P, the transform T, and the regularizer r of P.
+
+    Of a pair that is not sound there is no T and no r; its P is the one that dP = dF / B gives, where it can, and the
+    reason is written beside it.
+
+    Args:
+        pair: a pair, or the name of one.
+        path: of the picture; the ending decides the format. An SVG is the same, byte for byte, for the same pair.
+        sharpness: values of mu, up to four. None: start, middle and end of the default schedule.
+        title: what to write over it, beside the verdict; the name of the pair if it is empty.
+
+    Returns:
+        The path.
+
+    Raises:
+        MuRangeError: for a mu out of the range of the pair.
+        UnknownNameError: for an unknown name.
+    """
+    title = title or (pair if isinstance(pair, str) else "quantizer pair")
+    pair = get_pair(pair)
+    values = [pair.check_mu(mu) for mu in (default_sharpness(pair) if sharpness is None else sharpness)]
+    figure = Figure(figsize=(15, 3.4))
+    panels = dict(zip(PANELS, figure.subplots(1, len(PANELS)), strict=True))
+    figure.subplots_adjust(left=0.03, right=0.995, top=0.8, bottom=0.16, wspace=0.2)
+    for mu, color in zip(values, COLORS, strict=False):
+        for name, (x, y) in _curves(pair, mu).items():
+            panels[name].plot(x, y, color=color, linewidth=1.7, label=f"mu = {mu:.3g}")
+    for name, axes in panels.items():
+        _style(axes, PANELS[name], "p" if name in "Tr" else "w")
+        low, high = axes.get_ylim()
+        if high - low < 0.25:
+            axes.set_ylim((low + high) / 2 - 0.5, (low + high) / 2 + 0.5)
+    panels["F"].legend(frameon=False, fontsize=9)
+    verdict = "sound" if pair.sound else "heuristic"
+    figure.suptitle(f"{title}   ({verdict})", x=0.03, ha="left", fontsize=13, fontweight="bold")
+    if not pair.sound:
+        for name, text in (("T", "no transform:"), ("r", "no regularizer:")):
+            reason = fill(decompose(pair, values[0]).reason, 30)
+            panels[name].text(0.5, 0.5, f"{text}\n{reason}", ha="center", va="center", fontsize=10, color="#666666")
+            panels[name].set_axis_off()
+    with rc_context({"svg.hashsalt": "proxbit", "svg.fonttype": "none"}):
+        figure.savefig(path, dpi=140, metadata={"Date": None} if str(path).endswith(".svg") else None)
     return Path(path)

@@ -257,12 +257,13 @@ def _describe(name: str, module: nn.Module, tensors: dict[str, Tensor], macs: in
     if isinstance(module, LatentWeight) and "weight" in tensors:
         state, kernel, binary = "latent", "simulated", module.weight.numel()
         rows, columns = module.weight.flatten(1).shape
-        packed = stored - sizes["weight"] + rows * (packed_columns(columns) + module.weight.element_size())
+        numbers = 2 if module.center == "restore" else 1
+        packed = stored - sizes["weight"] + rows * (packed_columns(columns) + numbers * module.weight.element_size())
         others -= binary
     elif isinstance(module, PackedLinear | PackedConv2d):
         state, kernel, binary, bits = "packed", module.kernel, len(module.weight_scale) * module.columns, 1
         others -= tensors["weight"].numel()
-        in_float32 |= {"weight": FLOAT32_BYTES * binary, "weight_scale": 0}
+        in_float32 |= {"weight": FLOAT32_BYTES * binary, "weight_scale": 0, "weight_offset": 0}
     return LayerSummary(
         name=name or "(model)",
         count=1,

@@ -46,6 +46,7 @@ def pack(model: Model) -> Model:
 
     Raises:
         ModelStateError: if the model is float or packed already.
+        ConfigError: if the levels of a pair are not -1 and +1.
         LatentError: for NaN or infinite latents, or rows that are all zero. The model is unchanged after an error.
     """
     to_packed(model)

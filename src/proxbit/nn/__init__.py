@@ -2,7 +2,7 @@
 
 from proxbit.nn.binary_conv import BinaryConv2d
 from proxbit.nn.binary_linear import BinaryLinear
-from proxbit.nn.latent import LatentWeight, latent_layers, set_mu, soft_evaluation
+from proxbit.nn.latent import LatentWeight, latent_layers, set_mu, soft_evaluation, start_update
 from proxbit.nn.packed_conv import PackedConv2d
 from proxbit.nn.packed_linear import PackedLinear
 
@@ -15,4 +15,5 @@ __all__ = [
     "latent_layers",
     "set_mu",
     "soft_evaluation",
+    "start_update",
 ]

@@ -30,22 +30,28 @@ class BinaryConv2d(LatentWeight, nn.Conv2d):
 
     Args:
         pair: forward and backward quantizer.
-        normalize: "row", "tensor" or "none".
+        normalize: "row", "tensor", "std" or "none".
         scale: "ls" or "fixed".
+        center: "none", "remove" or "restore".
         **arguments: those of `nn.Conv2d`.
     """
 
-    def __init__(self, *, pair: QuantizerPair, normalize: str = "row", scale: str = "ls", **arguments: Any) -> None:
+    def __init__(
+        self, *, pair: QuantizerPair, normalize: str = "row", scale: str = "ls", center: str = "none", **arguments: Any
+    ) -> None:
         nn.Conv2d.__init__(self, **arguments)
-        self.init_latent(pair, normalize, scale)
+        self.init_latent(pair, normalize, scale, center)
 
     @classmethod
-    def from_float(cls, layer: nn.Conv2d, pair: QuantizerPair, normalize: str, scale: str) -> "BinaryConv2d":
+    def from_float(
+        cls, layer: nn.Conv2d, pair: QuantizerPair, normalize: str, scale: str, center: str = "none"
+    ) -> "BinaryConv2d":
         """A latent layer that owns the parameters of `layer`; its weight becomes the latent weight."""
         new = cls(
             pair=pair,
             normalize=normalize,
             scale=scale,
+            center=center,
             bias=layer.bias is not None,
             device="meta",
             **conv_arguments(layer),
@@ -54,7 +60,7 @@ class BinaryConv2d(LatentWeight, nn.Conv2d):
         return new.train(layer.training)
 
     def to_float(self) -> nn.Conv2d:
-        """A plain convolution whose weight is plus and minus the scale of its output channel."""
+        """A plain convolution whose weight is the hard one, plus and minus the scale of its output channel."""
         layer = nn.Conv2d(bias=self.bias is not None, device="meta", **conv_arguments(self))
         with torch.no_grad():
             hard = self.effective_weight(hard=True)

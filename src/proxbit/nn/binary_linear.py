@@ -20,8 +20,9 @@ class BinaryLinear(LatentWeight, nn.Linear):
         out_features: `O`.
         bias: whether there is a bias, `[O]`.
         pair: forward and backward quantizer.
-        normalize: "row", "tensor" or "none".
+        normalize: "row", "tensor", "std" or "none".
         scale: "ls" or "fixed".
+        center: "none", "remove" or "restore".
         device: of the parameters.
         dtype: of the parameters.
     """
@@ -35,14 +36,17 @@ class BinaryLinear(LatentWeight, nn.Linear):
         pair: QuantizerPair,
         normalize: str = "row",
         scale: str = "ls",
+        center: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
-        self.init_latent(pair, normalize, scale)
+        self.init_latent(pair, normalize, scale, center)
 
     @classmethod
-    def from_float(cls, layer: nn.Linear, pair: QuantizerPair, normalize: str, scale: str) -> "BinaryLinear":
+    def from_float(
+        cls, layer: nn.Linear, pair: QuantizerPair, normalize: str, scale: str, center: str = "none"
+    ) -> "BinaryLinear":
         """A latent layer that owns the parameters of `layer`; its weight becomes the latent weight."""
         new = cls(
             layer.in_features,
@@ -51,13 +55,14 @@ class BinaryLinear(LatentWeight, nn.Linear):
             pair=pair,
             normalize=normalize,
             scale=scale,
+            center=center,
             device="meta",
         )
         new.weight, new.bias = layer.weight, layer.bias
         return new.train(layer.training)
 
     def to_float(self) -> nn.Linear:
-        """A plain linear layer whose weight is plus and minus the row scale."""
+        """A plain linear layer whose weight is the hard one, plus and minus the row scale."""
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         with torch.no_grad():
             hard = self.effective_weight(hard=True)

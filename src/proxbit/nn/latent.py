@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from proxbit.errors import LatentError
-from proxbit.quantizers import QuantizerPair, check_scaling, hard_scale, quantize
+from proxbit.quantizers import HardRows, QuantizerPair, check_scaling, hard_rows, quantize, update_start
 
-__all__ = ["LatentWeight", "latent_layers", "set_mu", "soft_evaluation"]
+__all__ = ["LatentWeight", "latent_layers", "set_mu", "soft_evaluation", "start_update"]
 
 
 class LatentWeight(nn.Module):
@@ -23,6 +23,7 @@ class LatentWeight(nn.Module):
         pair: forward and backward quantizer.
         normalize: see `quantizers.scaling`.
         scale: see `quantizers.scaling`.
+        center: see `quantizers.scaling`.
         mu: sharpness, a 0-dimensional CPU tensor. It is no buffer: it belongs to the schedule, not to the checkpoint,
             and must not follow the dtype and device of the weights.
         hardened: training uses the sign as well.
@@ -33,18 +34,19 @@ class LatentWeight(nn.Module):
     pair: QuantizerPair
     normalize: str
     scale: str
+    center: str
     mu: Tensor
     hardened: bool
     soft_eval: bool
 
-    def init_latent(self, pair: QuantizerPair, normalize: str, scale: str) -> None:
+    def init_latent(self, pair: QuantizerPair, normalize: str, scale: str, center: str) -> None:
         """Set the quantizer, with mu at the start of the pair's default schedule.
 
         Raises:
-            ConfigError: for a normalization or a scale that does not exist.
+            ConfigError: for a normalization, a scale or a centring that does not exist.
         """
-        check_scaling(normalize, scale)
-        self.pair, self.normalize, self.scale = pair, normalize, scale
+        check_scaling(normalize, scale, center)
+        self.pair, self.normalize, self.scale, self.center = pair, normalize, scale, center
         self.mu = torch.tensor(pair.schedule[1], dtype=torch.float64, device="cpu")
         self.hardened = False
         self.soft_eval = False
@@ -61,11 +63,22 @@ class LatentWeight(nn.Module):
             hard: use the sign, or F_mu. None: whichever the next forward uses.
         """
         hard = self.is_hard if hard is None else hard
-        return quantize(self.weight, self.mu, self.pair, normalize=self.normalize, scale=self.scale, hard=hard)
+        return quantize(self.weight, self.mu, self.pair, hard=hard, **self.units)
 
-    def row_scale(self) -> Tensor:
-        """The scales that go with the signs, `[rows]`."""
-        return hard_scale(self.weight, normalize=self.normalize, scale=self.scale)
+    @property
+    def units(self) -> dict[str, str]:
+        """How rows are brought to numbers of order 1 and back, as keyword arguments of `quantizers.quantize`."""
+        return {"normalize": self.normalize, "scale": self.scale, "center": self.center}
+
+    def hard_rows(self) -> HardRows:
+        """What is stored when the layer is packed: signs, scales and offsets of the rows."""
+        return hard_rows(self.weight, **self.units)
+
+    @torch.no_grad()
+    def start_update(self) -> None:
+        """Before a step of the optimizer: put P(w*) in the place of w*, if the pair updates from there."""
+        if self.pair.update_from is not None:
+            self.weight.copy_(update_start(self.weight, self.mu, self.pair, hard=self.is_hard, **self.units))
 
     def check_latent(self, name: str) -> None:
         """Check that the latent weight can be binarized.
@@ -113,6 +126,15 @@ def set_mu(model: nn.Module, mu: float, hard: bool = False) -> None:
     for layer in layers:
         layer.mu.fill_(mu)
         layer.hardened = hard
+
+
+def start_update(model: nn.Module) -> None:
+    """Call `LatentWeight.start_update` of every latent layer: for loops without the Trainer, before `optimizer.step()`.
+
+    Only ProxQuant and reverse ProxConnect need it; for every other pair it does nothing.
+    """
+    for _, layer in latent_layers(model):
+        layer.start_update()
 
 
 @contextmanager

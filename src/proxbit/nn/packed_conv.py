@@ -18,24 +18,28 @@ class PackedConv2d(nn.Module):
 
     Args:
         bias: whether there is a bias, `[out_channels]`.
+        offset: whether the levels are offset - scale and offset + scale, with one offset an output channel.
         device: of the buffers and the bias.
-        dtype: of the scales and the bias.
+        dtype: of the scales, the offsets and the bias.
         **arguments: the geometry, as in `nn.Conv2d`.
 
     Attributes:
         weight: in the checkpoint, `[out_channels, ceil(in / groups * kh * kw / 8)]`, uint8. Read as an attribute, it is
             the float weight those bits stand for: vision models cast their pixels to `projection.weight.dtype`.
         weight_scale: `[out_channels]`.
+        weight_offset: `[out_channels]` or None.
         bias: `[out_channels]` or None.
     """
 
     geometry: nn.Conv2d
     weight_scale: Tensor
+    weight_offset: Tensor | None
 
     def __init__(
         self,
         bias: bool = True,
         *,
+        offset: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **arguments: Any,
@@ -50,17 +54,22 @@ class PackedConv2d(nn.Module):
         rows, width = self.weight_shape[0], packed_columns(self.columns)
         self._buffers["weight"] = torch.zeros(rows, width, dtype=torch.uint8, device=device)
         self.weight_scale = nn.Buffer(torch.ones(rows, device=device, dtype=dtype))
+        self.register_buffer("weight_offset", torch.zeros(rows, device=device, dtype=dtype) if offset else None)
         self.bias: Tensor | None = nn.Parameter(torch.zeros(rows, device=device, dtype=dtype)) if bias else None
 
     @classmethod
     def from_latent(cls, layer: BinaryConv2d) -> "PackedConv2d":
         """Pack a latent layer; the bias is shared with it."""
-        new = cls(bias=layer.bias is not None, device="meta", **conv_arguments(layer))
+        new = cls(
+            bias=layer.bias is not None,
+            offset=layer.center == "restore",
+            device="meta",
+            dtype=layer.weight.dtype,
+            **conv_arguments(layer),
+        )
         if not layer.weight.is_meta:
-            new._buffers["weight"] = pack_signs(layer.weight.detach().flatten(1))
-            new.weight_scale = layer.row_scale()
-        else:
-            new.weight_scale = new.weight_scale.to(layer.weight.dtype)
+            values, new.weight_scale, new.weight_offset = layer.hard_rows()
+            new._buffers["weight"] = pack_signs(values)
         new.bias = layer.bias
         return new.train(layer.training)
 
@@ -71,7 +80,7 @@ class PackedConv2d(nn.Module):
 
     def check_packed(self, name: str) -> None:
         """Raise PackedFormatError if the buffers break the format."""
-        check_packed(self.bits, self.weight_scale, self.columns, name)
+        check_packed(self.bits, self.weight_scale, self.columns, name, self.weight_offset)
 
     @property
     def bits(self) -> Tensor:
@@ -88,7 +97,10 @@ class PackedConv2d(nn.Module):
         """
         if self.bits.is_meta:
             return self.bits
-        return unpack_weight(self.bits, self.weight_scale, self.columns).view(self.weight_shape)
+        weight = unpack_weight(self.bits, self.weight_scale, self.columns)
+        if self.weight_offset is not None:
+            weight = weight + self.weight_offset[:, None]
+        return weight.view(self.weight_shape)
 
     def to_float(self) -> nn.Conv2d:
         """A plain convolution whose weight is plus and minus the scale of its output channel."""

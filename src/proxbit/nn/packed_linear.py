@@ -15,24 +15,27 @@ class PackedLinear(nn.Module):
     r"""A linear layer that holds one bit a weight. It cannot be trained; gradients flow through it to its input.
 
     Forward:
-        y[..., o] = weight_scale[o] \sum_i (+-1)[o, i] x[..., i] + bias[o]
+        y[..., o] = weight_scale[o] \sum_i (+-1)[o, i] x[..., i] + bias[o]  (+ weight_offset[o] \sum_i x[..., i])
 
     Args:
         in_features: `I`.
         out_features: `O`.
         bias: whether there is a bias, `[O]`.
+        offset: whether the levels are offset - scale and offset + scale, with one offset a row.
         device: of the buffers and the bias.
-        dtype: of the scales and the bias.
+        dtype: of the scales, the offsets and the bias.
 
     Attributes:
         weight: `[O, ceil(I / 8)]`, uint8, see `packing.layout`. It keeps the key of the float weight, so that a
             program without the plug-in meets a size error and never a silently random layer.
         weight_scale: `[O]`.
+        weight_offset: `[O]` or None.
         bias: `[O]` or None.
     """
 
     weight: Tensor
     weight_scale: Tensor
+    weight_offset: Tensor | None
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class PackedLinear(nn.Module):
         out_features: int,
         bias: bool = True,
         *,
+        offset: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -48,17 +52,23 @@ class PackedLinear(nn.Module):
         width = packed_columns(in_features)
         self.weight = nn.Buffer(torch.zeros(out_features, width, dtype=torch.uint8, device=device))
         self.weight_scale = nn.Buffer(torch.ones(out_features, device=device, dtype=dtype))
+        self.register_buffer("weight_offset", torch.zeros(out_features, device=device, dtype=dtype) if offset else None)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
     def from_latent(cls, layer: BinaryLinear) -> "PackedLinear":
         """Pack a latent layer; the bias is shared with it."""
-        new = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        new = cls(
+            layer.in_features,
+            layer.out_features,
+            layer.bias is not None,
+            offset=layer.center == "restore",
+            device="meta",
+            dtype=layer.weight.dtype,
+        )
         if not layer.weight.is_meta:
-            new.weight = pack_signs(layer.weight.detach())
-            new.weight_scale = layer.row_scale()
-        else:
-            new.weight_scale = new.weight_scale.to(layer.weight.dtype)
+            values, new.weight_scale, new.weight_offset = layer.hard_rows()
+            new.weight = pack_signs(values)
         new.bias = layer.bias
         return new.train(layer.training)
 
@@ -69,12 +79,13 @@ class PackedLinear(nn.Module):
 
     def check_packed(self, name: str) -> None:
         """Raise PackedFormatError if the buffers break the format."""
-        check_packed(self.weight, self.weight_scale, self.columns, name)
+        check_packed(self.weight, self.weight_scale, self.columns, name, self.weight_offset)
 
     def to_float(self) -> nn.Linear:
-        """A plain linear layer whose weight is plus and minus the row scale."""
+        """A plain linear layer whose weight is plus and minus the row scale, with the offset of its row."""
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        layer.weight = nn.Parameter(unpack_weight(self.weight, self.weight_scale, self.columns))
+        weight = unpack_weight(self.weight, self.weight_scale, self.columns)
+        layer.weight = nn.Parameter(weight if self.weight_offset is None else weight + self.weight_offset[:, None])
         layer.register_parameter("bias", self.bias)
         return layer.train(self.training)
 
@@ -88,7 +99,13 @@ class PackedLinear(nn.Module):
             raise PackedFormatError(
                 f"An input of width {input.shape[-1]} came to a layer of {self.in_features} inputs."
             )
-        return linear_w1(input, self.weight, self.weight_scale, self.bias)
+        result = linear_w1(input, self.weight, self.weight_scale, self.bias)
+        if self.weight_offset is None:
+            return result
+        # An offset that is the same for the whole row needs the sum of the inputs only, in the precision of the op.
+        wide = torch.promote_types(input.dtype, torch.float32)
+        shift = input.sum(dim=-1, keepdim=True, dtype=wide) * self.weight_offset.to(wide)
+        return (result + shift).to(result.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

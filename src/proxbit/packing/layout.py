@@ -5,6 +5,7 @@ A weight of `O` rows and `I` columns, of values in {-1, +1}, is stored as
     weight         uint8   [O, ceil(I / 8)]   bit b of byte j is column 8 j + b (least significant bit first);
                                               1 is +1, 0 is -1; the padding bits of the last byte are 0
     weight_scale   float   [O]                the row scale: w = weight_scale * (+-1)
+    weight_offset  float   [O]                where levels are not opposite: w = weight_offset + weight_scale * (+-1)
 """
 
 import torch
@@ -22,7 +23,13 @@ def packed_columns(columns: int) -> int:
     return -(-columns // BITS_PER_BYTE)
 
 
-def check_packed(weight: Tensor, weight_scale: Tensor, columns: int, name: str = "packed weight") -> None:
+def check_packed(
+    weight: Tensor,
+    weight_scale: Tensor,
+    columns: int,
+    name: str = "packed weight",
+    weight_offset: Tensor | None = None,
+) -> None:
     """Check that a packed weight keeps the format.
 
     Args:
@@ -30,6 +37,7 @@ def check_packed(weight: Tensor, weight_scale: Tensor, columns: int, name: str =
         weight_scale: expected floating point, `[rows]`, finite.
         columns: columns before packing.
         name: how to call the weight in messages, such as the module's name.
+        weight_offset: expected None, or floating point, `[rows]`, finite.
 
     Raises:
         PackedFormatError: naming the weight, what is wrong and what would be valid.
@@ -41,12 +49,6 @@ def check_packed(weight: Tensor, weight_scale: Tensor, columns: int, name: str =
         raise PackedFormatError(
             f"{name}: {columns} columns pack into [rows, {width}] bytes, but the tensor is {list(weight.shape)}."
         )
-    if weight_scale.shape != weight.shape[:1]:
-        raise PackedFormatError(
-            f"{name}: expected one scale a row, [{weight.shape[0]}], but weight_scale is {list(weight_scale.shape)}."
-        )
-    if not weight_scale.is_floating_point():
-        raise PackedFormatError(f"{name}: weight_scale must be floating point, not {weight_scale.dtype}.")
     used = columns % BITS_PER_BYTE
     if used and bool((weight[:, -1] >> used).any()):
         row = int((weight[:, -1] >> used).nonzero()[0, 0])
@@ -54,6 +56,17 @@ def check_packed(weight: Tensor, weight_scale: Tensor, columns: int, name: str =
             f"{name}: the {BITS_PER_BYTE - used} padding bits at the end of each row must be 0, row {row} has others: "
             "the file is damaged or was packed with another bit order."
         )
-    if not bool(torch.isfinite(weight_scale).all()):
-        row = int((~torch.isfinite(weight_scale)).nonzero()[0, 0])
-        raise PackedFormatError(f"{name}: weight_scale must be finite, row {row} is {weight_scale[row].item()}.")
+    _check_numbers(weight_scale, len(weight), f"{name}: weight_scale")
+    if weight_offset is not None:
+        _check_numbers(weight_offset, len(weight), f"{name}: weight_offset")
+
+
+def _check_numbers(numbers: Tensor, rows: int, name: str) -> None:
+    """One finite number a row."""
+    if numbers.shape != (rows,):
+        raise PackedFormatError(f"{name} must be one number a row, [{rows}], not {list(numbers.shape)}.")
+    if not numbers.is_floating_point():
+        raise PackedFormatError(f"{name} must be floating point, not {numbers.dtype}.")
+    if not bool(torch.isfinite(numbers).all()):
+        row = int((~torch.isfinite(numbers)).nonzero()[0, 0])
+        raise PackedFormatError(f"{name} must be finite, row {row} is {numbers[row].item()}.")

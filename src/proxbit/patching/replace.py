@@ -5,11 +5,10 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from proxbit.config import BinarizationConfig
-from proxbit.errors import ModelStateError
+from proxbit.errors import ConfigError, ModelStateError
 from proxbit.nn import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear, latent_layers
 from proxbit.patching.report import BinarizationReport, ModuleDecision
 from proxbit.patching.targets import CONVERTIBLE, explicit_patterns, select, state_of
-from proxbit.quantizers import get_pair
 
 __all__ = ["check_latents", "check_packed_layers", "packed_layers", "to_float", "to_latent", "to_packed"]
 
@@ -55,14 +54,14 @@ def to_latent(model: nn.Module, config: BinarizationConfig) -> tuple[Binarizatio
             "Call proxbit.dequantize(model) first to start again from plus and minus the scales."
         )
     decisions = select(model, config)
-    pair = get_pair(config.weights)
+    pair = config.quantizer_pair()
     replacements: dict[str, BinaryLinear | BinaryConv2d] = {}
     for decision in decisions:
         if not decision.converted:
             continue
         layer = model.get_submodule(decision.name)
         kind = BinaryLinear if isinstance(layer, nn.Linear) else BinaryConv2d
-        latent = kind.from_float(layer, pair, config.normalize, config.scale)  # type: ignore[arg-type]
+        latent = kind.from_float(layer, pair, config.normalize, config.scale, config.center)  # type: ignore[arg-type]
         if not latent.weight.is_meta:
             latent.check_latent(decision.name)
         replacements[decision.name] = latent
@@ -112,6 +111,7 @@ def to_packed(model: nn.Module) -> None:
 
     Raises:
         ModelStateError: if the model is not latent.
+        ConfigError: if the levels of a pair are not -1 and +1; the model is then unchanged.
         LatentError: if a latent weight cannot be binarized; the model is then unchanged.
     """
     state = state_of(model)
@@ -119,6 +119,12 @@ def to_packed(model: nn.Module) -> None:
         hint = "it is packed already" if state == "packed" else "call proxbit.binarize(model, config) first"
         raise ModelStateError(f"pack takes a latent model, this one is {state}: {hint}.")
     for name, layer in latent_layers(model):
+        if not layer.pair.binary:
+            levels = ", ".join(f"{level:g}" for level in layer.pair.levels)
+            raise ConfigError(
+                f"{name}: one bit a weight stores the levels -1 and +1; this pair has {levels or 'no levels at all'}. "
+                "Such a model stays latent; proxbit.dequantize(model) makes it a float one with its hard weights."
+            )
         if not layer.weight.is_meta:
             layer.check_latent(name)
 

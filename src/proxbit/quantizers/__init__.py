@@ -1,19 +1,11 @@
 """Quantizer pairs: proximal maps, transforms, the pairs made of them, schedules of mu, and the autograd function."""
 
 import proxbit.quantizers.family  # noqa: F401  (registers the family)
-from proxbit.quantizers.autograd import hard_scale, quantize
+from proxbit.quantizers.autograd import HardRows, hard_rows, quantize, update_start
+from proxbit.quantizers.catalog import PAIRS, get_pair, pair_key, register_pair
 from proxbit.quantizers.decomposition import Decomposition, decompose, regularizer
 from proxbit.quantizers.enhancement import enhance
-from proxbit.quantizers.pairs import (
-    PAIRS,
-    QuantizerPair,
-    Surrogate,
-    compose,
-    get_pair,
-    heuristic,
-    pair_name,
-    register_pair,
-)
+from proxbit.quantizers.pairs import BINARY, ROW_LEAST_SQUARES, QuantizerPair, Surrogate, compose, heuristic
 from proxbit.quantizers.proximal import ProximalMap, linear_quantizer
 from proxbit.quantizers.scaling import check_scaling
 from proxbit.quantizers.schedules import AGGREGATE, SCHEDULES, MuSchedule
@@ -21,9 +13,12 @@ from proxbit.quantizers.transforms import Transform
 
 __all__ = [
     "AGGREGATE",
+    "BINARY",
     "PAIRS",
+    "ROW_LEAST_SQUARES",
     "SCHEDULES",
     "Decomposition",
+    "HardRows",
     "MuSchedule",
     "ProximalMap",
     "QuantizerPair",
@@ -34,11 +29,12 @@ __all__ = [
     "decompose",
     "enhance",
     "get_pair",
-    "hard_scale",
+    "hard_rows",
     "heuristic",
     "linear_quantizer",
-    "pair_name",
+    "pair_key",
     "quantize",
     "register_pair",
     "regularizer",
+    "update_start",
 ]

@@ -1,89 +1,193 @@
 """The one autograd function of the project: forward F, backward B times the gradient."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from proxbit.quantizers.pairs import QuantizerPair
-from proxbit.quantizers.scaling import normalizer, output_scale
+from proxbit.quantizers.pairs import QuantizerPair, compose
+from proxbit.quantizers.scaling import output_scale, row_divisor, row_offset
 from proxbit.sign import sign
 
-__all__ = ["hard_scale", "quantize"]
+__all__ = ["HardRows", "hard_rows", "quantize", "update_start"]
+
+# Elements a CPU thread works on at a time. F and B are long chains of elementwise operations: in blocks, what lies
+# between two of them stays in the cache, and takes no memory of the size of the weight.
+BLOCK = 131072
 
 
-def _as_rows(latent: Tensor) -> Tensor:
-    """`[rows, columns]` in at least single precision: scales are sums over a row."""
-    rows = latent.flatten(1)
+def _blocks(rows: Tensor) -> list[slice]:
+    """The rows in blocks; in one piece where a compiler fuses the chain, where autograd records it, and on
+    accelerators, where starting a kernel is what costs."""
+    if rows.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return [slice(None)]
+    step = max(1, BLOCK * torch.get_num_threads() // max(1, rows.shape[1]))
+    return [slice(start, start + step) for start in range(0, max(1, len(rows)), step)]
+
+
+def _by_blocks(rows: Tensor, function: Callable[[slice, Tensor | None], Tensor]) -> Tensor:
+    """A tensor like `rows`, made block by block; `function` writes into its second argument, if there is one."""
+    blocks = _blocks(rows)
+    if len(blocks) == 1:
+        return function(blocks[0], None).to(rows.dtype)
+    result = torch.empty_like(rows)
+    for block in blocks:
+        function(block, result[block])
+    return result
+
+
+def _precise(rows: Tensor) -> Tensor:
+    """At least single precision: offsets, divisors and scales are sums over a row."""
     return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+
+
+def _centred(rows: Tensor, offset: Tensor, center: str) -> Tensor:
+    return _precise(rows) if center == "none" else _precise(rows) - offset
+
+
+def _units(rows: Tensor, normalize: str, center: str) -> tuple[Tensor, Tensor]:
+    """Offset and divisor of every row, `[rows, 1]` each."""
+    offsets, divisors = [], []
+    for block in _blocks(rows):
+        offset = row_offset(_precise(rows[block]), center)
+        offsets.append(offset)
+        divisors.append(row_divisor(_centred(rows[block], offset, center), normalize))
+    offset, divisor = torch.cat(offsets), torch.cat(divisors)
+    return offset, divisor.mean(dim=0, keepdim=True).expand_as(divisor) if normalize == "tensor" else divisor
 
 
 class _ForwardBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, latent: Tensor, mu: Tensor, pair: QuantizerPair, normalize: str, scale: str, hard: bool
+        ctx: Any, latent: Tensor, mu: Tensor, pair: QuantizerPair, normalize: str, scale: str, center: str, hard: bool
     ) -> Tensor:
-        rows = _as_rows(latent)
-        divisor = normalizer(rows, normalize)
-        quantized = sign(rows) if hard else pair.forward(rows / divisor, mu)
-        factor = output_scale(rows, quantized, divisor, scale)
+        rows = latent.flatten(1)
+        offset, divisor = _units(rows, normalize, center)
+        factors: list[Tensor] = []
+
+        def weight(block: slice, out: Tensor | None) -> Tensor:
+            w = _centred(rows[block], offset[block], center)
+            if hard and pair.binary:
+                quantized = sign(w)  # not of w / s, which may underflow to zero
+            else:
+                units = w / divisor[block]
+                quantized = pair.hard(units) if hard else pair.forward(units, mu)
+            factors.append(output_scale(w, quantized, divisor[block], scale))
+            if center == "restore":
+                return torch.addcmul(offset[block], quantized, factors[-1], out=out)
+            return torch.mul(quantized, factors[-1], out=out)
+
+        result = _by_blocks(rows, weight)
         # A clone: the schedule changes mu in place between steps, and with gradient accumulation a backward
         # must see the mu of its own forward.
-        ctx.save_for_backward(latent, factor, mu.clone())
-        ctx.pair, ctx.normalize = pair, normalize
-        return (quantized * factor).to(latent.dtype).view_as(latent)
+        ctx.save_for_backward(latent, offset, divisor, torch.cat(factors), mu.clone())
+        ctx.pair, ctx.center = pair, center
+        return result.view_as(latent)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        latent, factor, mu = ctx.saved_tensors
-        rows = _as_rows(latent)
-        divisor = normalizer(rows.detach(), ctx.normalize)
-        multiplier = ctx.pair.backward(rows / divisor, mu)
-        grad = grads[0].flatten(1) * multiplier * (factor / divisor)
-        return grad.to(latent.dtype).view_as(latent), None, None, None, None, None
+        latent, offset, divisor, factor, mu = ctx.saved_tensors
+        rows, grad = latent.flatten(1), grads[0].flatten(1)
+        gain = factor / divisor
+
+        def gradient(block: slice, out: Tensor | None) -> Tensor:
+            units = _centred(rows[block], offset[block], ctx.center) / divisor[block]
+            multiplier = ctx.pair.backward(units, mu) * gain[block]
+            if ctx.center == "none":
+                return torch.mul(multiplier, grad[block], out=out)
+            piece = multiplier * grad[block]
+            through_mean = -piece.mean(dim=1, keepdim=True)
+            if ctx.center == "restore":
+                through_mean = through_mean + _precise(grad[block]).mean(dim=1, keepdim=True)
+            return torch.add(piece, through_mean, out=out)
+
+        return _by_blocks(rows, gradient).view_as(latent), None, None, None, None, None, None
 
 
 def quantize(
-    latent: Tensor, mu: Tensor, pair: QuantizerPair, *, normalize: str = "row", scale: str = "ls", hard: bool = False
+    latent: Tensor,
+    mu: Tensor,
+    pair: QuantizerPair,
+    *,
+    normalize: str = "row",
+    scale: str = "ls",
+    center: str = "none",
+    hard: bool = False,
 ) -> Tensor:
     r"""The weight that the forward pass sees, with the backward of the pair.
 
     Forward:
-        w = a F_mu(W / s);  with `hard`, w = a sign(W / s)
+        w = a F_mu((W - c) / s), and + c with center="restore";  with `hard`, F is the nearest level
     Backward:
-        dL/dW = (a / s) B_mu(W / s) \odot dL/dw, with s and a held constant; derivatives of it are those of B.
+        dL/dW = (a / s) B_mu((W - c) / s) \odot dL/dw, with s and a held constant; derivatives of it are those of B.
+        c is a linear function of W and is differentiated: "remove" takes the row mean off that product, "restore" then
+        adds the row mean of dL/dw.
 
     Args:
         latent: W, `[rows, ...]`, floating point, one row per output channel.
         mu: sharpness, a 0-dimensional tensor (a tensor, so that compiled graphs are not re-compiled at each step).
         pair: F and B.
-        normalize: how s is found, see `quantizers.scaling.normalizer`.
+        normalize: how s is found, see `quantizers.scaling.row_divisor`.
         scale: how a is found, see `quantizers.scaling.output_scale`.
-        hard: use the sign as F. B stays that of the pair.
+        center: how c is found, see `quantizers.scaling.row_offset`.
+        hard: use the nearest level as F, the sign for a binary pair. B stays that of the pair.
 
     Returns:
-        Same shape and dtype as `latent`. Only the latent, one number a row and mu are kept for the backward pass.
+        Same shape and dtype as `latent`. Only the latent, three numbers a row and mu are kept for the backward pass.
 
     Source:
-        ProxConnect++: Lu et al., NeurIPS 2023. Differs from it in the row normalisation and scale, both detached:
-        inside one step they are constants, so a sound pair stays sound.
+        ProxConnect++: Lu et al., NeurIPS 2023. Differs from it in the row units: inside one step s and a are constants
+        and centring is a projection, so a sound pair stays sound.
     """
-    result: Tensor = _ForwardBackward.apply(latent, mu, pair, normalize, scale, hard)
+    result: Tensor = _ForwardBackward.apply(latent, mu, pair, normalize, scale, center, hard)
     return result
 
 
-def hard_scale(latent: Tensor, *, normalize: str, scale: str) -> Tensor:
-    """The row scale that goes with the signs of a latent weight: what is stored when it is packed.
+def update_start(latent: Tensor, mu: Tensor, pair: QuantizerPair, **arguments: Any) -> Tensor:
+    """Where a step of the optimizer starts: at the latent weight, or at P of it where the pair says so.
+
+    Args:
+        latent: W.
+        mu: as in `quantize`.
+        pair: its `update_from` is P.
+        **arguments: as in `quantize`.
+
+    Returns:
+        W itself, or P(W) as `quantize` would give it: same shape and dtype.
+    """
+    if pair.update_from is None:
+        return latent
+    return quantize(latent, mu, compose(pair.update_from, levels=pair.levels), **arguments)
+
+
+class HardRows(NamedTuple):
+    """What is stored when a latent weight is packed.
+
+    Attributes:
+        values: W - c, `[rows, columns]`; their signs are the bits.
+        scale: a, `[rows]`, dtype of the latent.
+        offset: c, `[rows]`, dtype of the latent; None unless it is restored.
+    """
+
+    values: Tensor
+    scale: Tensor
+    offset: Tensor | None
+
+
+@torch.no_grad()
+def hard_rows(latent: Tensor, *, normalize: str, scale: str, center: str = "none") -> HardRows:
+    """The signs of a latent weight, and the numbers that go with each row.
 
     Args:
         latent: `[rows, ...]`, floating point.
         normalize: as in `quantize`.
         scale: as in `quantize`.
-
-    Returns:
-        `[rows]`, dtype of `latent`.
+        center: as in `quantize`.
     """
-    rows = _as_rows(latent.detach())
-    divisor = normalizer(rows, normalize)
-    factor = output_scale(rows, sign(rows), divisor, scale)
-    return factor.squeeze(1).to(latent.dtype).contiguous()
+    rows = latent.flatten(1)
+    offset, divisor = _units(rows, normalize, center)
+    values = _centred(rows, offset, center)
+    factor = output_scale(values, sign(values), divisor, scale)
+    stored = [number.squeeze(1).to(latent.dtype).contiguous() for number in (factor, offset)]
+    return HardRows(values, stored[0], stored[1] if center == "restore" else None)

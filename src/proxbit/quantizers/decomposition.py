@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from proxbit.quantizers.pairs import QuantizerPair, get_pair
+from proxbit.quantizers.catalog import get_pair
+from proxbit.quantizers.pairs import QuantizerPair
 from proxbit.quantizers.proximal import Mu, ProximalMap
 
 __all__ = ["Decomposition", "decompose", "regularizer"]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from proxbit.quantizers.pairs import QuantizerPair, compose, get_pair
+from proxbit.quantizers.catalog import get_pair
+from proxbit.quantizers.pairs import QuantizerPair, compose
 from proxbit.quantizers.proximal import IDENTITY, Mu
 from proxbit.quantizers.transforms import Transform
 

@@ -1,17 +1,22 @@
-"""Forward/backward quantizer pairs (F, B): what a pair is, how one is made, and the registry of names."""
+"""Forward/backward quantizer pairs (F, B): what a pair is, and how one is made."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 from torch import Tensor
 
-from proxbit.errors import MuRangeError, UnknownNameError
-from proxbit.quantizers.proximal import Mu, ProximalMap
-from proxbit.quantizers.transforms import IDENTITY_TRANSFORM, Transform
-from proxbit.registry import Registry
+from proxbit.errors import MuRangeError
+from proxbit.quantizers.proximal import IDENTITY, Mu, ProximalMap, as_proximal_map, name_of, nearest_level
+from proxbit.quantizers.transforms import IDENTITY_TRANSFORM, Transform, as_transform
+from proxbit.sign import sign
 
-__all__ = ["PAIRS", "QuantizerPair", "Surrogate", "compose", "get_pair", "heuristic", "pair_name", "register_pair"]
+__all__ = ["BINARY", "ROW_LEAST_SQUARES", "QuantizerPair", "Row", "Surrogate", "compose", "heuristic"]
+
+Function = Callable[[Tensor, Mu], Tensor]
+BINARY = (-1.0, 1.0)
+ROW_LEAST_SQUARES = ("row", "ls", "none")
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,13 @@ class QuantizerPair:
         proximal: P, if F = T∘P and B = T'∘P; None for a heuristic pair.
         transform: T, likewise.
         mu_range: smallest (included) and largest sharpness (included, may be infinite).
-        schedule: the default schedule of mu: kind, start, end, in row-normalised units (see `quantizers.scaling`).
+        schedule: the default schedule of mu: kind, start, end, in row units (see `quantizers.scaling`).
+        scaling: the default row units: normalize, scale, center.
+        levels: Q, increasing: what ships. {-1, +1} for binary pairs; empty if nothing is quantized.
+        hard_from: at the end of the default schedule, F is within 1e-3 of the nearest level for every |w| <= 10 that is
+            at least this far from a boundary between two levels; None if it is not.
+        update_from: the map the step starts from, if it is not the latent weight itself: with it, a step is
+            w* <- P(w*) - (step of the optimizer), as in ProxQuant and in reverse ProxConnect.
         source: paper, and equation or section.
 
     Source:
@@ -69,6 +80,10 @@ class QuantizerPair:
     transform: Transform | None = None
     mu_range: tuple[float, float] = (0.0, math.inf)
     schedule: tuple[str, float, float] = ("constant", 1.0, 1.0)
+    scaling: tuple[str, str, str] = ROW_LEAST_SQUARES
+    levels: tuple[float, ...] = BINARY
+    hard_from: float | None = None
+    update_from: ProximalMap | None = None
     source: str = ""
 
     @property
@@ -76,9 +91,20 @@ class QuantizerPair:
         """Whether the pair is built as F = T∘P, B = T'∘P, with P a proximal map."""
         return self.proximal is not None and self.transform is not None
 
+    @property
+    def binary(self) -> bool:
+        """Whether its levels are {-1, +1}, which one bit a weight can store."""
+        return self.levels == BINARY
+
     def __deepcopy__(self, memo: dict[int, object]) -> "QuantizerPair":
         """A pair is immutable data: copies of a model share it, and it keeps its name."""
         return self
+
+    def hard(self, w: Tensor) -> Tensor:
+        """The level nearest to w, the upper one half-way; same shape and dtype. w itself if there are no levels."""
+        if self.binary:
+            return sign(w)
+        return nearest_level(w, self.levels) if self.levels else w
 
     def check_mu(self, mu: float) -> float:
         """Return `mu`, if it is in the range of this pair.
@@ -92,13 +118,22 @@ class QuantizerPair:
         return mu
 
 
+class Row(TypedDict, total=False):
+    """The fields of a `QuantizerPair` that `compose` and `heuristic` take as they are."""
+
+    mu_range: tuple[float, float]
+    schedule: tuple[str, float, float]
+    scaling: tuple[str, str, str]
+    levels: tuple[float, ...]
+    hard_from: float | None
+    update_from: ProximalMap | None
+    source: str
+
+
 def compose(
-    proximal: ProximalMap,
-    transform: Transform = IDENTITY_TRANSFORM,
-    *,
-    mu_range: tuple[float, float] = (0.0, math.inf),
-    schedule: tuple[str, float, float] = ("constant", 1.0, 1.0),
-    source: str = "",
+    proximal: ProximalMap | Function,
+    transform: Transform | Function = IDENTITY_TRANSFORM,
+    **row: Unpack[Row],
 ) -> QuantizerPair:
     r"""The sound pair of a proximal map and a transform.
 
@@ -106,94 +141,43 @@ def compose(
         F = T \circ P,   B = T' \circ P.
 
     Args:
-        proximal: P, non-decreasing.
-        transform: T, smooth, with its derivative.
-        mu_range: see `QuantizerPair`.
-        schedule: see `QuantizerPair`.
-        source: see `QuantizerPair`.
+        proximal: P, non-decreasing: a `ProximalMap`, or any function `(w, mu) -> P_mu(w)`.
+        transform: T, smooth: a `Transform`, or any function `(p, mu) -> T_mu(p)`; T' is then its `derivative`, if it
+            has an attribute of that name, and otherwise computed by automatic differentiation.
+        **row: further fields of `QuantizerPair`.
 
     Source:
         ProxConnect++ (Lu et al., NeurIPS 2023): with p = P(w*), the step on w* is exactly ProxConnect on l∘T.
     """
+    proximal, transform = as_proximal_map(proximal), as_transform(transform)
+    row.setdefault("source", proximal.source)
+    forward = f"F = T(P(w)): {transform.formula}; {proximal.formula}"
+    backward = f"B = T'(P(w)): {transform.derivative_formula}"
+    if transform is IDENTITY_TRANSFORM:
+        forward, backward = proximal.formula.replace("P(w)", "F(w)", 1), "B(w) = 1"
+    elif proximal is IDENTITY:
+        forward, backward = f"F = T: {transform.formula}", f"B = T': {transform.derivative_formula}"
     return QuantizerPair(
         forward=_Composed(proximal, transform.function),
         backward=_Composed(proximal, transform.derivative),
-        forward_formula=f"T(P(w)): {transform.formula}; {proximal.formula}",
-        backward_formula=f"T'(P(w)): {transform.derivative_formula}",
+        forward_formula=forward,
+        backward_formula=backward,
         proximal=proximal,
         transform=transform,
-        mu_range=mu_range,
-        schedule=schedule,
-        source=source or proximal.source,
+        **row,
     )
 
 
-def heuristic(
-    forward: Surrogate,
-    backward: Surrogate,
-    *,
-    mu_range: tuple[float, float] = (0.0, math.inf),
-    schedule: tuple[str, float, float] = ("constant", 1.0, 1.0),
-    source: str = "",
-) -> QuantizerPair:
+def heuristic(forward: Surrogate | Function, backward: Surrogate | Function, **row: Unpack[Row]) -> QuantizerPair:
     """A pair whose two sides are chosen freely, without the promise that `compose` gives.
 
     Args:
-        forward: F with its formula.
-        backward: B with its formula.
-        mu_range: see `QuantizerPair`.
-        schedule: see `QuantizerPair`.
-        source: see `QuantizerPair`.
+        forward: F: a `Surrogate`, or any function `(w, mu) -> F_mu(w)`.
+        backward: B: a `Surrogate`, or any function `(w, mu) -> B_mu(w)`.
+        **row: further fields of `QuantizerPair`.
     """
-    return QuantizerPair(
-        forward=forward,
-        backward=backward,
-        forward_formula=forward.formula,
-        backward_formula=backward.formula,
-        mu_range=mu_range,
-        schedule=schedule,
-        source=source,
+    f, b = (
+        side if isinstance(side, Surrogate) else Surrogate(side, f"{letter} = {name_of(side)}(w, mu)")
+        for letter, side in (("F", forward), ("B", backward))
     )
-
-
-PAIRS: Registry[QuantizerPair] = Registry("quantizer pair")
-
-
-def register_pair(name: str, pair: QuantizerPair) -> QuantizerPair:
-    """Make a pair available by name wherever a pair is accepted.
-
-    Args:
-        name: a new name.
-        pair: from `compose`, `heuristic`, or a `QuantizerPair` of your own.
-
-    Raises:
-        UnknownNameError: if the name is taken.
-    """
-    return PAIRS.register(name, pair)
-
-
-def get_pair(pair: "str | QuantizerPair") -> QuantizerPair:
-    """The pair of that name; a pair is returned as it is.
-
-    Raises:
-        UnknownNameError: if no pair has that name; the message lists the valid ones.
-    """
-    return pair if isinstance(pair, QuantizerPair) else PAIRS.get(pair)
-
-
-def pair_name(pair: "str | QuantizerPair") -> str:
-    """The registered name of a pair, which is what a configuration file stores.
-
-    Raises:
-        UnknownNameError: if the name, or the object, is not registered.
-    """
-    if not isinstance(pair, QuantizerPair):
-        PAIRS.get(pair)
-        return pair
-    for name in PAIRS:
-        if PAIRS.get(name) is pair:
-            return name
-    raise UnknownNameError(
-        "This QuantizerPair has no name, so no checkpoint could say which pair it was trained with. "
-        "Call proxbit.register_pair('a-name', pair) first."
-    )
+    return QuantizerPair(forward=f, backward=b, forward_formula=f.formula, backward_formula=b.formula, **row)

@@ -15,14 +15,17 @@ __all__ = [
     "BINARYRELAX",
     "BOX",
     "IDENTITY",
-    "LINEAR",
     "PARQ",
     "PERIOD",
     "SIGN",
     "TANH",
+    "LinearQuantizer",
     "Mu",
     "ProximalMap",
+    "as_proximal_map",
     "linear_quantizer",
+    "name_of",
+    "nearest_level",
 ]
 
 Mu = Tensor | float
@@ -46,6 +49,24 @@ class ProximalMap:
 
     def __call__(self, w: Tensor, mu: Mu) -> Tensor:
         return self.function(w, mu)
+
+
+def name_of(function: object) -> str:
+    """How to call a function, or an object that is called like one."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def as_proximal_map(function: "ProximalMap | Callable[[Tensor, Mu], Tensor]") -> ProximalMap:
+    """A `ProximalMap` as it is; any other function `(w, mu) -> P_mu(w)` under its own name."""
+    if isinstance(function, ProximalMap):
+        return function
+    return ProximalMap(name_of(function), function, f"P(w) = {name_of(function)}(w, mu)", "a map of the user")
+
+
+def nearest_level(w: Tensor, levels: Sequence[float]) -> Tensor:
+    """The nearest of some increasing levels, the upper one half-way between two; same shape and dtype as `w`."""
+    values = torch.tensor(levels, dtype=w.dtype, device=w.device)
+    return values[torch.bucketize(w, (values[1:] + values[:-1]) / 2, right=True)]
 
 
 def linear_quantizer(w: Tensor, rho: Mu, varrho: Mu, levels: Sequence[float] = (-1.0, 1.0)) -> Tensor:
@@ -93,8 +114,22 @@ def _sign(w: Tensor, mu: Mu) -> Tensor:
     return sign(w)
 
 
-def _linear(w: Tensor, mu: Mu) -> Tensor:
-    return linear_quantizer(w, rho=mu, varrho=mu)
+@dataclass(frozen=True)
+class LinearQuantizer:
+    """`linear_quantizer` with shrinks in proportion to mu: `(w, mu) -> L_rho^varrho(w)`.
+
+    Args:
+        levels: increasing, at least two.
+        rho: horizontal shrink for mu = 1.
+        varrho: vertical shrink for mu = 1.
+    """
+
+    levels: tuple[float, ...] = (-1.0, 1.0)
+    rho: float = 1.0
+    varrho: float = 1.0
+
+    def __call__(self, w: Tensor, mu: Mu) -> Tensor:
+        return linear_quantizer(w, mu * self.rho, mu * self.varrho, self.levels)
 
 
 def _binaryrelax(w: Tensor, mu: Mu) -> Tensor:
@@ -119,12 +154,6 @@ def _period(w: Tensor, mu: Mu) -> Tensor:
 
 IDENTITY = ProximalMap("identity", _identity, "P(w) = w", "the proximal map of a constant")
 SIGN = ProximalMap("sign", _sign, "P(w) = sign(w)", "BinaryConnect: Courbariaux, Bengio, David, NeurIPS 2015")
-LINEAR = ProximalMap(
-    "linear",
-    _linear,
-    "P(w) = L_mu^mu(w): 1 - |1 - |w|| shrunk by mu towards the levels, hard for mu >= 1",
-    "ProxConnect: Dockhorn et al., NeurIPS 2021; with rho = varrho it is ProxQuant's W-shaped map",
-)
 BINARYRELAX = ProximalMap(
     "binaryrelax",
     _binaryrelax,

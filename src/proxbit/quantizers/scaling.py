@@ -1,6 +1,11 @@
-"""Row normalisation and row scales: F is a map between numbers of order 1, whatever the layer.
+"""Row units: F is a map between numbers of order 1, whatever the layer.
 
-A weight `W` of shape `[rows, ...]` has one row per output channel. All functions here work on `[rows, columns]`.
+A weight `W` of shape `[rows, ...]` has one row per output channel. All functions here work on `[rows, columns]`. With
+an offset c, a divisor s and a scale a for each row, the weight of the forward pass is
+
+    w = a F((W - c) / s)  (+ c, if the offset is restored)
+
+Each of the three is chosen by itself, and goes with any quantizer pair.
 """
 
 import torch
@@ -8,25 +13,50 @@ from torch import Tensor
 
 from proxbit.errors import ConfigError
 
-__all__ = ["NORMALIZATIONS", "SCALES", "check_scaling", "normalizer", "output_scale"]
+__all__ = ["CENTERINGS", "NORMALIZATIONS", "SCALES", "check_scaling", "output_scale", "row_divisor", "row_offset"]
 
-NORMALIZATIONS = ("row", "tensor", "none")
+CENTERINGS = ("none", "remove", "restore")
+NORMALIZATIONS = ("row", "tensor", "std", "none")
 SCALES = ("ls", "fixed")
 
 
-def check_scaling(normalize: str, scale: str) -> None:
-    """Raise ConfigError unless both are valid; the message lists what is."""
-    for name, value, valid in (("normalize", normalize, NORMALIZATIONS), ("scale", scale, SCALES)):
+def check_scaling(normalize: str, scale: str, center: str = "none") -> None:
+    """Raise ConfigError unless all are valid; the message lists what is."""
+    checks = (("normalize", normalize, NORMALIZATIONS), ("scale", scale, SCALES), ("center", center, CENTERINGS))
+    for name, value, valid in checks:
         if value not in valid:
             raise ConfigError(f"{name} must be one of {', '.join(valid)}; not {value!r}.")
 
 
-def normalizer(rows: Tensor, normalize: str) -> Tensor:
-    r"""The divisor s that takes latent weights to numbers of order 1.
+def row_offset(rows: Tensor, center: str) -> Tensor:
+    r"""The offset c that is taken off a row before F.
+
+    Formula:
+        none       c_i = 0
+        remove     c_i = mean_j W_ij
+        restore    c_i = mean_j W_ij, which is added again after F: the levels are c - a and c + a
+
+    Args:
+        rows: `[rows, columns]`, floating point.
+        center: one of `CENTERINGS`.
+
+    Returns:
+        `[rows, 1]`.
+
+    Source:
+        remove: IR-Net (Qin et al., CVPR 2020), and the published code of XNOR-Net (Rastegari et al., ECCV 2016);
+        restore: AdaBin (Tu, Chen, Ren, Wang, ECCV 2022), equation of the binary set.
+    """
+    return rows.new_zeros(()).expand(rows.shape[0], 1) if center == "none" else rows.mean(dim=1, keepdim=True)
+
+
+def row_divisor(rows: Tensor, normalize: str) -> Tensor:
+    r"""The divisor s that takes latent weights, centred already, to numbers of order 1.
 
     Formula:
         row     s_i = mean_j |W_ij|
-        tensor  s_i = mean_ij |W_ij|
+        tensor  the same; its mean over all rows is taken by `quantize`, which meets the rows in blocks
+        std     s_i = sqrt(mean_j (W_ij - mean_j W_ij)^2)
         none    s_i = 1
 
     Args:
@@ -37,14 +67,16 @@ def normalizer(rows: Tensor, normalize: str) -> Tensor:
         `[rows, 1]`, at least the smallest normal number, so that a division by it is finite.
 
     Source:
-        XNOR-Net: Rastegari, Ordonez, Redmon, Farhadi, ECCV 2016 (s is the least-squares scale of the signs).
+        row: XNOR-Net (Rastegari, Ordonez, Redmon, Farhadi, ECCV 2016), where it is the least-squares scale of
+        the signs; tensor: DoReFa-Net (Zhou et al., 2016); std: IR-Net (Qin et al., CVPR 2020).
     """
     if normalize == "none":
         return rows.new_ones(()).expand(rows.shape[0], 1)
-    mean = rows.abs().mean(dim=1, keepdim=True)
-    if normalize == "tensor":
-        mean = mean.mean(dim=0, keepdim=True).expand(rows.shape[0], 1)
-    return mean.clamp(min=torch.finfo(rows.dtype).tiny)
+    if normalize == "std":
+        size = rows.std(dim=1, keepdim=True, correction=0)
+    else:
+        size = rows.abs().mean(dim=1, keepdim=True)
+    return size.clamp(min=torch.finfo(rows.dtype).tiny)
 
 
 def output_scale(rows: Tensor, quantized: Tensor, divisor: Tensor, scale: str) -> Tensor:
@@ -55,7 +87,7 @@ def output_scale(rows: Tensor, quantized: Tensor, divisor: Tensor, scale: str) -
         fixed   a_i = s_i
 
     Args:
-        rows: the latent weight W, `[rows, columns]`.
+        rows: the latent weight W, centred already, `[rows, columns]`.
         quantized: q = F(W / s), same shape.
         divisor: s, `[rows, 1]`.
         scale: one of `SCALES`.

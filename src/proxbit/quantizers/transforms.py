@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from proxbit.quantizers.proximal import Mu
+from proxbit.quantizers.proximal import Mu, name_of
 
 __all__ = [
     "EDE",
@@ -18,6 +18,7 @@ __all__ = [
     "TANH",
     "Transform",
     "as_tensor_like",
+    "as_transform",
     "sign_swish",
     "sign_swish_derivative",
 ]
@@ -47,6 +48,33 @@ class Transform:
         return self.function(p, mu)
 
 
+@dataclass(frozen=True)
+class _Slope:
+    """The derivative of an elementwise function, by automatic differentiation."""
+
+    function: Callable[[Tensor, Mu], Tensor]
+
+    def __call__(self, p: Tensor, mu: Mu) -> Tensor:
+        again = torch.is_grad_enabled() and p.requires_grad
+        with torch.enable_grad():
+            at = p if again else p.detach().requires_grad_()
+            value = self.function(at, mu)
+            slope: Tensor = torch.autograd.grad(value, at, torch.ones_like(value), create_graph=again)[0]
+        return slope
+
+
+def as_transform(function: Transform | Callable[[Tensor, Mu], Tensor]) -> Transform:
+    """A `Transform` as it is; any other function `(p, mu) -> T_mu(p)` under its own name.
+
+    Its derivative is its attribute `derivative`, if there is one, and otherwise found by automatic differentiation.
+    """
+    if isinstance(function, Transform):
+        return function
+    name = name_of(function)
+    derivative = getattr(function, "derivative", _Slope(function))
+    return Transform(name, function, derivative, f"T(p) = {name}(p, mu)", f"T'(p), T = {name}", "a map of the user")
+
+
 def sign_swish(p: Tensor, mu: Mu) -> Tensor:
     r"""The sign-Swish function, a smooth sign that overshoots to 1.19968 at |mu p| = 2.39936.
 
@@ -64,19 +92,20 @@ def sign_swish(p: Tensor, mu: Mu) -> Tensor:
         Darabi, Belbahri, Courbariaux, Partovi Nia, Regularized Binary Network Training, 2018,
         https://huggingface.co/papers/1812.11800
     """
-    x = mu * p
     # Beyond |x| = 60 the function is 1 to the last bit of float64; without the bound, inf * 0 would be NaN.
-    x = x.clamp(-60, 60)
-    s = torch.sigmoid(x)
-    return 2 * s * (1 + x * torch.sigmoid(-x)) - 1
+    x = (mu * p).clamp(-60, 60)
+    # SS is twice the derivative of x s(x), minus 1, and that derivative is one fused kernel.
+    twice = x.new_full((), 2.0).expand_as(x)
+    result: Tensor = torch.ops.aten.silu_backward(twice, x) - 1
+    return result
 
 
 def sign_swish_derivative(p: Tensor, mu: Mu) -> Tensor:
     r"""The derivative of sign-Swish.
 
     Formula:
-        SS'_mu(p) = mu (2 - x tanh(x/2)) / (1 + cosh x) = 2 mu s(x) s(-x) (2 - x tanh(x/2)),   x = mu p.
-        The second form cannot overflow. SS'_mu(0) = mu; it is negative for |x| > 2.39936.
+        SS'_mu(p) = mu (2 - x tanh(x/2)) / (1 + cosh x) = 2 mu s(y) (1 - s(y)) (2 + y - 2 y s(y)),   x = mu p, y = -|x|.
+        The second form cannot overflow, and is exact far out. SS'_mu(0) = mu; it is negative for |x| > 2.39936.
 
     Args:
         p: any shape, floating point.
@@ -88,8 +117,10 @@ def sign_swish_derivative(p: Tensor, mu: Mu) -> Tensor:
     Source:
         As `sign_swish`.
     """
-    x = (mu * p).clamp(-60, 60)
-    return 2 * mu * torch.sigmoid(x) * torch.sigmoid(-x) * (2 - x * torch.tanh(x / 2))
+    y = -(mu * p).abs().clamp(max=60)
+    s = torch.sigmoid(y)
+    result: Tensor = 2 * mu * torch.ops.aten.sigmoid_backward(torch.addcmul(2 + y, y, s, value=-2), s)
+    return result
 
 
 def _identity(p: Tensor, mu: Mu) -> Tensor:

@@ -1,15 +1,20 @@
-"""The callback that moves mu along its schedule."""
+"""The callback of the ProxConnect step: it moves mu along its schedule, and starts the update where the pair says."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from proxbit.nn import set_mu
+from proxbit.nn import latent_layers, set_mu, start_update
 from proxbit.quantizers import MuSchedule
+from proxbit.training.monitor import hardening_gap
 
 __all__ = ["MuCallback"]
+
+# The hardening gap above which a user is told: a hundredth of the weights' size is below what a picture shows.
+SOFT = 0.01
 
 
 class MuCallback(TrainerCallback):
@@ -37,6 +42,26 @@ class MuCallback(TrainerCallback):
     ) -> None:
         """Set mu for the step that begins."""
         self._apply(state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put P(w*) in the place of w*, for pairs that update from there."""
+        start_update(self.model)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warn if training ended on weights that are far from those that ship."""
+        gap = hardening_gap(self.model)
+        if gap > SOFT:
+            layer = next(layer for _, layer in latent_layers(self.model))
+            warnings.warn(
+                f"Training ended soft, at mu = {float(layer.mu):.3g}: the hardening gap |soft - hard| / |hard| of the "
+                f"weights is {gap:.3f}, so the packed model is not the one that was trained. Give the training a hard "
+                f"part (hard_fraction, now {args.hard_fraction:g}), or a larger mu_end.",
+                stacklevel=2,
+            )
 
     def _apply(self, step: int) -> None:
         assert self.schedule is not None

@@ -21,7 +21,7 @@ class FlipCounter:
         self.signs = self._signs()
 
     def _signs(self) -> dict[str, Tensor]:
-        return {name: pack_signs(layer.weight.detach().flatten(1)) for name, layer in latent_layers(self.model)}
+        return {name: pack_signs(layer.hard_rows().values) for name, layer in latent_layers(self.model)}
 
     def flip_ratio(self) -> float:
         """Flipped signs / latent weights since the last call (or since the counter was made), in [0, 1]."""

@@ -1,0 +1,45 @@
+"""Writes the gallery of quantizer pairs, `pairs.md` and `pairs/*.svg`: `python docs/gallery.py [FOLDER]`."""
+
+import sys
+from pathlib import Path
+
+from proxbit.analysis.pairs import PairSummary, summarize_pairs
+from proxbit.analysis.plots import plot_pair
+
+HEAD = """# The quantizer pairs
+
+Written by `python docs/gallery.py` from the code; a test fails when it is stale. The verdict is that of
+`proxbit.decompose`, from the numbers of F and B alone, at the start of the default schedule. w is a latent weight in
+row units: divided by the mean |w| of its row, unless the pair says otherwise. `proxbit plot NAME` draws the same
+pictures for any mu.
+
+| name | verdict | at the end of its schedule | source |
+|---|---|---|---|
+"""
+
+
+def _line(row: PairSummary) -> str:
+    cells = (f"[`{row.name}`](#{row.name})", "sound" if row.sound else "heuristic", row.hardens, row.source)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def _section(row: PairSummary) -> str:
+    verdict = "Sound" if row.sound else "Heuristic"
+    return (
+        f'\n<a id="{row.name}"></a>\n\n## {row.name}\n\n```\n{row.forward}\n{row.backward}\n```\n\n'
+        f"{verdict}: {row.reason}\n\n![F, B, P, T and r of {row.name}](pairs/{row.name}.svg)\n"
+    )
+
+
+def write(folder: Path) -> None:
+    """Write the page and its pictures into a folder."""
+    (folder / "pairs").mkdir(parents=True, exist_ok=True)
+    rows = summarize_pairs()
+    page = HEAD + "".join(map(_line, rows)) + "".join(map(_section, rows))
+    (folder / "pairs.md").write_text(page, encoding="utf-8")
+    for row in rows:
+        plot_pair(row.name, folder / "pairs" / f"{row.name}.svg")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)

@@ -1,0 +1,32 @@
+"""The program `proxbit`: its commands, and how it ends when one of them refuses."""
+
+import sys
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from proxbit.cli.pairs import pairs
+from proxbit.cli.plot import plot
+from proxbit.errors import ProxbitError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="proxbit",
+    help="1-bit vision transformers with ProxConnect++.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(pairs)
+app.command()(plot)
+
+
+def main() -> None:
+    """Run the program. What proxbit refuses is one line on standard error, and exit status 2."""
+    try:
+        app()
+    except ProxbitError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
+        sys.exit(2)

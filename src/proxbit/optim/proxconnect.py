@@ -1,0 +1,202 @@
+"""The optimizer view of the ProxConnect++ step: dual weights beside any base optimizer, and no change to the model."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from proxbit.errors import CheckpointError, ConfigError
+from proxbit.quantizers import MuSchedule, QuantizerPair, check_scaling, get_pair, quantize, update_start
+
+__all__ = ["ProxConnect"]
+
+KEY = "proxconnect"
+
+
+@dataclass
+class _Dual:
+    """A parameter that holds w = F_mu(w*), and its latent weight w*."""
+
+    parameter: Tensor
+    latent: Tensor
+    group: int
+    mu: float
+
+
+class ProxConnect(Optimizer):
+    r"""Wraps an optimizer: the parameters hold quantized weights, the step is taken on latent ones.
+
+    Step, for each latent weight w* and its parameter w = F_mu(w*), g the gradient at w:
+        w* <- w* - (step of the base optimizer for the gradient B_mu(w*) \odot g)
+        mu <- the next one;   w <- F_mu(w*)
+    A pair with `update_from` steps from P(w*) instead: ProxQuant ("proxquant"), reverse ProxConnect ("rpc").
+
+    It is the step of the layers `BinaryLinear` and `BinaryConv2d`, iterate for iterate. Gradients are those of w, so
+    what looks at them before the step (clipping) sees other numbers than with the layers.
+
+    Args:
+        optimizer: the base optimizer; its state, its groups and their learning rates stay in use.
+        pair: a pair, or the name of one.
+        latents: the parameters to quantize, `[rows, ...]`, each of them in a group of the optimizer.
+        schedule: of mu, by the number of steps. None: mu = 1 + the sum of the learning rates so far, as ProxConnect has
+            it; then F is never exactly hard before `harden`.
+        normalize: see `quantizers.scaling`; None for the default of the pair.
+        scale: see `quantizers.scaling`; None for the default of the pair.
+        center: see `quantizers.scaling`; None for the default of the pair.
+
+    Raises:
+        ConfigError: for a parameter that the optimizer does not have, or that has no rows.
+        UnknownNameError: for an unknown pair.
+        MuRangeError: when mu leaves the range of the pair.
+
+    Source:
+        ProxConnect: Dockhorn, Yu, Sari, Zolnouri, Partovi Nia, NeurIPS 2021; with B: ProxConnect++, Lu et al., NeurIPS
+        2023. The form of a wrapper is that of PARQ (Jin et al., 2025), which first quantizes after the first step; here
+        the weights are quantized from the start.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        pair: str | QuantizerPair,
+        latents: Iterable[Tensor],
+        *,
+        schedule: MuSchedule | None = None,
+        normalize: str | None = None,
+        scale: str | None = None,
+        center: str | None = None,
+    ) -> None:
+        self.base = optimizer
+        self.pair = get_pair(pair)
+        given = zip((normalize, scale, center), self.pair.scaling, strict=True)
+        self.units = dict(zip(("normalize", "scale", "center"), (g or default for g, default in given), strict=True))
+        check_scaling(**self.units)
+        self.schedule = schedule
+        self.steps = 0
+        self.hardened = False
+        start = self.pair.check_mu(1.0 if schedule is None else schedule.mu(0))
+        groups = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self.duals: list[_Dual] = []
+        for index, parameter in enumerate(latents):
+            if id(parameter) not in groups or parameter.dim() < 2:
+                why = "has no rows" if parameter.dim() < 2 else "is in no group of the optimizer"
+                raise ConfigError(f"Latent weight {index}, of shape {list(parameter.shape)}, {why}.")
+            self.duals.append(_Dual(parameter, parameter.detach().clone(), groups[id(parameter)], start))
+        if not self.duals:
+            raise ConfigError("ProxConnect needs at least one latent weight; `latents` is empty.")
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._share()
+        self._write()
+
+    def _share(self) -> None:
+        """Groups and state are those of the base optimizer, so that schedulers of the learning rate reach it."""
+        self.param_groups, self.state = self.base.param_groups, self.base.state
+
+    @property
+    def is_hard(self) -> bool:
+        """Whether the parameters hold the hard weights."""
+        return self.hardened or (self.schedule is not None and self.schedule.is_hard(self.steps))
+
+    @property
+    def mu(self) -> float:
+        """The sharpness of the first latent weight: of all of them, unless groups differ in their learning rates."""
+        return self.duals[0].mu
+
+    def _arguments(self, dual: _Dual) -> dict[str, Any]:
+        mu = torch.tensor(dual.mu, dtype=torch.float64)
+        return {"mu": mu, "pair": self.pair, "hard": self.is_hard, **self.units}
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        for dual in self.duals:
+            dual.parameter.copy_(quantize(dual.latent, **self._arguments(dual)))
+
+    def _to_latent_gradient(self, dual: _Dual) -> None:
+        """Replace the gradient of the quantized weight by that of the latent one."""
+        if dual.parameter.grad is None:
+            return
+        with torch.enable_grad():
+            latent = dual.latent.detach().requires_grad_()
+            weight = quantize(latent, **self._arguments(dual))
+        (dual.parameter.grad,) = torch.autograd.grad(weight, latent, dual.parameter.grad)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; `closure` as in `torch.optim`, called once, with the quantized weights in place."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for dual in self.duals:
+            self._to_latent_gradient(dual)
+            dual.parameter.copy_(update_start(dual.latent, **self._arguments(dual)))
+        rates = [float(group["lr"]) for group in self.param_groups]
+        self.base.step()
+        self.steps += 1
+        for dual in self.duals:
+            dual.latent.copy_(dual.parameter)
+            next_mu = dual.mu + rates[dual.group] if self.schedule is None else self.schedule.mu(self.steps)
+            dual.mu = self.pair.check_mu(next_mu)
+        self._write()
+        return loss
+
+    def harden(self) -> None:
+        """Put the hard weights into the parameters, now and after every further step.
+
+        The model then holds what `proxbit.pack(proxbit.binarize(model, config))` stores in one bit a weight.
+        """
+        self.hardened = True
+        self._write()
+
+    @contextmanager
+    def latent_weights(self) -> Iterator[None]:
+        """Within the context, the parameters hold the latent weights, to be saved or looked at."""
+        with torch.no_grad():
+            for dual in self.duals:
+                dual.parameter.copy_(dual.latent)
+        try:
+            yield
+        finally:
+            self._write()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters that are not quantized."""
+        if hasattr(self, "duals") and self.param_groups is self.base.param_groups:
+            self.base.add_param_group(param_group)
+        else:
+            super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the base optimizer, with latent weights, mu and the number of steps under the key 'proxconnect'."""
+        own = {
+            "steps": self.steps,
+            "hardened": self.hardened,
+            "mu": [dual.mu for dual in self.duals],
+            "latents": [dual.latent for dual in self.duals],
+        }
+        return {**self.base.state_dict(), KEY: own}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up a state; the parameters then hold the quantized weights of its latents.
+
+        Raises:
+            CheckpointError: if it is not the state of a ProxConnect of the same latent weights; nothing is changed.
+        """
+        own = state_dict.get(KEY)
+        if own is None:
+            raise CheckpointError(f"This is the state of an optimizer without {KEY!r}: it has no latent weights.")
+        expected = [list(dual.latent.shape) for dual in self.duals]
+        found = [list(latent.shape) for latent in own["latents"]]
+        if found != expected:
+            raise CheckpointError(f"The state holds latent weights of shapes {found}; expected {expected}.")
+        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+        self._share()
+        self.steps, self.hardened = own["steps"], own["hardened"]
+        for dual, latent, mu in zip(self.duals, own["latents"], own["mu"], strict=True):
+            dual.latent.copy_(latent)
+            dual.mu = mu
+        self._write()

@@ -1,0 +1,220 @@
+"""The optimizer view: the same iterates as the layers, its state, and its refusals."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from proxbit import BinarizationConfig, binarize, pack
+from proxbit.errors import CheckpointError, ConfigError, MuRangeError, UnknownNameError
+from proxbit.nn import BinaryLinear, latent_layers, set_mu, start_update
+from proxbit.optim import ProxConnect
+from proxbit.quantizers import PAIRS, MuSchedule, get_pair
+
+STEPS = 30
+OPTIMIZERS = {
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1),
+}
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(27, 9), nn.ReLU(), nn.Linear(9, 3)).double()
+
+
+def groups(model):
+    return [{"params": [model[0].weight, model[2].weight]}, {"params": [model[0].bias, model[2].bias]}]
+
+
+def wrapped(model, pair="bnn++", optimizer="sgd", **arguments):
+    return ProxConnect(OPTIMIZERS[optimizer](groups(model)), pair, [model[0].weight, model[2].weight], **arguments)
+
+
+@pytest.fixture(scope="module")
+def data(crops):
+    pixels = crops(12, 3).flatten(1).double()
+    return pixels, torch.arange(12) % 3
+
+
+def backward(model, data):
+    model.zero_grad()
+    loss = nn.functional.cross_entropy(model(data[0]), data[1])
+    loss.backward()
+    return loss.item()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", sorted(PAIRS))
+def test_the_same_iterates_as_the_layers(name, optimizer, data):
+    """Soft along the default schedule, then hard; the latents, the biases and the weights that the forward sees."""
+    pair = get_pair(name)
+    schedule = MuSchedule(*pair.schedule, steps=STEPS, hard_fraction=0.2)
+    plain, layers = network(), network()
+    for place in (0, 2):
+        layers[place] = BinaryLinear.from_float(layers[place], pair, *pair.scaling)
+    ours = wrapped(plain, name, optimizer, schedule=schedule)
+    base = OPTIMIZERS[optimizer](groups(layers))
+    for step in range(STEPS):
+        set_mu(layers, schedule.mu(step), hard=schedule.is_hard(step))
+        seen = [layer.effective_weight().detach().clone() for _, layer in latent_layers(layers)]
+        for dual, weight in zip(ours.duals, seen, strict=True):
+            torch.testing.assert_close(dual.parameter.data, weight, rtol=0, atol=1e-12)
+        assert backward(plain, data) == pytest.approx(backward(layers, data), abs=1e-12)
+        ours.step()
+        start_update(layers)
+        base.step()
+        for dual, (_, layer) in zip(ours.duals, latent_layers(layers), strict=True):
+            torch.testing.assert_close(dual.latent, layer.weight.data, rtol=0, atol=1e-12)
+        torch.testing.assert_close(plain[0].bias, layers[0].bias, rtol=0, atol=1e-12)
+    assert ours.is_hard
+
+
+def prox(w, mu):
+    """sign(w) min(1, |w| + mu), written here."""
+    return torch.where(w >= 0, 1.0, -1.0) * (w.abs() + mu).clamp(max=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "seen", "start"),
+    [("pc", prox, lambda w, mu: w), ("proxquant", prox, prox), ("rpc", lambda w, mu: w, prox)],
+    ids=["proxconnect", "proxquant", "reverse"],
+)
+def test_the_three_steps_of_one_map(name, seen, start, data):
+    """w* <- start(w*) - lr g(seen(w*)), in raw units, with the gradient of a least-squares loss by hand."""
+    x = data[0][:, :6]
+    y = torch.randn(12, 4, dtype=torch.float64)
+    weight = nn.Parameter(torch.randn(4, 6, dtype=torch.float64) * 0.5)
+    latent, mu, lr = weight.detach().clone(), 0.3, 0.02
+    schedule = MuSchedule("constant", mu, mu, 50)
+    optimizer = ProxConnect(
+        torch.optim.SGD([weight], lr=lr), name, [weight], schedule=schedule, normalize="none", scale="fixed"
+    )
+    for _ in range(20):
+        optimizer.zero_grad()
+        ((x @ weight.T - y) ** 2).sum().div(2).backward()
+        optimizer.step()
+        w = seen(latent, mu)
+        latent = start(latent, mu) - lr * (x @ w.T - y).T @ x
+        torch.testing.assert_close(optimizer.duals[0].latent, latent, rtol=0, atol=1e-12)
+
+
+def test_mu_aggregates_the_learning_rates_of_its_group(data):
+    """mu = 1 + the sum so far, also while a scheduler moves the learning rate."""
+    model = network()
+    optimizer = wrapped(model, "md-tanh")
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    expected, rate = 1.0, 0.05
+    for _ in range(5):
+        assert optimizer.mu == pytest.approx(expected, abs=1e-15)
+        backward(model, data)
+        optimizer.step()
+        scheduler.step()
+        expected, rate = expected + rate, rate / 2
+    scale = model[0].weight.detach() / torch.tanh(expected * optimizer.duals[0].latent / row_mean(optimizer))
+    torch.testing.assert_close(scale, scale[:, :1].expand_as(scale), rtol=1e-9, atol=0)
+
+
+def row_mean(optimizer):
+    return optimizer.duals[0].latent.abs().mean(1, keepdim=True)
+
+
+def test_state_resumes_bit_for_bit(data):
+    model = network()
+    optimizer = wrapped(model, "parq", "adamw")
+    run = {}
+    for step in range(10):
+        if step == 5:
+            run = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        backward(model, data)
+        optimizer.step()
+    again = network()
+    resumed = wrapped(again, "parq", "adamw")
+    again.load_state_dict(run[0])
+    resumed.load_state_dict(run[1])
+    for _ in range(5):
+        backward(again, data)
+        resumed.step()
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert (resumed.steps, resumed.mu) == (optimizer.steps, optimizer.mu)
+
+
+def test_state_of_something_else_is_refused(data):
+    model = network()
+    optimizer = wrapped(model)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(CheckpointError, match="without 'proxconnect'"):
+        optimizer.load_state_dict(OPTIMIZERS["sgd"](groups(network())).state_dict())
+    other = copy.deepcopy(before)
+    other["proxconnect"]["latents"].pop()
+    with pytest.raises(CheckpointError, match=r"shapes \[\[9, 27\]\]; expected \[\[9, 27\], \[3, 9\]\]"):
+        optimizer.load_state_dict(other)
+    assert torch.equal(optimizer.duals[1].latent, before["proxconnect"]["latents"][1])
+
+
+def test_harden_leaves_what_pack_stores(data):
+    """The parameters are plus and minus a row scale, and stay so; packed, the model computes the same."""
+    model = network()
+    optimizer = wrapped(model)
+    for _ in range(3):
+        backward(model, data)
+        optimizer.step()
+    optimizer.harden()
+    backward(model, data)
+    optimizer.step()
+    for weight in (model[0].weight, model[2].weight):
+        size = weight.abs()
+        torch.testing.assert_close(size, size[:, :1].expand_as(size), rtol=1e-14, atol=0)
+    with torch.no_grad():
+        expected = model(data[0])
+    pack(binarize(model, BinarizationConfig(include=["0", "2"])))
+    torch.testing.assert_close(model(data[0]), expected, rtol=0, atol=1e-12)
+
+
+def test_latent_weights_are_lent_to_the_parameters(data):
+    model = network()
+    start = [p.detach().clone() for p in (model[0].weight, model[2].weight)]
+    optimizer = wrapped(model)
+    soft = model[0].weight.detach().clone()
+    with optimizer.latent_weights():
+        assert torch.equal(model[0].weight, start[0])
+        assert torch.equal(model[2].weight, start[1])
+    assert torch.equal(model[0].weight, soft)
+    assert not torch.equal(soft, start[0])
+
+
+def test_closure_parameters_without_gradient_and_new_groups(data):
+    model = network()
+    optimizer = wrapped(model, "bc")
+    expected = backward(model, data)
+    assert optimizer.step(lambda: backward(model, data)) == expected
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    latents = [dual.latent.clone() for dual in optimizer.duals]
+    for parameter in model.parameters():
+        parameter.grad = None
+    optimizer.step()
+    assert all(torch.equal(dual.latent, latent) for dual, latent in zip(optimizer.duals, latents, strict=True))
+    extra = nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [extra], "lr": 1.0})
+    extra.grad = torch.ones(2)
+    optimizer.step()
+    assert extra.tolist() == [0.0, 0.0]
+
+
+def test_refusals():
+    model = network()
+    base = OPTIMIZERS["sgd"](groups(model))
+    with pytest.raises(ConfigError, match=r"Latent weight 0, of shape \[3, 3\], is in no group of the optimizer"):
+        ProxConnect(base, "bc", [nn.Parameter(torch.ones(3, 3))])
+    with pytest.raises(ConfigError, match=r"of shape \[9\], has no rows"):
+        ProxConnect(base, "bc", [model[0].bias])
+    with pytest.raises(ConfigError, match="`latents` is empty"):
+        ProxConnect(base, "bc", [])
+    with pytest.raises(UnknownNameError, match="'bcc'"):
+        ProxConnect(base, "bcc", [model[0].weight])
+    with pytest.raises(ConfigError, match="normalize must be one of"):
+        wrapped(model, normalize="rows")
+    with pytest.raises(MuRangeError, match="out of range"):
+        wrapped(model, "parq", schedule=MuSchedule("constant", 0.5, 0.5, 3))
