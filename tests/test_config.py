@@ -9,7 +9,7 @@ import torch
 import proxbit
 from proxbit.config import BinarizationConfig
 from proxbit.errors import CheckpointError, ConfigError, ProxbitError, UnknownNameError
-from proxbit.quantizers import PAIRS, ProximalMap, get_pair
+from proxbit.quantizers import PAIRS, ProximalMap, catalog, get_pair
 
 VERSION_1 = """
 {
@@ -30,11 +30,24 @@ CHANGES = {
     "empty lists": dict(include=[], modules_to_not_convert=[]),
     "raw form": dict(weights="pc", normalize="none", scale="fixed"),
     "packed": dict(weights="bnn", normalize="tensor", state="packed"),
+    "centred": dict(weights="bnn++", normalize="std", center="remove"),
+    "levels": dict(weights="pc", pair_parameters={"levels": [-1, 0, 1], "rho": 0.5}),
 }
 
 INVALID = [
-    (dict(normalize="rows"), ConfigError, "normalize must be one of row, tensor, none; not 'rows'"),
-    (dict(normalize=None), ConfigError, "normalize must be one of .*; not None"),
+    (dict(normalize="rows"), ConfigError, "normalize must be one of row, tensor, std, none; not 'rows'"),
+    (dict(normalize=""), ConfigError, "normalize must be one of .*; not ''"),
+    (dict(center="mean"), ConfigError, "center must be one of none, remove, restore; not 'mean'"),
+    (
+        dict(weights="pc", pair_parameters={"level": [-1, 1]}),
+        ConfigError,
+        r"cannot take .*'level'.*signature: pc\(levels",
+    ),
+    (dict(weights="pc", pair_parameters={"levels": [1, -1]}), ConfigError, "levels must be two or more increasing"),
+    (dict(weights="pc", pair_parameters={"rho": {1}}), ConfigError, "must be JSON types"),
+    (dict(weights="pc", pair_parameters=[[-1, 1]]), ConfigError, "parameters"),
+    (dict(weights="bc", pair_parameters={"rho": 1}), ConfigError, "'bc' takes no parameters"),
+    (dict(weights=get_pair("pc"), pair_parameters={"rho": 1}), ConfigError, "has its own already"),
     (dict(scale="mean"), ConfigError, "scale must be one of ls, fixed; not 'mean'"),
     (dict(state="float"), ConfigError, "state must be one of latent, packed; not 'float'"),
     (dict(quant_method="gptq"), ConfigError, "quant_method must be 'proxbit', not 'gptq'"),
@@ -48,13 +61,15 @@ INVALID = [
     (dict(format_version=2), CheckpointError, "format_version 2; this proxbit reads up to 1.*pip"),
     (dict(weights="nothing"), UnknownNameError, "Unknown quantizer pair 'nothing'"),
     (dict(weights=None), UnknownNameError, "Unknown quantizer pair"),
+    (dict(weights=None, state="packed"), UnknownNameError, "Unknown quantizer pair"),
 ]
 
 
 @pytest.fixture
 def own_pair(monkeypatch):
     """A pair that is not registered; whatever the test registers is forgotten after it."""
-    monkeypatch.setattr(PAIRS, "_entries", dict(PAIRS._entries))
+    for owner, name in ((PAIRS, "_entries"), (catalog, "_FACTORIES"), (catalog, "_MADE")):
+        monkeypatch.setattr(owner, name, dict(getattr(owner, name)))
     halving = ProximalMap("half", lambda w, mu: w / 2, "P(w) = w / 2", "the proximal map of w^2 / 2")
     return proxbit.compose(halving)
 
@@ -80,7 +95,7 @@ def test_values_that_cannot_work(changes, error, message):
 def test_an_unknown_pair_lists_the_valid_names():
     with pytest.raises(UnknownNameError, match="Did you mean 'binaryrelax'") as caught:
         BinarizationConfig(weights="binary_relax")
-    listed = str(caught.value).split("Valid: ")[1].rstrip(".").split(", ")
+    listed = str(caught.value).split("Valid: ")[1].split(". ")[0].split(", ")
     assert set(listed) == set(PAIRS)
     assert {"bc", "pc", "binaryrelax", "parq", "bnn", "bnn+", "bnn++"} <= set(listed)
 
@@ -100,6 +115,58 @@ def test_a_registered_pair_is_what_the_layers_compute_with(own_pair):
     assert model[0].pair is own_pair
 
 
+def shrink(strength=0.5):
+    return proxbit.compose(lambda w, mu: w * strength, scaling=("none", "fixed", "remove"))
+
+
+def test_a_function_of_parameters_is_stored_by_name_and_parameters(own_pair):
+    """Whether it is asked for by name, or given as the pair it returned."""
+    proxbit.register_pair("shrink", shrink)
+    config = BinarizationConfig(weights="shrink", pair_parameters={"strength": 0.25})
+    assert (config.normalize, config.scale, config.center) == ("none", "fixed", "remove")
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert (stored["weights"], stored["pair_parameters"]) == ("shrink", {"strength": 0.25})
+    again = BinarizationConfig.from_dict(stored)
+    assert again.quantizer_pair() is config.quantizer_pair()
+    assert again.quantizer_pair().forward(torch.tensor([8.0]), 1.0).tolist() == [2.0]
+    assert BinarizationConfig(weights=config.quantizer_pair()) == config
+    assert BinarizationConfig(weights="shrink").pair_parameters is None
+    assert BinarizationConfig(weights="shrink", pair_parameters={}) == BinarizationConfig(weights=get_pair("shrink"))
+
+
+@pytest.mark.parametrize("parameters", [None, {"strength": 0.25}], ids=["plain", "parameters"])
+def test_a_pair_that_is_registered_elsewhere(parameters):
+    """A packed model does not need it: it holds signs. A latent one does, and the error says what to do."""
+    packed = BinarizationConfig(weights="shrink", pair_parameters=parameters, state="packed", center="restore")
+    assert (packed.weights, packed.pair_parameters, packed.center) == ("shrink", parameters, "restore")
+    assert packed.quantizer_pair() is get_pair("bc")
+    message = r"Unknown quantizer pair 'shrink'.*proxbit\.register_pair\('shrink', pair\)"
+    with pytest.raises(UnknownNameError, match=message):
+        BinarizationConfig(weights="shrink", pair_parameters=parameters)
+    with pytest.raises(UnknownNameError, match=message):
+        packed.replace(state="latent")
+
+
+@pytest.mark.parametrize(
+    ("pair", "units"),
+    [
+        ("bnn++", ("row", "ls", "none")),
+        ("dorefa", ("tensor", "fixed", "none")),
+        ("xnor", ("none", "ls", "remove")),
+        ("adabin", ("std", "fixed", "restore")),
+    ],
+)
+def test_row_units_are_those_of_the_pair_unless_given(pair, units):
+    """Resolved when the configuration is made: what is stored does not depend on the table of pairs."""
+    stored = BinarizationConfig(weights=pair).to_dict()
+    assert (stored["normalize"], stored["scale"], stored["center"]) == units
+    given = BinarizationConfig(weights=pair, normalize="tensor", scale="ls", center="remove")
+    assert (given.normalize, given.scale, given.center) == ("tensor", "ls", "remove")
+    partly = BinarizationConfig(weights=pair, center="none")
+    assert (partly.normalize, partly.scale, partly.center) == (*units[:2], "none")
+    assert given.replace(center=None).center == units[2]
+
+
 def test_an_unregistered_pair_is_refused(own_pair):
     with pytest.raises(UnknownNameError, match=r"has no name.*proxbit\.register_pair\('a-name', pair\)"):
         BinarizationConfig(weights=own_pair)
@@ -117,15 +184,23 @@ def test_round_trip_through_json(changes):
 
 
 def test_a_dict_of_a_configuration_shares_nothing_with_it():
-    patterns = ["a.*"]
-    config = BinarizationConfig(include=patterns)
+    patterns, parameters = ["a.*"], {"levels": [-1, 0, 1]}
+    config = BinarizationConfig(include=patterns, weights="pc", pair_parameters=parameters)
     patterns.append("b")
+    parameters["levels"].append(2)
     config.to_dict()["include"].append("c")
-    assert config.include == ["a.*"]
+    config.to_dict()["pair_parameters"]["levels"].append(3)
+    assert (config.include, config.pair_parameters) == (["a.*"], {"levels": [-1, 0, 1]})
 
 
 def test_patterns_may_come_as_a_tuple():
     assert BinarizationConfig(include=("a", "b")) == BinarizationConfig(include=["a", "b"])
+
+
+def test_levels_may_come_as_a_tuple():
+    """What is stored is JSON: the configuration that is read again is the same."""
+    config = BinarizationConfig(weights="pc", pair_parameters={"levels": (-1, 0, 1)})
+    assert BinarizationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_replace_leaves_the_original():

@@ -53,17 +53,27 @@ def test_states_bits_and_kernels(model):
     assert packed["classifier"].state == "float"
 
 
-def test_a_latent_model_tells_its_size_once_packed(model):
-    before = proxbit.summary(proxbit.binarize(model))
+def test_offsets_take_a_number_a_row(model):
+    """One more than the scales, beside bits and biases; as float32 a layer is as large as ever."""
+    proxbit.pack(proxbit.binarize(model, proxbit.BinarizationConfig(weights="adabin")))
+    fc1 = {layer.name: layer for layer in proxbit.summary(model).layers}["vit.layers.0-1.mlp.fc1"]
+    assert fc1.bytes == LAYERS * (M * 5 + 3 * 4 * M)
+    assert fc1.binary_parameters == LAYERS * D * M
+
+
+@pytest.mark.parametrize("pair", ["bnn++", "adabin"])
+def test_a_latent_model_tells_its_size_once_packed(model, pair):
+    before = proxbit.summary(proxbit.binarize(model, proxbit.BinarizationConfig(weights=pair)))
     after = proxbit.summary(proxbit.pack(model))
     tensors = [table.packed_bytes - table.header_bytes for table in (before, after)]
     assert tensors[0] == tensors[1] == after.file_bytes - after.header_bytes
     assert before.float32_bytes - before.header_bytes == after.float32_bytes - after.header_bytes
 
 
+@pytest.mark.parametrize("pair", ["bnn++", "adabin"])
 @pytest.mark.parametrize("state", ["latent", "packed"])
-def test_file_size_is_predicted(model, state, tmp_path):
-    proxbit.binarize(model)
+def test_file_size_is_predicted(model, state, pair, tmp_path):
+    proxbit.binarize(model, proxbit.BinarizationConfig(weights=pair))
     if state == "packed":
         proxbit.pack(model)
     model.save_pretrained(tmp_path)

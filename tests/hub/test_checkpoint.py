@@ -227,3 +227,41 @@ def test_files_are_checked_from_their_headers(folder):
         check_packed_files([], packed_layers(model))
     with pytest.raises(CheckpointError, match="do not fit the model"):
         check_packed_files([file], packed_layers(model)[1:])
+
+
+@pytest.fixture
+def offsets(tmp_path):
+    """A packed checkpoint whose rows have offsets, and its model."""
+    model = hf.ViTForImageClassification(vit(initializer_range=0.3)).eval()
+    proxbit.pack(proxbit.binarize(model, proxbit.BinarizationConfig(weights="adabin"))).save_pretrained(tmp_path)
+    return tmp_path, model
+
+
+def test_offsets_are_stored_and_loaded(offsets, crops):
+    path, model = offsets
+    tensors = load_file(path / "model.safetensors")
+    keys = [key for key in tensors if key.endswith(".weight_scale")]
+    assert len(keys) == 12
+    for key in keys:
+        offset = tensors[key.removesuffix("scale") + "offset"]
+        assert (offset.shape, offset.dtype) == (tensors[key].shape, torch.float32)
+        assert offset.abs().max() > 0
+    with torch.no_grad():
+        one, two = (each(pixel_values=crops(4, 32)).logits for each in (model, load(path)))
+    assert torch.equal(one, two)
+
+
+def test_a_missing_offset(offsets):
+    edit(offsets[0], lambda tensors: tensors.pop(FC1 + "_offset"))
+    refused(offsets[0], CheckpointError, r"vit\.layers\.1\.mlp\.fc1\.weight_offset is not in the checkpoint")
+
+
+def test_an_offset_that_is_not_finite(offsets):
+    edit(offsets[0], lambda tensors: tensors[FC1 + "_offset"].__setitem__(5, float("nan")))
+    refused(offsets[0], PackedFormatError, r"vit\.layers\.1\.mlp\.fc1: weight_offset must be finite, row 5 is nan")
+
+
+def test_offsets_that_the_configuration_does_not_know(offsets):
+    """They would be left out without a word: a wrong model."""
+    edit_config(offsets[0], center="none")
+    refused(offsets[0], CheckpointError, "offset")

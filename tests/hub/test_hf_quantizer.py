@@ -37,6 +37,7 @@ CONFIGS = {
     "chosen": BinarizationConfig(
         weights="pc", include=["vit.layers", PATCHES], modules_to_not_convert=["*.0.mlp.fc1"], normalize="tensor"
     ),
+    "adabin": BinarizationConfig(weights="adabin", include=["vit.layers", PATCHES]),
     "raw": BinarizationConfig(weights="bnn", include=["*.fc2", "classifier"], normalize="none", scale="fixed"),
 }
 
@@ -136,7 +137,7 @@ def test_latent_reload_is_exact(tmp_path, crops, config):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
     for (name, layer), (same, reloaded) in zip(latent_layers(model), latent_layers(again), strict=True):
         assert (name, type(layer)) == (same, type(reloaded))
-        for attribute in ("pair", "normalize", "scale", "mu", "hardened"):
+        for attribute in ("pair", "normalize", "scale", "center", "mu", "hardened"):
             assert getattr(reloaded, attribute) == getattr(layer, attribute)
     pictures = crops(4, 32)
     for training in (False, True):

@@ -18,6 +18,7 @@ import proxbit
 from proxbit.errors import LatentError, ModelStateError, PatternError
 from proxbit.nn import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear
 from proxbit.patching import state_of
+from proxbit.quantizers import PAIRS, catalog
 from tiny_models import vit
 
 WITH_PLUGIN = """
@@ -150,6 +151,36 @@ def test_a_new_process_computes_the_same(tmp_path, crops, process):
     assert len(results) == 3
     for result in results:
         torch.testing.assert_close(result, hard, rtol=0, atol=1e-4)
+
+
+def steep(slope=2.0):
+    """A pair of plain functions."""
+    return proxbit.compose(lambda w, mu: (slope * w).clamp(-1, 1), lambda p, mu: (mu * p).tanh())
+
+
+def test_a_pair_of_the_user_goes_with_the_model(tmp_path, crops, process, monkeypatch):
+    """By name and parameters. Where it is not registered latent models say so, and packed ones do not need it."""
+    for owner, name in ((PAIRS, "_entries"), (catalog, "_FACTORIES"), (catalog, "_MADE")):
+        monkeypatch.setattr(owner, name, dict(getattr(owner, name)))
+    proxbit.register_pair("steep", steep)
+    config = proxbit.BinarizationConfig(weights="steep", pair_parameters={"slope": 0.5})
+    model, pictures = proxbit.binarize(make(), config), crops(4, 32)
+    model.save_pretrained(tmp_path / "latent")
+    stored = json.loads((tmp_path / "latent" / "config.json").read_text())["quantization_config"]
+    assert (stored["weights"], stored["pair_parameters"]) == ("steep", {"slope": 0.5})
+    again = hf.AutoModelForImageClassification.from_pretrained(tmp_path / "latent")
+    assert again.vit.layers[0].mlp.fc1.pair is proxbit.quantizers.get_pair("steep", {"slope": 0.5})
+    soft = logits(model.train(), pictures)
+    assert torch.equal(logits(again.train(), pictures), soft)
+    assert not torch.allclose(logits(proxbit.binarize(make(), config.replace(pair_parameters=None)), pictures), soft)
+    packed = proxbit.pack(model.eval())
+    packed.save_pretrained(tmp_path / "packed")
+    done, results = process(WITH_PLUGIN, tmp_path / "packed", tmp_path / "latent")
+    assert len(results) == 1
+    assert torch.equal(results[0], logits(packed, pictures))
+    assert done.returncode != 0
+    assert "UnknownNameError: Unknown quantizer pair 'steep'" in done.stderr
+    assert "proxbit.register_pair('steep', pair)" in done.stderr
 
 
 def test_forgetting_the_plugin_is_an_error(tmp_path, process):

@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from proxbit.errors import LatentError, MuRangeError
-from proxbit.nn import BinaryConv2d, BinaryLinear, LatentWeight, latent_layers, set_mu, soft_evaluation
+from proxbit.nn import (
+    BinaryConv2d,
+    BinaryLinear,
+    LatentWeight,
+    latent_layers,
+    set_mu,
+    soft_evaluation,
+    start_update,
+)
 from proxbit.quantizers import compose, get_pair
 from proxbit.quantizers.proximal import SIGN
 
@@ -117,6 +125,24 @@ def test_row_scale_is_the_mean_absolute_weight(net):
         np.testing.assert_allclose(
             layer.hard_rows().scale.numpy(), np.abs(rows_of(layer.weight)).mean(axis=1), rtol=1e-6
         )
+
+
+@pytest.mark.parametrize("hardened", [False, True], ids=["soft", "hard"])
+@pytest.mark.parametrize("pair", ["proxquant", "rpc", "bnn++", "pc"])
+def test_start_update(pair, hardened):
+    """P(w*) = +-min(1, |w*| + mu) in row units, its sign once hard, in the same parameter; else nothing happens."""
+    net = Net(pair)
+    set_mu(net, 0.3, hard=hardened)
+    parameters = [layer.weight for _, layer in latent_layers(net)]
+    before = [rows_of(weight).copy() for weight in parameters]
+    start_update(net)
+    for (_, layer), parameter, rows in zip(latent_layers(net), parameters, before, strict=True):
+        assert layer.weight is parameter
+        if pair in ("proxquant", "rpc"):
+            size = np.abs(rows) / np.abs(rows).mean(axis=1, keepdims=True)
+            q = np.where(rows >= 0, 1.0, -1.0) * (1.0 if hardened else np.minimum(1.0, size + 0.3))
+            rows = q * (q * rows).sum(axis=1, keepdims=True) / (q * q).sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(rows_of(parameter), rows, rtol=1e-5 if pair in ("proxquant", "rpc") else 0)
 
 
 def test_soft_evaluation(net, pixels):

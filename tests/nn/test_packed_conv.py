@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,6 +23,10 @@ GEOMETRIES = {
     "depthwise": dict(in_channels=3, out_channels=6, kernel_size=3, groups=3),
     "circular": dict(in_channels=3, out_channels=4, kernel_size=3, padding=1, padding_mode="circular"),
     "reflect": dict(in_channels=3, out_channels=4, kernel_size=3, padding=2, padding_mode="reflect"),
+}
+CENTRED = {
+    "adabin": dict(normalize="std", scale="fixed", center="restore"),
+    "xnor": dict(normalize="none", scale="ls", center="remove"),
 }
 geometries = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 biases = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
@@ -236,3 +241,51 @@ def test_compiles_and_exports_whole(geometry, pixels):
 
 def test_kernel_name():
     assert PackedConv2d(**GEOMETRIES["patches"]).kernel == "expand + conv2d"
+
+
+def centred_weight(weight, center):
+    """Signs of W - c, times the standard deviation plus c (adabin), or times the mean |W - c| (xnor)."""
+    rows = weight.detach().double().numpy().reshape(len(weight), -1)
+    mean = rows.mean(axis=1, keepdims=True)
+    signs = np.where(rows >= mean, 1.0, -1.0)
+    if center == "restore":
+        result = mean + signs * np.sqrt(((rows - mean) ** 2).mean(axis=1, keepdims=True))
+    else:
+        result = signs * np.abs(rows - mean).mean(axis=1, keepdims=True)
+    return torch.from_numpy(result.reshape(weight.shape))
+
+
+@pytest.mark.parametrize("geometry", ["patches", "padded", "depthwise", "reflect"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("pair", CENTRED)
+def test_centred_rows(pair, dtype, geometry, pixels):
+    """Zeros of the padding stay zeros: the offset belongs to the weight, not to the result."""
+    units = CENTRED[pair]
+    latent = BinaryConv2d(pair=get_pair(pair), dtype=dtype, **units, **GEOMETRIES[geometry]).eval()
+    with torch.no_grad():
+        latent.weight += torch.linspace(-0.2, 0.2, len(latent.weight)).to(dtype).view(-1, 1, 1, 1)
+    packed, expected = PackedConv2d.from_latent(latent), centred_weight(latent.weight, units["center"])
+    assert ("weight_offset" in packed.state_dict()) is (pair == "adabin")
+    x, eps = pixels.to(dtype), max(torch.finfo(dtype).eps, 1e-14)
+    plain = nn.Conv2d(**GEOMETRIES[geometry]).double()
+    plain.load_state_dict({"weight": expected, "bias": latent.bias})
+    columns = packed.columns
+    for layer in (latent, packed, latent.to_float(), packed.to_float()):
+        torch.testing.assert_close(layer(x).double(), plain(x.double()), rtol=4 * eps, atol=columns * eps)
+        torch.testing.assert_close(
+            (layer.effective_weight() if layer is latent else layer.weight).double(),
+            expected,
+            rtol=4 * eps,
+            atol=2 * eps,
+        )
+
+
+def test_an_offset_survives_the_state_dict(pixels):
+    latent = BinaryConv2d(pair=get_pair("adabin"), **CENTRED["adabin"], **GEOMETRIES["depthwise"]).eval()
+    packed, other = PackedConv2d.from_latent(latent), PackedConv2d(offset=True, **GEOMETRIES["depthwise"])
+    assert list(other.state_dict()) == list(packed.state_dict())
+    other.load_state_dict(packed.state_dict())
+    assert torch.equal(other(pixels), packed(pixels))
+    packed.weight_offset[2] = math.inf
+    with pytest.raises(PackedFormatError, match="conv: weight_offset must be finite, row 2 is inf"):
+        packed.check_packed("conv")

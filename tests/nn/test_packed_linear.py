@@ -16,6 +16,10 @@ BNN = get_pair("bnn++")
 SHAPES = [(1, 1), (7, 3), (8, 5), (9, 4), (24, 5), (31, 2), (33, 6), (64, 3), (65, 2)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 MODES = [(normalize, scale) for normalize in ("row", "tensor", "none") for scale in ("ls", "fixed")]
+CENTRED = {
+    "adabin": dict(normalize="std", scale="fixed", center="restore"),
+    "xnor": dict(normalize="none", scale="ls", center="remove"),
+}
 biases = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -230,3 +234,56 @@ def test_flops_and_description(tokens):
     assert packed.kernel == "reference"
     assert packed.columns == 24
     assert repr(packed) == "PackedLinear(in_features=24, out_features=5, bias=True)"
+
+
+def centred_weight(weight, center):
+    """Signs of W - c, times the standard deviation plus c (adabin), or times the mean |W - c| (xnor)."""
+    rows = weight.detach().double().numpy().reshape(len(weight), -1)
+    mean = rows.mean(axis=1, keepdims=True)
+    signs = np.where(rows >= mean, 1.0, -1.0)
+    if center == "restore":
+        result = mean + signs * np.sqrt(((rows - mean) ** 2).mean(axis=1, keepdims=True))
+    else:
+        result = signs * np.abs(rows - mean).mean(axis=1, keepdims=True)
+    return torch.from_numpy(result.reshape(weight.shape))
+
+
+@biases
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("pair", CENTRED)
+def test_centred_rows(pair, dtype, bias, tokens):
+    """Latent hard, packed and dequantized layers all compute with the formula's weight; adabin keeps its offset."""
+    units = CENTRED[pair]
+    latent = BinaryLinear(24, 5, bias, pair=get_pair(pair), dtype=dtype, **units).eval()
+    with torch.no_grad():
+        latent.weight += torch.linspace(-0.2, 0.2, 5).to(dtype)[:, None]
+    packed, expected = PackedLinear.from_latent(latent), centred_weight(latent.weight, units["center"])
+    assert [len(set(row.tolist())) for row in packed.to_float().weight] == [2] * 5
+    state = {name: tuple(tensor.shape) for name, tensor in packed.state_dict().items()}
+    assert state.get("weight_offset") == ((5,) if pair == "adabin" else None)
+    assert (packed.weight_offset is None) is (pair == "xnor")
+    x, eps = tokens.to(dtype), max(torch.finfo(dtype).eps, 1e-14)
+    shift = 0 if latent.bias is None else latent.bias.double()
+    exact = x.double() @ expected.T + shift
+    for layer in (latent, packed, latent.to_float(), packed.to_float()):
+        assert layer(x).dtype == dtype
+        torch.testing.assert_close(layer(x).double(), exact, rtol=4 * eps, atol=24 * eps)
+    for plain in (latent.to_float(), packed.to_float()):
+        torch.testing.assert_close(plain.weight.double(), expected, rtol=4 * eps, atol=2 * eps)
+
+
+def test_an_offset_survives_the_state_dict_and_the_cast(tokens):
+    latent = BinaryLinear(24, 5, pair=get_pair("adabin"), **CENTRED["adabin"]).eval()
+    packed = PackedLinear.from_latent(latent)
+    other = PackedLinear(24, 5, offset=True)
+    assert list(other.state_dict()) == list(packed.state_dict())
+    other.load_state_dict(packed.state_dict())
+    assert torch.equal(other(tokens), packed(tokens))
+    assert other.bfloat16().weight_offset.dtype == torch.bfloat16
+    skeleton = PackedLinear.from_latent(latent.to("meta")).state_dict()
+    assert {name: (t.dtype, t.shape) for name, t in skeleton.items()} == {
+        name: (t.dtype, t.shape) for name, t in packed.state_dict().items()
+    }
+    packed.weight_offset[2] = float("nan")
+    with pytest.raises(PackedFormatError, match="fc: weight_offset must be finite, row 2 is nan"):
+        packed.check_packed("fc")

@@ -85,9 +85,9 @@ def test_shape_of_the_bits(columns, shape, scale):
 
 @pytest.mark.parametrize("shape", [(2,), (4,), (3, 1), ()], ids=str)
 def test_shape_of_the_scales(weight, shape):
-    with pytest.raises(PackedFormatError, match=r"here: expected one scale a row, \[3\]") as caught:
+    with pytest.raises(PackedFormatError) as caught:
         check_packed(weight, torch.ones(shape), columns=11, name="here")
-    assert f"weight_scale is {list(shape)}" in str(caught.value)
+    assert f"here: weight_scale must be one number a row, [3], not {list(shape)}." in str(caught.value)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -115,3 +115,26 @@ def test_checking_changes_nothing(weight, scale):
     check_packed(weight, scale, columns=11)
     assert torch.equal(weight, before[0])
     assert torch.equal(scale, before[1])
+
+
+def test_offsets_are_numbers_of_any_sign(weight, scale):
+    check_packed(weight, scale, columns=11, weight_offset=torch.tensor([-1.5, 0.0, 3.0]))
+
+
+@pytest.mark.parametrize("shape", [(2,), (4,), (3, 1), ()], ids=str)
+def test_shape_of_the_offsets(weight, scale, shape):
+    with pytest.raises(PackedFormatError) as caught:
+        check_packed(weight, scale, columns=11, name="here", weight_offset=torch.ones(shape))
+    assert f"here: weight_offset must be one number a row, [3], not {list(shape)}." in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_offsets_are_finite(weight, scale, bad):
+    with pytest.raises(PackedFormatError, match=f"here: weight_offset must be finite, row 1 is {bad}"):
+        check_packed(weight, scale, 11, "here", torch.tensor([0.0, bad, 0.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
+def test_offsets_are_floating_point(weight, scale, dtype):
+    with pytest.raises(PackedFormatError, match=f"weight_offset must be floating point, not {dtype}"):
+        check_packed(weight, scale, 11, weight_offset=torch.ones(3, dtype=dtype))

@@ -9,7 +9,7 @@ import transformers as hf
 from torch import nn
 
 from proxbit.config import BinarizationConfig
-from proxbit.errors import LatentError, ModelStateError, PackedFormatError, PatternError
+from proxbit.errors import ConfigError, LatentError, ModelStateError, PackedFormatError, PatternError
 from proxbit.nn import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear, set_mu, soft_evaluation
 from proxbit.patching import check_latents, check_packed_layers, packed_layers, to_float, to_latent, to_packed
 from tiny_models import vit
@@ -175,6 +175,42 @@ def test_an_error_changes_nothing(model, value, stage):
     with pytest.raises(LatentError, match=rf"{LAST}\.weight: 1 of 36 rows {wrong} \(first: row 2\)"):
         to_latent(model, BinarizationConfig()) if stage == "binarize" else to_packed(model)
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("config", "levels"),
+    [
+        (BinarizationConfig(weights="pc", pair_parameters={"levels": [-1, 0, 1]}, include=["*"]), "-1, 0, 1"),
+        (BinarizationConfig(weights="fp", include=["*"]), "no levels at all"),
+    ],
+    ids=["ternary", "fp"],
+)
+def test_levels_that_one_bit_cannot_store(model, config, levels):
+    """Refused before anything changes; a float model of the hard weights is what remains."""
+    to_latent(model, config)
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=rf"{PATCHES}: .* this pair has {levels}\. .*proxbit\.dequantize"):
+        to_packed(model)
+    assert snapshot(model) == before
+    latent = model.get_submodule(FIRST).weight.detach().clone()
+    to_float(model)
+    weight = model.get_submodule(FIRST).weight.detach()
+    if levels == "no levels at all":
+        torch.testing.assert_close(weight, latent, rtol=1e-5, atol=0)
+    else:
+        assert {len(set(row.tolist())) for row in weight} == {3}
+        assert torch.equal(weight != 0, 2 * latent.abs() > latent.abs().mean(dim=1, keepdim=True))
+
+
+def test_layers_get_the_pair_and_the_units_of_the_configuration(model):
+    config = BinarizationConfig(weights="adabin", include=[FIRST, PATCHES])
+    to_latent(model, config)
+    for name in config.include:
+        layer = model.get_submodule(name)
+        assert layer.pair is config.quantizer_pair()
+        assert (layer.normalize, layer.scale, layer.center) == ("std", "fixed", "restore")
+    to_packed(model)
+    assert all(layer.weight_offset.shape == (36,) for _, layer in packed_layers(model))
 
 
 def test_a_zero_row_says_how_to_leave_the_layer_out(model):

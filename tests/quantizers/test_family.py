@@ -24,8 +24,8 @@ SCALING = {
     "xnor": ("none", "ls", "remove"),
     "adabin": ("std", "fixed", "restore"),
 }
-# Pairs that stay soft, or stay periodic, whatever mu.
-NEVER_HARD = {"rpc", "rpc-ternary", "fda++", "biper", "biper-sine"}
+# Pairs that stay soft, or stay periodic, whatever mu of their schedule.
+NEVER_HARD = {"rpc", "rpc-ternary", "fda++", "biper", "biper-sine"} | {n for n in VARIANTS if n.startswith("proxquant")}
 
 
 def variant(name):
@@ -67,10 +67,11 @@ def test_annealed_forwards_end_at_the_levels_from_where_their_row_says(name):
 
 @pytest.mark.parametrize("name", sorted(NEVER_HARD))
 def test_rows_that_promise_no_hard_end_have_none(name):
-    """Not even far from the boundary."""
+    """Not even half-way from a boundary to a level, and those that are no clip at the levels not beyond either."""
     pair = variant(name)
+    gap = min(high - low for low, high in zip(pair.levels[:-1], pair.levels[1:], strict=True))
     assert pair.levels and pair.hard_from is None
-    assert furthest(pair, 1.0) > 1e-3
+    assert furthest(pair, 0.25 * gap if name.startswith("proxquant") else 1.0) > 1e-3
 
 
 def test_full_precision_has_no_levels():
@@ -81,22 +82,33 @@ def test_full_precision_has_no_levels():
 @pytest.mark.parametrize("kind", LEVELS)
 @pytest.mark.parametrize("name", ["pc", "proxquant"])
 def test_any_levels(name, kind):
-    """Sound and non-decreasing while soft; the nearest level, the upper one half-way, at the end of the schedule."""
+    """Sound and non-decreasing while soft; the nearest level, the upper one half-way, from half of a gap on."""
     pair, levels = get_pair(name, {"levels": LEVELS[kind]}), LEVELS[kind]
     assert pair.levels == tuple(map(float, levels))
     w = np.arange(-192, 193) / 64
     tensor = torch.from_numpy(w)
-    _, start, end = pair.schedule
-    for mu in (start, (start + end) / 2, end):
+    hard = max(high - low for low, high in zip(levels[:-1], levels[1:], strict=True)) / 2
+    for mu in (0.01 * hard, 0.5 * hard, hard):
         result = decompose(pair, mu)
         assert pair.sound and result.sound, result.reason
         assert (np.diff(pair.forward(tensor, mu).numpy()) >= -1e-14).all()
         assert (pair.backward(tensor, mu) == 1).all()
         assert np.ptp(pair.forward(tensor, mu).numpy()) == pytest.approx(levels[-1] - levels[0], abs=1e-14)
-    assert len(np.unique(pair.forward(tensor, start).numpy())) > 20 > len(levels)
-    assert len(np.unique(pair.forward(tensor, 0.9 * end).numpy())) > len(levels)
-    np.testing.assert_array_equal(pair.forward(tensor, end).numpy(), nearest(w, levels))
+        assert (len(np.unique(pair.forward(tensor, mu).numpy())) > len(levels)) == (mu < hard)
+    np.testing.assert_array_equal(pair.forward(tensor, hard).numpy(), nearest(w, levels))
     np.testing.assert_array_equal(pair.hard(tensor).numpy(), nearest(w, levels))
+
+
+def test_schedule_of_any_levels():
+    """It ends where the shrinks reach half of the largest gap."""
+    for parameters, end in (
+        ({}, 1.0),
+        ({"levels": TERNARY}, 0.5),
+        ({"levels": UNEVEN}, 0.75),
+        ({"levels": TERNARY, "rho": 0, "varrho": 2.0}, 0.25),
+        ({"rho": 0.5, "varrho": 0.25}, 2.0),
+    ):
+        assert get_pair("pc", parameters).schedule == pytest.approx(("linear", 0.01 * end, end))
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,21 @@
-"""The callback that moves mu: from the number of the step alone."""
+"""The callback of the step: mu from the number of the step alone, where an update starts, and how a run ends."""
+
+import copy
 
 import pytest
+import torch
 from torch import nn
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerControl, TrainerState, ViTForImageClassification
 
 import proxbit
 from proxbit.config import BinarizationConfig
 from proxbit.errors import MuRangeError
 from proxbit.nn import latent_layers
 from proxbit.quantizers import MuSchedule
-from proxbit.training import MuCallback
+from proxbit.training import MuCallback, ProxConnectArguments, ProxConnectTrainer
+from tiny_models import LABELS, SIDE, vit
+
+RATE, STEPS = 0.5, 3
 
 
 @pytest.fixture
@@ -70,3 +76,104 @@ def test_a_mu_out_of_range_changes_nothing(model):
     with pytest.raises(MuRangeError, match="mu = -1"):
         callback.on_train_begin(None, state(0), TrainerControl())
     assert seen(model) == before
+
+
+def test_only_pairs_that_say_so_start_elsewhere():
+    """The callback moves the latents of proxquant, before the step of the optimizer, and of no other pair."""
+    for pair, moves in (("proxquant", True), ("rpc", True), ("pc", False), ("bnn++", False)):
+        model = proxbit.binarize(nn.Sequential(nn.Linear(5, 4)), BinarizationConfig(weights=pair, include=["*"]))
+        callback = MuCallback(model, lambda steps: MuSchedule("constant", 0.3, 0.3, steps))
+        before = model[0].weight.detach().clone()
+        callback.on_train_begin(None, state(0), TrainerControl())
+        callback.on_step_begin(None, state(0), TrainerControl())
+        assert torch.equal(model[0].weight, before)
+        callback.on_pre_optimizer_step(None, state(0), TrainerControl())
+        assert torch.equal(model[0].weight, before) is not moves
+
+
+def quantized(rows, mu):
+    """L_mu^mu for the levels -1 and +1."""
+    return torch.where(rows >= 0, 1.0, -1.0).to(rows.dtype) * (rows.abs() + mu).clamp(max=1)
+
+
+def unit(weight, units, proximal, mu):
+    """P of a weight in the units of its rows, and the factor between the gradients of P(W) and of W."""
+    rows = weight.flatten(1)
+    divisor = torch.ones(len(rows), 1).to(rows) if units == "raw" else rows.abs().mean(dim=1, keepdim=True)
+    q = proximal(rows / divisor, mu)
+    factor = divisor if units == "raw" else (q * rows).sum(1, keepdim=True) / (q * q).sum(1, keepdim=True)
+    return (factor * q).view_as(weight), factor / divisor
+
+
+def by_hand(model, names, pixels, labels, pair, units):
+    """Plain gradient descent on a float model; the latents step from P(w*), with the gradient there or at w*."""
+    latents = {name: model.get_parameter(name).detach().clone() for name in names}
+    for mu in (0.05, 0.125, 0.2):
+        gains, starts = {}, {}
+        for name, latent in latents.items():
+            starts[name], gains[name] = unit(latent, units, quantized, mu)
+            model.get_parameter(name).data.copy_(starts[name] if pair == "proxquant" else latent)
+        model.zero_grad()
+        nn.functional.cross_entropy(model(pixel_values=pixels).logits, labels).backward()
+        for name, parameter in model.named_parameters():
+            if name in latents:
+                gain = gains[name].view(-1, *[1] * (parameter.dim() - 1)) if pair == "proxquant" else 1
+                latents[name] = starts[name] - RATE * gain * parameter.grad
+            else:
+                parameter.data.sub_(RATE * parameter.grad)
+    return latents | {name: p.detach() for name, p in model.named_parameters() if name not in latents}
+
+
+@pytest.mark.filterwarnings("ignore:Training ended soft")
+@pytest.mark.parametrize("units", ["raw", "rows"])
+@pytest.mark.parametrize("pair", ["proxquant", "rpc"])
+def test_a_step_from_the_proximal_map(tmp_path, crops, pair, units):
+    """ProxQuant: w* <- P(w*) - lr g(P(w*)); reverse ProxConnect: w* <- P(w*) - lr g(w*)."""
+    model = ViTForImageClassification(vit(initializer_range=0.3)).double()
+    plain = copy.deepcopy(model)
+    scaling = dict(normalize="none", scale="fixed") if units == "raw" else {}
+    include = ["vit.layers.*", "vit.embeddings.patch_embeddings.projection"]
+    proxbit.binarize(model, BinarizationConfig(weights=pair, include=include, **scaling))
+    pixels, labels = crops(4, SIDE).double(), torch.arange(4) % LABELS
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    arguments = ProxConnectArguments(
+        str(tmp_path),
+        optim="sgd",
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        mu_schedule="linear",
+        mu_start=0.05,
+        mu_end=0.2,
+        hard_fraction=0.0,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    examples = [{"pixel_values": x, "labels": int(y)} for x, y in zip(pixels, labels, strict=True)]
+    ProxConnectTrainer(model=model, args=arguments, train_dataset=examples).train()
+    names = [f"{name}.weight" for name, _ in latent_layers(model)]
+    assert len(names) == 13
+    expected = by_hand(plain, names, pixels, labels, pair, units)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-9, atol=1e-11, msg=name)
+    assert all((expected[name] - before[name]).abs().max() > 0.01 for name in names)
+
+
+def test_a_run_that_ends_soft_is_told(model, recwarn):
+    """The gap and mu are in the warning; a run that ends hard has none."""
+    arguments = ProxConnectArguments("unused", hard_fraction=0.0, use_cpu=True, report_to="none")
+    callback = MuCallback(model, linear)
+    callback.on_train_begin(None, state(2), TrainerControl())
+    with pytest.warns(
+        UserWarning, match=r"ended soft, at mu = 3: the hardening gap .* is 0\.\d+,.*hard_fraction, now 0"
+    ):
+        callback.on_train_end(arguments, state(2), TrainerControl())
+    recwarn.clear()
+    callback.on_step_begin(None, state(9), TrainerControl())
+    callback.on_train_end(arguments, state(10), TrainerControl())
+    assert not list(recwarn)

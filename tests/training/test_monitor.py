@@ -57,6 +57,27 @@ def test_convolutions_count_too():
     assert counter.flip_ratio() == pytest.approx(count(seen, latents(model)), abs=1e-12)
 
 
+@pytest.mark.parametrize("pair", ["adabin", "xnor"])
+def test_signs_are_those_of_centred_rows(pair):
+    """Rows far from zero: their raw signs never change, those of W - mean W do."""
+
+    def centred(model):
+        flat = {name: value.reshape(len(value), -1) for name, value in latents(model).items()}
+        return {name: rows - rows.mean(axis=1, keepdims=True) for name, rows in flat.items()}
+
+    model = make(pair, include=["vit.embeddings.patch_embeddings.projection", "*.mlp.fc2"]).double()
+    with torch.no_grad():
+        for _, layer in latent_layers(model):
+            layer.weight.add_(10.0)
+    counter, raw, seen = FlipCounter(model), latents(model), centred(model)
+    move(model, 0)
+    assert count(raw, latents(model)) == 0
+    expected = count(seen, centred(model))
+    assert 0.1 < expected < 0.5
+    assert counter.flip_ratio() == pytest.approx(expected, abs=1e-12)
+    assert hardening_gap(model) == 0
+
+
 def test_every_sign_flips():
     model = make()
     counter = FlipCounter(model)

@@ -81,18 +81,20 @@ class _ForwardBackward(torch.autograd.Function):
         result = _by_blocks(rows, weight)
         # A clone: the schedule changes mu in place between steps, and with gradient accumulation a backward
         # must see the mu of its own forward.
-        ctx.save_for_backward(latent, offset, divisor, torch.cat(factors), mu.clone())
+        ctx.save_for_backward(latent, divisor, torch.cat(factors), mu.clone())
         ctx.pair, ctx.center = pair, center
         return result.view_as(latent)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        latent, offset, divisor, factor, mu = ctx.saved_tensors
+        latent, divisor, factor, mu = ctx.saved_tensors
         rows, grad = latent.flatten(1), grads[0].flatten(1)
         gain = factor / divisor
 
         def gradient(block: slice, out: Tensor | None) -> Tensor:
-            units = _centred(rows[block], offset[block], ctx.center) / divisor[block]
+            # The offset is taken anew: unlike divisor and factor it is a function of the latent weight here.
+            offset = row_offset(_precise(rows[block]), ctx.center)
+            units = _centred(rows[block], offset, ctx.center) / divisor[block]
             multiplier = ctx.pair.backward(units, mu) * gain[block]
             if ctx.center == "none":
                 return torch.mul(multiplier, grad[block], out=out)
@@ -134,7 +136,7 @@ def quantize(
         hard: use the nearest level as F, the sign for a binary pair. B stays that of the pair.
 
     Returns:
-        Same shape and dtype as `latent`. Only the latent, three numbers a row and mu are kept for the backward pass.
+        Same shape and dtype as `latent`. Only the latent, two numbers a row and mu are kept for the backward pass.
 
     Source:
         ProxConnect++: Lu et al., NeurIPS 2023. Differs from it in the row units: inside one step s and a are constants

@@ -87,5 +87,7 @@ def enhance(pair: QuantizerPair | str, schedule: tuple[str, float, float] | None
         transform,
         mu_range=pair.mu_range,
         schedule=schedule or pair.schedule,
+        scaling=pair.scaling,
+        levels=pair.levels,
         source=f"the sound partner of: {pair.source}",
     )

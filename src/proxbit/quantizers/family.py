@@ -71,12 +71,14 @@ def _square_wave(w: Tensor, mu: Mu) -> Tensor:
 
 def _linear(levels: Sequence[float], rho: float, varrho: float, source: str) -> tuple[ProximalMap, Row]:
     """L for any levels, and the fields of a row that follow from them: it is hard once a shrink is half a gap."""
-    valid = all(isinstance(value, int | float) and math.isfinite(value) for value in (*levels, rho, varrho))
+    valid = isinstance(levels, Sequence) and all(
+        isinstance(value, int | float) and math.isfinite(value) for value in (*levels, rho, varrho)
+    )
     gaps = [high - low for low, high in zip(levels[:-1], levels[1:], strict=True)] if valid else []
     if not gaps or min(gaps) <= 0 or min(rho, varrho) < 0 or max(rho, varrho) == 0:
         raise ConfigError(
             "levels must be two or more increasing numbers, such as [-1, 0, 1], and rho and varrho must not be "
-            f"negative or both zero; not levels={list(levels)}, rho={rho}, varrho={varrho}."
+            f"negative or both zero; not levels={levels!r}, rho={rho}, varrho={varrho}."
         )
     quantizer = LinearQuantizer(tuple(map(float, levels)), float(rho), float(varrho))
     names = ", ".join(f"{level:g}" for level in levels)
@@ -91,14 +93,21 @@ def _pc(levels: Sequence[float] = BINARY, rho: float = 1.0, varrho: float = 1.0)
     return compose(proximal, **row)
 
 
+def _stepwise(levels: Sequence[float], source: str) -> tuple[ProximalMap, Row]:
+    """L as a step of its own: applied anew at every step, it is as weak as a step of the optimizer."""
+    proximal, row = _linear(levels, 1.0, 1.0, source)
+    row |= Row(schedule=("linear", 0.0, 0.02 * row["schedule"][2]), hard_from=None)
+    return proximal, row
+
+
 def _proxquant(levels: Sequence[float] = BINARY) -> QuantizerPair:
-    proximal, row = _linear(levels, 1.0, 1.0, PROXQUANT)
+    proximal, row = _stepwise(levels, PROXQUANT)
     return replace(compose(proximal, **row), update_from=proximal)
 
 
-def _rpc(levels: Sequence[float] = BINARY, rho: float = 1.0, varrho: float = 1.0) -> QuantizerPair:
-    proximal, row = _linear(levels, rho, varrho, f"reverse ProxConnect, {PC}")
-    return replace(compose(IDENTITY, **row), update_from=proximal, hard_from=None)
+def _rpc(levels: Sequence[float] = BINARY) -> QuantizerPair:
+    proximal, row = _stepwise(levels, f"reverse ProxConnect, {PC}")
+    return replace(compose(IDENTITY, **row), update_from=proximal)
 
 
 SIGN_FORWARD = Surrogate(_sign, "F(w) = sign(w)")

@@ -133,7 +133,7 @@ class LinearQuantizer:
 
 
 def _binaryrelax(w: Tensor, mu: Mu) -> Tensor:
-    return (w + mu * sign(w)) / (1 + mu)
+    return w / (1 + mu) + sign(w) * (mu / (1 + mu))
 
 
 def _parq(w: Tensor, mu: Mu) -> Tensor:

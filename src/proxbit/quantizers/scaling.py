@@ -73,7 +73,9 @@ def row_divisor(rows: Tensor, normalize: str) -> Tensor:
     if normalize == "none":
         return rows.new_ones(()).expand(rows.shape[0], 1)
     if normalize == "std":
-        size = rows.std(dim=1, keepdim=True, correction=0)
+        # The rounding of equal numbers must not become a unit.
+        rounding = torch.finfo(rows.dtype).eps * rows.abs().amax(dim=1, keepdim=True)
+        size = torch.maximum(rows.std(dim=1, keepdim=True, correction=0), rounding)
     else:
         size = rows.abs().mean(dim=1, keepdim=True)
     return size.clamp(min=torch.finfo(rows.dtype).tiny)

@@ -94,9 +94,9 @@ def sign_swish(p: Tensor, mu: Mu) -> Tensor:
     """
     # Beyond |x| = 60 the function is 1 to the last bit of float64; without the bound, inf * 0 would be NaN.
     x = (mu * p).clamp(-60, 60)
-    # SS is twice the derivative of x s(x), minus 1, and that derivative is one fused kernel.
-    twice = x.new_full((), 2.0).expand_as(x)
-    result: Tensor = torch.ops.aten.silu_backward(twice, x) - 1
+    s = torch.sigmoid(x)
+    # sigmoid_backward(x, s) is x s (1 - s), in one kernel.
+    result: Tensor = 2 * (s + torch.ops.aten.sigmoid_backward(x, s)) - 1
     return result
 
 
