@@ -45,7 +45,7 @@ INVALID = [
     ),
     (dict(weights="pc", pair_parameters={"levels": [1, -1]}), ConfigError, "levels must be two or more increasing"),
     (dict(weights="pc", pair_parameters={"rho": {1}}), ConfigError, "must be JSON types"),
-    (dict(weights="pc", pair_parameters=[[-1, 1]]), ConfigError, "parameters"),
+    (dict(weights="pc", pair_parameters=[1]), ConfigError, "parameters"),
     (dict(weights="bc", pair_parameters={"rho": 1}), ConfigError, "'bc' takes no parameters"),
     (dict(weights=get_pair("pc"), pair_parameters={"rho": 1}), ConfigError, "has its own already"),
     (dict(scale="mean"), ConfigError, "scale must be one of ls, fixed; not 'mean'"),

@@ -96,8 +96,7 @@ class BinarizationConfig(QuantizationConfigMixin):
     def _resolve_pair(self) -> None:
         """Name the pair and its parameters, and fill in its default row units."""
         if isinstance(self.weights, QuantizerPair):
-            if self.pair_parameters:
-                raise ConfigError("pair_parameters go with the name of a pair; this QuantizerPair has its own already.")
+            get_pair(self.weights, self.pair_parameters)
             self.weights, self.pair_parameters = pair_key(self.weights)
         self.pair_parameters = self.pair_parameters or None
         try:
@@ -121,8 +120,7 @@ class BinarizationConfig(QuantizationConfigMixin):
             UnknownNameError: for a name that is not registered.
             ConfigError: for parameters that the pair does not take.
         """
-        assert isinstance(self.weights, str)
-        if self.state == "packed" and self.weights not in PAIRS:
+        if self.state == "packed" and isinstance(self.weights, str) and self.weights not in PAIRS:
             return get_pair("bc")
         return get_pair(self.weights, self.pair_parameters)
 

@@ -176,7 +176,7 @@ def test_a_pair_of_the_user_goes_with_the_model(tmp_path, crops, process, monkey
     packed = proxbit.pack(model.eval())
     packed.save_pretrained(tmp_path / "packed")
     done, results = process(WITH_PLUGIN, tmp_path / "packed", tmp_path / "latent")
-    assert len(results) == 1
+    assert len(results) == 1, done.stderr
     assert torch.equal(results[0], logits(packed, pictures))
     assert done.returncode != 0
     assert "UnknownNameError: Unknown quantizer pair 'steep'" in done.stderr

@@ -225,3 +225,31 @@ def test_flops_are_those_of_the_dense_layer(shape, rows):
 
 def test_kernel_name():
     assert linear_w1_kernel(layer(4, 9)[0]) == "reference"
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"weight": torch.zeros(5, 2, dtype=torch.int32)}, r"uint8 \[rows, bytes\], not torch.int32 \[5, 2\]"),
+        ({"weight": torch.zeros(2, dtype=torch.uint8)}, r"uint8 \[rows, bytes\], not torch.uint8 \[2\]"),
+        ({"scale": torch.ones(1)}, r"scale must be one number a row, \[5\], not \[1\]"),
+        ({"bias": torch.ones(5, 1)}, r"bias must be one number a row, \[5\], not \[5, 1\]"),
+    ],
+    ids=["dtype", "dimensions", "scale", "bias"],
+)
+def test_wrong_tensors_beside_the_input(changes, words, device):
+    """On the meta device as on the CPU: a trace must not accept what a run refuses."""
+    weight, scale, bias, _ = layer(5, 11, torch.float32)
+    tensors = {"x": torch.ones(3, 11), "weight": weight, "scale": scale, "bias": bias} | changes
+    with pytest.raises(PackedFormatError, match=words):
+        linear_w1(**{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def test_flops_of_the_backward():
+    """Forward and gradient of the input: two products of 3 x 11 -> 5."""
+    weight, scale, bias, _ = layer(5, 11, torch.float32)
+    x = torch.ones(3, 11, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        linear_w1(x, weight, scale, bias).sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * 3 * 11 * 5)

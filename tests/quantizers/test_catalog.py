@@ -175,3 +175,8 @@ def test_what_is_no_pair_and_no_function(own, thing):
     with pytest.raises(ConfigError, match=re.escape("register_pair('mine', ...) takes a QuantizerPair, or a function")):
         register_pair("mine", thing)
     assert "mine" not in catalog.PAIRS
+
+
+def test_parameters_for_a_pair_that_is_one_already():
+    with pytest.raises(ConfigError, match="has its own already"):
+        get_pair(get_pair("pc"), {"levels": [-1, 0, 1]})

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from proxbit.errors import ConfigError
 from proxbit.quantizers import transforms
 from proxbit.quantizers.transforms import (
     IDENTITY_TRANSFORM,
@@ -192,3 +193,9 @@ def test_a_transform_and_its_own_derivative_are_kept():
     transform = as_transform(Doubled())
     assert transform.name == "Doubled"
     assert transform.derivative(torch.tensor([1.5]), 1.0).item() == 7
+
+
+def test_a_function_without_a_derivative_says_what_to_do():
+    stairs = as_transform(lambda p, mu: torch.where(p.detach() >= 0, 1.0, -1.0))
+    with pytest.raises(ConfigError, match="give it one as its attribute `derivative`"):
+        stairs.derivative(torch.ones(3), 1.0)

@@ -19,7 +19,16 @@ _LIBRARY.define("linear_w1_grad_input(Tensor grad, Tensor weight, Tensor scale, 
 _LIBRARY.define("unpack_weight(Tensor weight, Tensor scale, int columns) -> Tensor")
 
 
-def _check_shapes(x: Tensor, weight: Tensor) -> None:
+def _check_shapes(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    if weight.dtype != torch.uint8 or weight.dim() != 2:
+        raise PackedFormatError(
+            f"linear_w1: packed weights are uint8 [rows, bytes], not {weight.dtype} {list(weight.shape)}."
+        )
+    for name, numbers in (("scale", scale), ("bias", bias)):
+        if numbers is not None and numbers.shape != weight.shape[:1]:
+            raise PackedFormatError(
+                f"linear_w1: {name} must be one number a row, [{weight.shape[0]}], not {list(numbers.shape)}."
+            )
     if packed_columns(x.shape[-1]) != weight.shape[1]:
         raise PackedFormatError(
             f"linear_w1: an input of width {x.shape[-1]} needs {packed_columns(x.shape[-1])} bytes a row, "
@@ -31,7 +40,7 @@ def _check_shapes(x: Tensor, weight: Tensor) -> None:
 
 # The ops have their own rule for the precision of their sums: autocast must not reach into the torch code inside.
 def _linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    _check_shapes(x, weight)
+    _check_shapes(x, weight, scale, bias)
     with torch.autocast(x.device.type, enabled=False):
         return reference.linear_w1(x, weight, scale, bias)
 
@@ -48,7 +57,7 @@ _LIBRARY.impl("unpack_weight", reference.unpack_weight, "CompositeExplicitAutogr
 
 @torch.library.register_fake("proxbit::linear_w1", lib=_LIBRARY)
 def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    _check_shapes(x, weight)
+    _check_shapes(x, weight, scale, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

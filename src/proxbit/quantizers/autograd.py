@@ -187,7 +187,7 @@ def hard_rows(latent: Tensor, *, normalize: str, scale: str, center: str = "none
         scale: as in `quantize`.
         center: as in `quantize`.
     """
-    rows = latent.flatten(1)
+    rows = latent.detach().flatten(1)
     offset, divisor = _units(rows, normalize, center)
     values = _centred(rows, offset, center)
     factor = output_scale(values, sign(values), divisor, scale)

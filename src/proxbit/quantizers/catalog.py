@@ -69,6 +69,8 @@ def get_pair(pair: str | QuantizerPair, parameters: Mapping[str, Any] | None = N
         ConfigError: for parameters that the pair does not take, or cannot work with.
     """
     if isinstance(pair, QuantizerPair):
+        if parameters:
+            raise ConfigError("Parameters go with the name of a pair; this QuantizerPair has its own already.")
         return pair
     plain = PAIRS.get(pair)
     if not parameters:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from proxbit.errors import ConfigError
 from proxbit.quantizers.proximal import Mu, name_of
 
 __all__ = [
@@ -59,6 +60,11 @@ class _Slope:
         with torch.enable_grad():
             at = p if again else p.detach().requires_grad_()
             value = self.function(at, mu)
+            if not value.requires_grad:
+                raise ConfigError(
+                    f"{name_of(self.function)} has no derivative that automatic differentiation can see; give it one "
+                    "as its attribute `derivative`, or pass a Transform."
+                )
             slope: Tensor = torch.autograd.grad(value, at, torch.ones_like(value), create_graph=again)[0]
         return slope
 
