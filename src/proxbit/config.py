@@ -1,6 +1,7 @@
 """`BinarizationConfig`: what is binarized and how, stored whole in `config.json`."""
 
 import copy
+import json
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -14,6 +15,16 @@ __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "STATES", "BinarizationConfig"]
 QUANT_METHOD = "proxbit"
 FORMAT_VERSION = 1
 STATES = ("latent", "packed")
+
+
+def _as_json(parameters: Any) -> Any:
+    """Parameters of a pair as `config.json` will hold them, in a dict of their own."""
+    if not isinstance(parameters, dict | None):
+        raise ConfigError(f"pair_parameters must be a dict, such as {{'levels': [-1, 0, 1]}}, not {parameters!r}.")
+    try:
+        return json.loads(json.dumps(parameters, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"pair_parameters must be JSON types, not {parameters!r}: {error}.") from error
 
 
 @dataclass
@@ -98,7 +109,7 @@ class BinarizationConfig(QuantizationConfigMixin):
         if isinstance(self.weights, QuantizerPair):
             get_pair(self.weights, self.pair_parameters)
             self.weights, self.pair_parameters = pair_key(self.weights)
-        self.pair_parameters = self.pair_parameters or None
+        self.pair_parameters = _as_json(self.pair_parameters) or None
         try:
             units = self.quantizer_pair().scaling
         except UnknownNameError as error:
@@ -107,7 +118,9 @@ class BinarizationConfig(QuantizationConfigMixin):
                 f"proxbit.register_pair({self.weights!r}, pair)."
             ) from error
         given = (self.normalize, self.scale, self.center)
-        self.normalize, self.scale, self.center = (g or default for g, default in zip(given, units, strict=True))
+        self.normalize, self.scale, self.center = (
+            default if g is None else g for g, default in zip(given, units, strict=True)
+        )
         check_scaling(self.normalize, self.scale, self.center)
 
     def quantizer_pair(self) -> QuantizerPair:

@@ -292,3 +292,17 @@ def test_a_zero_row_comes_with_what_to_do(net):
     with pytest.raises(LatentError, match=re.escape("modules_to_not_convert=['vit.patches']")) as caught:
         net.patches.check_latent("vit.patches")
     assert "1 of 5 rows are all zero (first: row 4)" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_equal_weights_leave_nothing_once_their_mean_is_gone(dtype):
+    """0.1 is not exact: what is left of it is rounding. Restored, the row is its mean; not centred, it has signs."""
+    for center in ("none", "remove", "restore"):
+        layer = BinaryLinear(7, 3, pair=get_pair("bc"), center=center, dtype=dtype)
+        with torch.no_grad():
+            layer.weight[1] = 0.1
+        if center == "remove":
+            with pytest.raises(LatentError, match=r"here.weight: the weights of row 1 are all equal.*center='restore'"):
+                layer.check_latent("here")
+        else:
+            layer.check_latent("here")

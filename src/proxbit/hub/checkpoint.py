@@ -57,6 +57,12 @@ def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedL
                 f"beside its scales; found {dtype} {list(shape)}."
             )
         found[shape] += 1
+    offsets = sum(key.endswith(".weight_offset") for key in tensors)
+    wanted = sum(layer.weight_offset is not None for _, layer in layers)
+    if offsets > wanted:
+        raise CheckpointError(
+            f"This checkpoint holds {offsets} tensors weight_offset, but its configuration asks for {wanted}."
+        )
     shapes = {name: (len(layer.weight_scale), packed_columns(layer.columns)) for name, layer in layers}
     expected: Counter[tuple[int, ...]] = Counter(shapes.values())
     if found != expected:

@@ -40,8 +40,7 @@ class ProxbitHfQuantizer(HfQuantizer):
         state = self.quantization_config.state
         if self.pre_quantized:
             self.quantization_config = _fit_patterns(model, self.quantization_config)
-        _, resolved = to_latent(model, self.quantization_config)
-        self.quantization_config = resolved.replace(state=state)
+        _, self.quantization_config = to_latent(model, self.quantization_config)
         if state == "packed":
             to_packed(model)
             check_packed_files(checkpoint_files or [], packed_layers(model))

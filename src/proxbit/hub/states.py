@@ -29,7 +29,7 @@ def binarize(model: Model, config: BinarizationConfig | None = None) -> Model:
         PatternError: for patterns that match nothing, tied weights, or an empty selection.
         LatentError: for NaN or infinite weights, or rows that are all zero. The model is unchanged after an error.
     """
-    _, resolved = to_latent(model, config or BinarizationConfig())
+    _, resolved = to_latent(model, (config or BinarizationConfig()).replace(state="latent"))
     if isinstance(model, PreTrainedModel):
         attach(model, resolved)
     return model

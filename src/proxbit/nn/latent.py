@@ -84,7 +84,8 @@ class LatentWeight(nn.Module):
         """Check that the latent weight can be binarized.
 
         Raises:
-            LatentError: naming the layer, for NaN, infinite values, or a row that is all zero.
+            LatentError: naming the layer, for NaN, infinite values, or a row that is all zero, also once its mean is
+                taken off for good.
         """
         rows = self.weight.detach().flatten(1)
         finite = torch.isfinite(rows).all(dim=1)
@@ -99,6 +100,14 @@ class LatentWeight(nn.Module):
             raise LatentError(
                 f"{name}.weight: {len(bad)} of {len(rows)} rows are all zero (first: row {int(bad[0])}). "
                 f"Such rows have no signs: leave the layer out with modules_to_not_convert=['{name}'] or initialise it."
+            )
+        centred = (rows - rows.mean(dim=1, keepdim=True)).abs().amax(dim=1)
+        constant = centred <= torch.finfo(rows.dtype).eps * rows.abs().amax(dim=1)
+        if self.center == "remove" and bool(constant.any()):
+            row = int(constant.nonzero()[0, 0])
+            raise LatentError(
+                f"{name}.weight: the weights of row {row} are all equal: nothing is left of it with center='remove'. "
+                "Use center='restore' or 'none'."
             )
 
 

@@ -69,9 +69,7 @@ def to_latent(model: nn.Module, config: BinarizationConfig) -> tuple[Binarizatio
         model.set_submodule(name, latent)
     report = BinarizationReport("binarized", tuple(decisions))
     report.attach(model)
-    return report, config.replace(
-        include=explicit_patterns(replacements, report.left), modules_to_not_convert=None, state="latent"
-    )
+    return report, config.replace(include=explicit_patterns(replacements, report.left), modules_to_not_convert=None)
 
 
 def _convert(model: nn.Module, action: str, convert: Callable[[nn.Module], nn.Module | None]) -> None:

@@ -75,7 +75,10 @@ class _ForwardBackward(torch.autograd.Function):
                 quantized = pair.hard(units) if hard else pair.forward(units, mu)
             factors.append(output_scale(w, quantized, divisor[block], scale))
             if center == "restore":
-                return torch.addcmul(offset[block], quantized, factors[-1], out=out)
+                c, a = offset[block], factors[-1]
+                if hard:  # as they are stored when packed
+                    c, a = (number.to(rows.dtype).to(w.dtype) for number in (c, a))
+                return torch.addcmul(c, quantized, a, out=out)
             return torch.mul(quantized, factors[-1], out=out)
 
         result = _by_blocks(rows, weight)
