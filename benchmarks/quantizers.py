@@ -66,6 +66,8 @@ def main() -> None:
     torch.manual_seed(0)
     latent, grad = (torch.randn(SHAPE) * 0.03).requires_grad_(), torch.randn(SHAPE)
     functions = {"straight-through": straight_through} | {name: method(name) for name in arguments.pairs}
+    # Every pair is one more specialisation of the same few functions.
+    torch._dynamo.config.recompile_limit = 2 * len(functions)
     compiled = {name: torch.compile(function, fullgraph=True) for name, function in functions.items()}
     everything = [
         (name, kind, f) for kind, fs in (("eager", functions), ("compiled", compiled)) for name, f in fs.items()

@@ -99,10 +99,10 @@ def sign_swish(p: Tensor, mu: Mu) -> Tensor:
         https://huggingface.co/papers/1812.11800
     """
     # Beyond |x| = 60 the function is 1 to the last bit of float64; without the bound, inf * 0 would be NaN.
-    x = (mu * p).clamp(-60, 60)
+    x = (mu * p).clamp_(-60, 60)
     s = torch.sigmoid(x)
     # sigmoid_backward(x, s) is x s (1 - s), in one kernel.
-    result: Tensor = 2 * (s + torch.ops.aten.sigmoid_backward(x, s)) - 1
+    result: Tensor = torch.ops.aten.sigmoid_backward(x, s).add_(s).mul_(2).sub_(1)
     return result
 
 
@@ -123,9 +123,9 @@ def sign_swish_derivative(p: Tensor, mu: Mu) -> Tensor:
     Source:
         As `sign_swish`.
     """
-    y = -(mu * p).abs().clamp(max=60)
+    y = (-mu * p.abs()).clamp_(min=-60)
     s = torch.sigmoid(y)
-    result: Tensor = 2 * mu * torch.ops.aten.sigmoid_backward(torch.addcmul(2 + y, y, s, value=-2), s)
+    result: Tensor = torch.ops.aten.sigmoid_backward((2 + y).addcmul_(y, s, value=-2), s).mul_(2 * mu)
     return result
 
 
