@@ -152,3 +152,20 @@ def test_the_proximal_map_minimises_its_regularizer(proximal):
     for w in (-1.7, -0.6, -0.05, 0.2, 0.9, 2.2):
         best = p[torch.argmin(r + (p - w) ** 2 / 2)]
         assert float(best) == pytest.approx(float(proximal(torch.tensor([w]).double(), mu)), abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "sound"),
+    [
+        (lambda w, mu: hard(w.clamp(-0.8, 0.8)), lambda w, mu: (w.abs() <= 0.8).to(w.dtype), False),
+        (lambda w, mu: 0.37 * hard(w), ones, True),
+        (lambda w, mu: 2.5 * (mu * w).tanh(), lambda w, mu: 2.5 * mu / (mu * w).cosh() ** 2, True),
+        (lambda w, mu: (mu * w).tanh(), lambda w, mu: 0.1 + 0 * w, True),
+        (lambda w, mu: (mu * w).tanh(), lambda w, mu: 1 / (1 + w**2), True),
+        (lambda w, mu: (mu * w).tanh(), lambda w, mu: 0.2 - w, False),
+    ],
+    ids=["ReCU", "row-scaled sign", "scaled tanh", "constant", "any positive slope", "a slope that changes sign"],
+)
+def test_pairs_outside_of_the_family(forward, backward, sound):
+    """ReCU clips before the sign. A strictly increasing F is sound with every positive B: P is an integral."""
+    assert decompose(pair_of(forward, backward), window=2.0).sound == sound
