@@ -4,7 +4,7 @@ import matplotlib.image
 import pytest
 
 from proxbit.analysis.plots import default_sharpness, plot_pair, plot_pairs, plot_training
-from proxbit.errors import MuRangeError, UnknownNameError
+from proxbit.errors import ConfigError, MuRangeError, UnknownNameError
 from proxbit.quantizers import compose, get_pair
 from proxbit.quantizers.proximal import TANH
 
@@ -73,3 +73,20 @@ def test_a_mu_out_of_range_draws_nothing(tmp_path):
     with pytest.raises(MuRangeError, match="out of range"):
         plot_pair("parq", tmp_path / "none.png", [0.5])
     assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "sharpness", "words"),
+    [
+        ("x.foo", None, "a picture ends in one of .*png"),
+        ("x", None, "a picture ends in one of"),
+        ("nowhere/x.png", None, "there is no folder"),
+        ("x.png", [1, 2, 3, 4, 5], "shows 1 to 4 values of mu, not 5"),
+        ("x.png", [], "not 0"),
+    ],
+    ids=["ending", "no ending", "folder", "five", "none"],
+)
+def test_what_cannot_be_drawn_leaves_nothing(tmp_path, path, sharpness, words):
+    with pytest.raises(ConfigError, match=words):
+        plot_pair("bnn++", tmp_path / path, sharpness)
+    assert list(tmp_path.iterdir()) == []

@@ -210,6 +210,8 @@ def test_refusals():
         ProxConnect(base, "bc", [nn.Parameter(torch.ones(3, 3))])
     with pytest.raises(ConfigError, match=r"of shape \[9\], has no rows"):
         ProxConnect(base, "bc", [model[0].bias])
+    with pytest.raises(ConfigError, match=r"Latent weight 1, of shape \[9, 27\], is there twice"):
+        ProxConnect(base, "bc", [model[0].weight, model[0].weight])
     with pytest.raises(ConfigError, match="`latents` is empty"):
         ProxConnect(base, "bc", [])
     with pytest.raises(UnknownNameError, match="'bcc'"):

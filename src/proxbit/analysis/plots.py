@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from proxbit.errors import ConfigError
 from proxbit.quantizers import MuSchedule, QuantizerPair, decompose, get_pair, regularizer
 
 __all__ = ["default_sharpness", "plot_pair", "plot_pairs", "plot_training"]
@@ -119,6 +120,14 @@ def default_sharpness(pair: QuantizerPair, count: int = 3) -> list[float]:
     return list(dict.fromkeys(schedule.mu(step) for step in range(count)))
 
 
+def _check_path(figure: Figure, path: Path) -> None:
+    formats = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ConfigError(f"{path}: a picture ends in one of {', '.join(sorted(formats))}.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent}.")
+
+
 def _curves(pair: QuantizerPair, mu: float) -> dict[str, tuple[Tensor, Tensor]]:
     """What there is to draw of a pair at one mu, by panel: the points along, and across."""
     curves = {"F": (W, pair.forward(W, mu)), "B": (W, pair.backward(W, mu).expand_as(W))}
@@ -151,13 +160,17 @@ def plot_pair(
         The path.
 
     Raises:
+        ConfigError: for more values of mu than it can show, or a path that cannot hold a picture.
         MuRangeError: for a mu out of the range of the pair.
         UnknownNameError: for an unknown name.
     """
     title = title or (pair if isinstance(pair, str) else "quantizer pair")
     pair = get_pair(pair)
     values = [pair.check_mu(mu) for mu in (default_sharpness(pair) if sharpness is None else sharpness)]
+    if not 1 <= len(values) <= len(COLORS):
+        raise ConfigError(f"A picture shows 1 to {len(COLORS)} values of mu, not {len(values)}.")
     figure = Figure(figsize=(15, 3.4))
+    _check_path(figure, Path(path))
     panels = dict(zip(PANELS, figure.subplots(1, len(PANELS)), strict=True))
     figure.subplots_adjust(left=0.03, right=0.995, top=0.8, bottom=0.16, wspace=0.2)
     for mu, color in zip(values, COLORS, strict=False):

@@ -49,7 +49,7 @@ class ProxConnect(Optimizer):
         center: see `quantizers.scaling`; None for the default of the pair.
 
     Raises:
-        ConfigError: for a parameter that the optimizer does not have, or that has no rows.
+        ConfigError: for a parameter that the optimizer does not have, that has no rows, or that is given twice.
         UnknownNameError: for an unknown pair.
         MuRangeError: when mu leaves the range of the pair.
 
@@ -82,9 +82,14 @@ class ProxConnect(Optimizer):
         groups = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self.duals: list[_Dual] = []
         for index, parameter in enumerate(latents):
-            if id(parameter) not in groups or parameter.dim() < 2:
-                why = "has no rows" if parameter.dim() < 2 else "is in no group of the optimizer"
-                raise ConfigError(f"Latent weight {index}, of shape {list(parameter.shape)}, {why}.")
+            reasons = {
+                "has no rows": parameter.dim() < 2,
+                "is in no group of the optimizer": id(parameter) not in groups,
+                "is there twice": any(parameter is dual.parameter for dual in self.duals),
+            }
+            for reason, holds in reasons.items():
+                if holds:
+                    raise ConfigError(f"Latent weight {index}, of shape {list(parameter.shape)}, {reason}.")
             self.duals.append(_Dual(parameter, parameter.detach().clone(), groups[id(parameter)], start))
         if not self.duals:
             raise ConfigError("ProxConnect needs at least one latent weight; `latents` is empty.")
