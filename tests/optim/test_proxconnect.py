@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from proxbit import BinarizationConfig, binarize, pack
-from proxbit.errors import CheckpointError, ConfigError, MuRangeError, UnknownNameError
+from proxbit.errors import CheckpointError, ConfigError, LatentError, MuRangeError, UnknownNameError
 from proxbit.nn import BinaryLinear, latent_layers, set_mu, start_update
 from proxbit.optim import ProxConnect
 from proxbit.quantizers import PAIRS, MuSchedule, get_pair
@@ -220,3 +220,39 @@ def test_refusals():
         wrapped(model, normalize="rows")
     with pytest.raises(MuRangeError, match="out of range"):
         wrapped(model, "parq", schedule=MuSchedule("constant", 0.5, 0.5, 3))
+
+
+@pytest.mark.parametrize(
+    ("value", "center", "words"),
+    [
+        (float("nan"), None, "Latent weight 1: 1 of 3 rows hold NaN or infinite values"),
+        (float("-inf"), None, "Latent weight 1: 1 of 3 rows hold NaN or infinite values"),
+        (0.0, None, "Latent weight 1: 1 of 3 rows are all zero .*leave it out of `latents` or initialise it"),
+        (0.1, "remove", "Latent weight 1: the weights of row 2 are all equal"),
+    ],
+    ids=["nan", "inf", "zero", "equal"],
+)
+def test_rows_that_cannot_be_binarized_are_refused_before_anything_is_written(value, center, words):
+    model = network()
+    with torch.no_grad():
+        model[2].weight[2] = value
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(LatentError, match=words):
+        wrapped(model, center=center)
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[key], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "words"),
+    [
+        (nn.Parameter(torch.ones(0, 3)), r"of shape \[0, 3\], is empty"),
+        (nn.Parameter(torch.ones(3, 0)), r"of shape \[3, 0\], is empty"),
+        (nn.Parameter(torch.ones(2, 2, dtype=torch.int64), requires_grad=False), "is not floating point"),
+        (nn.Parameter(torch.ones(2, 2, dtype=torch.complex64)), "is not floating point"),
+    ],
+    ids=["no rows", "no columns", "integer", "complex"],
+)
+def test_tensors_without_real_weights_are_refused(parameter, words):
+    with pytest.raises(ConfigError, match=words):
+        ProxConnect(torch.optim.SGD([parameter], lr=0.1), "bc", [parameter])

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from proxbit.errors import ConfigError
+from proxbit.errors import ConfigError, LatentError
 from proxbit.quantizers.scaling import (
     CENTERINGS,
     NORMALIZATIONS,
     SCALES,
+    check_rows,
     check_scaling,
     output_scale,
     row_divisor,
@@ -146,3 +147,25 @@ def test_valid_modes():
             check_scaling(normalize, scale)
             for center in ("none", "remove", "restore"):
                 check_scaling(normalize, scale, center)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(float("nan"), "W: 1 of 6 rows hold NaN or infinite values"), (0.0, "Such rows have no signs: leave it or")],
+    ids=["nan", "zero"],
+)
+def test_rows_that_have_no_signs(rows, value, words):
+    check_rows(rows, "none", "W", "it")
+    rows[3] = value
+    with pytest.raises(LatentError, match=words):
+        check_rows(rows, "none", "W", "it")
+
+
+def test_equal_rows_have_signs_unless_their_mean_is_taken_off(rows):
+    rows[2] = 0.1
+    for center in CENTERINGS:
+        if center == "remove":
+            with pytest.raises(LatentError, match="W: the weights of row 2 are all equal"):
+                check_rows(rows, center, "W", "it")
+        else:
+            check_rows(rows, center, "W", "it")

@@ -6,8 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from proxbit.errors import LatentError
-from proxbit.quantizers import HardRows, QuantizerPair, check_scaling, hard_rows, quantize, update_start
+from proxbit.quantizers import HardRows, QuantizerPair, check_rows, check_scaling, hard_rows, quantize, update_start
 
 __all__ = ["LatentWeight", "latent_layers", "set_mu", "soft_evaluation", "start_update"]
 
@@ -87,28 +86,8 @@ class LatentWeight(nn.Module):
             LatentError: naming the layer, for NaN, infinite values, or a row that is all zero, also once its mean is
                 taken off for good.
         """
-        rows = self.weight.detach().flatten(1)
-        finite = torch.isfinite(rows).all(dim=1)
-        if not bool(finite.all()):
-            bad = (~finite).nonzero().flatten()
-            raise LatentError(
-                f"{name}.weight: {len(bad)} of {len(rows)} rows hold NaN or infinite values (first: row {int(bad[0])})."
-            )
-        empty = (rows == 0).all(dim=1)
-        if bool(empty.any()):
-            bad = empty.nonzero().flatten()
-            raise LatentError(
-                f"{name}.weight: {len(bad)} of {len(rows)} rows are all zero (first: row {int(bad[0])}). "
-                f"Such rows have no signs: leave the layer out with modules_to_not_convert=['{name}'] or initialise it."
-            )
-        centred = (rows - rows.mean(dim=1, keepdim=True)).abs().amax(dim=1)
-        constant = centred <= torch.finfo(rows.dtype).eps * rows.abs().amax(dim=1)
-        if self.center == "remove" and bool(constant.any()):
-            row = int(constant.nonzero()[0, 0])
-            raise LatentError(
-                f"{name}.weight: the weights of row {row} are all equal: nothing is left of it with center='remove'. "
-                "Use center='restore' or 'none'."
-            )
+        leave_out = f"the layer out with modules_to_not_convert=['{name}']"
+        check_rows(self.weight, self.center, f"{name}.weight", leave_out)
 
 
 def latent_layers(model: nn.Module) -> Iterator[tuple[str, LatentWeight]]:

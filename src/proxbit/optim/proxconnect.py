@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from proxbit.errors import CheckpointError, ConfigError
-from proxbit.quantizers import MuSchedule, QuantizerPair, check_scaling, get_pair, quantize, update_start
+from proxbit.quantizers import MuSchedule, QuantizerPair, check_rows, check_scaling, get_pair, quantize, update_start
 
 __all__ = ["ProxConnect"]
 
@@ -49,7 +49,9 @@ class ProxConnect(Optimizer):
         center: see `quantizers.scaling`; None for the default of the pair.
 
     Raises:
-        ConfigError: for a parameter that the optimizer does not have, that has no rows, or that is given twice.
+        ConfigError: for a parameter that the optimizer does not have, that has no rows, no weights or no floating point
+            type, or that is given twice.
+        LatentError: for a parameter with NaN, infinite values, or a row that is all zero.
         UnknownNameError: for an unknown pair.
         MuRangeError: when mu leaves the range of the pair.
 
@@ -79,23 +81,30 @@ class ProxConnect(Optimizer):
         self.steps = 0
         self.hardened = False
         start = self.pair.check_mu(1.0 if schedule is None else schedule.mu(0))
-        groups = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        self.duals: list[_Dual] = []
+        self.duals = self._duals(latents, start)
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._share()
+        self._write()
+
+    def _duals(self, latents: Iterable[Tensor], mu: float) -> list[_Dual]:
+        groups = {id(p): index for index, group in enumerate(self.base.param_groups) for p in group["params"]}
+        duals: list[_Dual] = []
         for index, parameter in enumerate(latents):
             reasons = {
                 "has no rows": parameter.dim() < 2,
+                "is empty": parameter.numel() == 0,
+                "is not floating point": not parameter.is_floating_point(),
                 "is in no group of the optimizer": id(parameter) not in groups,
-                "is there twice": any(parameter is dual.parameter for dual in self.duals),
+                "is there twice": any(parameter is dual.parameter for dual in duals),
             }
             for reason, holds in reasons.items():
                 if holds:
                     raise ConfigError(f"Latent weight {index}, of shape {list(parameter.shape)}, {reason}.")
-            self.duals.append(_Dual(parameter, parameter.detach().clone(), groups[id(parameter)], start))
-        if not self.duals:
+            check_rows(parameter, self.units["center"], f"Latent weight {index}", "it out of `latents`")
+            duals.append(_Dual(parameter, parameter.detach().clone(), groups[id(parameter)], mu))
+        if not duals:
             raise ConfigError("ProxConnect needs at least one latent weight; `latents` is empty.")
-        super().__init__(optimizer.param_groups, optimizer.defaults)
-        self._share()
-        self._write()
+        return duals
 
     def _share(self) -> None:
         """Groups and state are those of the base optimizer, so that schedulers of the learning rate reach it."""

@@ -7,7 +7,7 @@ from proxbit.quantizers.decomposition import Decomposition, decompose, regulariz
 from proxbit.quantizers.enhancement import enhance
 from proxbit.quantizers.pairs import BINARY, ROW_LEAST_SQUARES, QuantizerPair, Surrogate, compose, heuristic
 from proxbit.quantizers.proximal import ProximalMap, linear_quantizer
-from proxbit.quantizers.scaling import check_scaling
+from proxbit.quantizers.scaling import check_rows, check_scaling
 from proxbit.quantizers.schedules import AGGREGATE, SCHEDULES, MuSchedule
 from proxbit.quantizers.transforms import Transform
 
@@ -24,6 +24,7 @@ __all__ = [
     "QuantizerPair",
     "Surrogate",
     "Transform",
+    "check_rows",
     "check_scaling",
     "compose",
     "decompose",

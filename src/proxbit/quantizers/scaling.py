@@ -11,9 +11,18 @@ Each of the three is chosen by itself, and goes with any quantizer pair.
 import torch
 from torch import Tensor
 
-from proxbit.errors import ConfigError
+from proxbit.errors import ConfigError, LatentError
 
-__all__ = ["CENTERINGS", "NORMALIZATIONS", "SCALES", "check_scaling", "output_scale", "row_divisor", "row_offset"]
+__all__ = [
+    "CENTERINGS",
+    "NORMALIZATIONS",
+    "SCALES",
+    "check_rows",
+    "check_scaling",
+    "output_scale",
+    "row_divisor",
+    "row_offset",
+]
 
 CENTERINGS = ("none", "remove", "restore")
 NORMALIZATIONS = ("row", "tensor", "std", "none")
@@ -26,6 +35,42 @@ def check_scaling(normalize: str, scale: str, center: str = "none") -> None:
     for name, value, valid in checks:
         if value not in valid:
             raise ConfigError(f"{name} must be one of {', '.join(valid)}; not {value!r}.")
+
+
+def check_rows(weight: Tensor, center: str, name: str, leave_out: str) -> None:
+    """Check that every row of a latent weight can be binarized.
+
+    Args:
+        weight: `[rows, ...]`, floating point.
+        center: one of `CENTERINGS`.
+        name: what the messages call the weight.
+        leave_out: how to do without it, as the end of "leave ...".
+
+    Raises:
+        LatentError: for NaN, infinite values, or a row that is all zero, also once its mean is taken off for good.
+    """
+    rows = weight.detach().flatten(1)
+    finite = torch.isfinite(rows).all(dim=1)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero().flatten()
+        raise LatentError(
+            f"{name}: {len(bad)} of {len(rows)} rows hold NaN or infinite values (first: row {int(bad[0])})."
+        )
+    empty = (rows == 0).all(dim=1)
+    if bool(empty.any()):
+        bad = empty.nonzero().flatten()
+        raise LatentError(
+            f"{name}: {len(bad)} of {len(rows)} rows are all zero (first: row {int(bad[0])}). "
+            f"Such rows have no signs: leave {leave_out} or initialise it."
+        )
+    centred = (rows - rows.mean(dim=1, keepdim=True)).abs().amax(dim=1)
+    constant = centred <= torch.finfo(rows.dtype).eps * rows.abs().amax(dim=1)
+    if center == "remove" and bool(constant.any()):
+        row = int(constant.nonzero()[0, 0])
+        raise LatentError(
+            f"{name}: the weights of row {row} are all equal: nothing is left of it with center='remove'. "
+            "Use center='restore' or 'none'."
+        )
 
 
 def row_offset(rows: Tensor, center: str) -> Tensor:
