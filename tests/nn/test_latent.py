@@ -135,6 +135,8 @@ def test_start_update(pair, hardened):
     set_mu(net, 0.3, hard=hardened)
     parameters = [layer.weight for _, layer in latent_layers(net)]
     before = [rows_of(weight).copy() for weight in parameters]
+    for weight in parameters:
+        weight.grad = torch.ones_like(weight)
     start_update(net)
     for (_, layer), parameter, rows in zip(latent_layers(net), parameters, before, strict=True):
         assert layer.weight is parameter
@@ -143,6 +145,20 @@ def test_start_update(pair, hardened):
             q = np.where(rows >= 0, 1.0, -1.0) * (1.0 if hardened else np.minimum(1.0, size + 0.3))
             rows = q * (q * rows).sum(axis=1, keepdims=True) / (q * q).sum(axis=1, keepdims=True)
         np.testing.assert_allclose(rows_of(parameter), rows, rtol=1e-5 if pair in ("proxquant", "rpc") else 0)
+
+
+@pytest.mark.parametrize("pair", ["proxquant", "rpc"])
+def test_start_update_leaves_what_the_optimizer_passes_over(pair, pixels):
+    """A frozen weight, and one without a gradient; the others move."""
+    net = Net(pair)
+    net.patches.weight.requires_grad_(False)
+    patches, head = (layer.weight.detach().clone() for _, layer in latent_layers(net))
+    start_update(net)
+    assert torch.equal(net.head[1].weight, head)
+    net(pixels).sum().backward()
+    start_update(net)
+    assert torch.equal(net.patches.weight, patches)
+    assert not torch.equal(net.head[1].weight, head)
 
 
 def test_soft_evaluation(net, pixels):

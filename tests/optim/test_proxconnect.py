@@ -45,15 +45,20 @@ def backward(model, data):
     return loss.item()
 
 
+def as_layers(pair):
+    layers = network()
+    for place in (0, 2):
+        layers[place] = BinaryLinear.from_float(layers[place], pair, *pair.scaling)
+    return layers
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", sorted(PAIRS))
 def test_the_same_iterates_as_the_layers(name, optimizer, data):
     """Soft along the default schedule, then hard; the latents, the biases and the weights that the forward sees."""
     pair = get_pair(name)
     schedule = MuSchedule(*pair.schedule, steps=STEPS, hard_fraction=0.2)
-    plain, layers = network(), network()
-    for place in (0, 2):
-        layers[place] = BinaryLinear.from_float(layers[place], pair, *pair.scaling)
+    plain, layers = network(), as_layers(pair)
     ours = wrapped(plain, name, optimizer, schedule=schedule)
     base = OPTIMIZERS[optimizer](groups(layers))
     for step in range(STEPS):
@@ -69,6 +74,82 @@ def test_the_same_iterates_as_the_layers(name, optimizer, data):
             torch.testing.assert_close(dual.latent, layer.weight.data, rtol=0, atol=1e-12)
         torch.testing.assert_close(plain[0].bias, layers[0].bias, rtol=0, atol=1e-12)
     assert ours.is_hard
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["bnn++", "pc", "proxquant", "rpc"])
+def test_weights_without_a_gradient_as_in_the_layers(name, optimizer, data):
+    """Every other step one weight has none: neither P, nor momentum, nor weight decay moves its latent."""
+    pair = get_pair(name)
+    schedule = MuSchedule(*pair.schedule, steps=8)
+    plain, layers = network(), as_layers(pair)
+    ours, base = wrapped(plain, name, optimizer, schedule=schedule), OPTIMIZERS[optimizer](groups(layers))
+    for step in range(8):
+        set_mu(layers, schedule.mu(step))
+        before = ours.duals[0].latent.clone()
+        for model in (plain, layers):
+            backward(model, data)
+            if step % 2:
+                model[0].weight.grad = None
+        ours.step()
+        start_update(layers)
+        base.step()
+        assert torch.equal(ours.duals[0].latent, before) == bool(step % 2)
+        for dual, (_, layer) in zip(ours.duals, latent_layers(layers), strict=True):
+            torch.testing.assert_close(dual.latent, layer.weight.data, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["bnn++", "proxquant"])
+def test_frozen_weights_stay(name, data):
+    """Also with a gradient from before, which the base optimizer would go on with."""
+    model = network()
+    optimizer = wrapped(model, name, schedule=MuSchedule("constant", 0.3, 0.3, 9))
+    frozen, moving = (dual.latent.clone() for dual in optimizer.duals)
+    weight = model[0].weight.detach().clone()
+    backward(model, data)
+    model[0].weight.requires_grad_(False)
+    optimizer.step()
+    assert torch.equal(optimizer.duals[0].latent, frozen)
+    assert torch.equal(model[0].weight, weight)
+    assert not torch.equal(optimizer.duals[1].latent, moving)
+
+
+class Failing(torch.optim.SGD):
+    """Writes into the parameters, then fails."""
+
+    def step(self, closure=None):
+        super().step()
+        raise RuntimeError("out of memory")
+
+
+def test_a_base_optimizer_that_fails_leaves_the_quantized_weights(data):
+    model = network()
+    optimizer = ProxConnect(Failing(groups(model), lr=0.1), "bnn++", [model[0].weight])
+    weight, latent = model[0].weight.detach().clone(), optimizer.duals[0].latent.clone()
+    backward(model, data)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    assert torch.equal(model[0].weight, weight)
+    assert torch.equal(optimizer.duals[0].latent, latent)
+    assert (optimizer.steps, optimizer.mu) == (0, 1.0)
+
+
+def test_a_mu_out_of_range_stops_the_step_before_it_changes_anything(data):
+    """30 more than 1 is the last: fda takes mu up to 31."""
+    model = network()
+    optimizer = ProxConnect(torch.optim.SGD(groups(model), lr=20.0), "fda", [model[0].weight, model[2].weight])
+    backward(model, data)
+    optimizer.step()
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    backward(model, data)
+    gradient = model[0].weight.grad.clone()
+    with pytest.raises(MuRangeError, match="mu = 41.0 is out of range"):
+        optimizer.step()
+    assert torch.equal(model[0].weight.grad, gradient)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[0][key])
+    assert optimizer.state_dict()["proxconnect"]["mu"] == before[1]["proxconnect"]["mu"]
+    assert torch.equal(optimizer.duals[0].latent, before[1]["proxconnect"]["latents"][0])
 
 
 def prox(w, mu):

@@ -87,6 +87,7 @@ def test_only_pairs_that_say_so_start_elsewhere():
         callback.on_train_begin(None, state(0), TrainerControl())
         callback.on_step_begin(None, state(0), TrainerControl())
         assert torch.equal(model[0].weight, before)
+        model[0].weight.grad = torch.ones_like(model[0].weight)
         callback.on_pre_optimizer_step(None, state(0), TrainerControl())
         assert torch.equal(model[0].weight, before) is not moves
 

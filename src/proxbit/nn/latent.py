@@ -75,8 +75,11 @@ class LatentWeight(nn.Module):
 
     @torch.no_grad()
     def start_update(self) -> None:
-        """Before a step of the optimizer: put P(w*) in the place of w*, if the pair updates from there."""
-        if self.pair.update_from is not None:
+        """Before a step of the optimizer: put P(w*) in the place of w*, if the pair updates from there.
+
+        A weight that is frozen, or has no gradient, stays: the optimizer passes over it.
+        """
+        if self.pair.update_from is not None and self.weight.requires_grad and self.weight.grad is not None:
             self.weight.copy_(update_start(self.weight, self.mu, self.pair, hard=self.is_hard, **self.units))
 
     def check_latent(self, name: str) -> None:

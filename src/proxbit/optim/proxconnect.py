@@ -131,8 +131,6 @@ class ProxConnect(Optimizer):
 
     def _to_latent_gradient(self, dual: _Dual) -> None:
         """Replace the gradient of the quantized weight by that of the latent one."""
-        if dual.parameter.grad is None:
-            return
         with torch.enable_grad():
             latent = dual.latent.detach().requires_grad_()
             weight = quantize(latent, **self._arguments(dual))
@@ -140,23 +138,39 @@ class ProxConnect(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; `closure` as in `torch.optim`, called once, with the quantized weights in place."""
+        """One step; `closure` as in `torch.optim`, called once, with the quantized weights in place.
+
+        Latent weights whose parameter is frozen, or has no gradient, stay. The `grad` of the others is overwritten: it
+        then is the gradient for the latent weight. If the base optimizer fails, the quantized weights are put back.
+
+        Raises:
+            MuRangeError: if the next mu is out of the range of the pair; nothing is changed then.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for dual in self.duals:
-            self._to_latent_gradient(dual)
-            dual.parameter.copy_(update_start(dual.latent, **self._arguments(dual)))
-        rates = [float(group["lr"]) for group in self.param_groups]
-        self.base.step()
-        self.steps += 1
-        for dual in self.duals:
-            dual.latent.copy_(dual.parameter)
-            next_mu = dual.mu + rates[dual.group] if self.schedule is None else self.schedule.mu(self.steps)
-            dual.mu = self.pair.check_mu(next_mu)
-        self._write()
+        next_mus = [self._next_mu(dual) for dual in self.duals]
+        # The base optimizer would go on with the gradient that a parameter had before it was frozen.
+        moving = [dual for dual in self.duals if dual.parameter.requires_grad and dual.parameter.grad is not None]
+        try:
+            for dual in moving:
+                self._to_latent_gradient(dual)
+                dual.parameter.copy_(update_start(dual.latent, **self._arguments(dual)))
+            self.base.step()
+            for dual in moving:
+                dual.latent.copy_(dual.parameter)
+            self.steps += 1
+            for dual, mu in zip(self.duals, next_mus, strict=True):
+                dual.mu = mu
+        finally:
+            self._write()
         return loss
+
+    def _next_mu(self, dual: _Dual) -> float:
+        if self.schedule is not None:
+            return self.pair.check_mu(self.schedule.mu(self.steps + 1))
+        return self.pair.check_mu(dual.mu + float(self.param_groups[dual.group]["lr"]))
 
     def harden(self) -> None:
         """Put the hard weights into the parameters, now and after every further step.
