@@ -35,7 +35,7 @@ def relaxation(step):
 ARMS = {
     "bc": (MuSchedule("constant", 1, 1, STEPS), ProxHardQuant()),
     "binaryrelax": (
-        SimpleNamespace(mu=relaxation, is_hard=lambda step: step >= END),
+        SimpleNamespace(steps=STEPS, mu=relaxation, is_hard=lambda step: step >= END),
         ProxBinaryRelax(anneal_start=0, anneal_end=END),
     ),
     "parq": (

@@ -301,6 +301,37 @@ def test_refusals():
         wrapped(model, normalize="rows")
     with pytest.raises(MuRangeError, match="out of range"):
         wrapped(model, "parq", schedule=MuSchedule("constant", 0.5, 0.5, 3))
+    with pytest.raises(MuRangeError, match="mu = 32.0 is out of range"):
+        wrapped(model, "fda", schedule=MuSchedule("linear", 9, 32, 3))
+
+
+@pytest.mark.parametrize("name", ["proxquant", "rpc"])
+def test_pairs_that_apply_their_map_anew_need_a_schedule(name):
+    model = network()
+    words = r"never learns. Pass schedule=MuSchedule\('linear', 0, 0.02, steps\)"
+    for schedule in (None, MuSchedule("aggregate", 0, 0, 2, learning_rates=[0.1, 0.1])):
+        with pytest.raises(ConfigError, match=words):
+            wrapped(model, name, schedule=schedule)
+    assert wrapped(model, name, schedule=MuSchedule("linear", 0, 0.02, 2)).mu == 0
+
+
+def test_what_is_hard_before_harden():
+    """Without a schedule mu starts at 1: there "pc" is at its levels, with a weaker pull only once mu is larger."""
+    soft = {
+        "bc": "bc",
+        "pc": "pc",
+        "weak pc": get_pair("pc", {"rho": 0.5, "varrho": 0.5}),
+        "bnn++": "bnn++",
+    }
+    changed = {}
+    for name, pair in soft.items():
+        model = network()
+        optimizer = wrapped(model, pair)
+        before = model[0].weight.detach().clone()
+        assert not optimizer.is_hard
+        optimizer.harden()
+        changed[name] = not torch.allclose(model[0].weight, before, rtol=1e-12)
+    assert changed == {"bc": False, "pc": False, "weak pc": True, "bnn++": True}
 
 
 @pytest.mark.parametrize(

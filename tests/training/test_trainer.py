@@ -135,6 +135,17 @@ def test_aggregate_needs_a_learning_rate_known_beforehand(tmp_path, crops):
         prepare(tmp_path, make("parq"), crops, **changes).train()
 
 
+@pytest.mark.parametrize("pair", ["proxquant", "rpc"])
+def test_aggregate_is_refused_for_pairs_that_apply_their_map_anew(tmp_path, crops, pair):
+    """Before the first step."""
+    model, recorder = make(pair), Recorder()
+    before = latents(model)
+    with pytest.raises(ConfigError, match="'aggregate' it never learns. Leave mu_schedule"):
+        prepare(tmp_path, model, crops, [recorder], mu_schedule="aggregate").train()
+    assert recorder.mu == []
+    assert all(torch.equal(before[name], weight) for name, weight in latents(model).items())
+
+
 # --- parameter groups
 
 

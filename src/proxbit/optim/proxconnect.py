@@ -10,7 +10,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from proxbit.errors import CheckpointError, ConfigError
-from proxbit.quantizers import MuSchedule, QuantizerPair, check_rows, check_scaling, get_pair, quantize, update_start
+from proxbit.quantizers import (
+    AGGREGATE,
+    MuSchedule,
+    QuantizerPair,
+    check_rows,
+    check_scaling,
+    get_pair,
+    quantize,
+    update_start,
+)
 
 __all__ = ["ProxConnect"]
 
@@ -43,17 +52,19 @@ class ProxConnect(Optimizer):
         pair: a pair, or the name of one.
         latents: the parameters to quantize, `[rows, ...]`, each of them in a group of the optimizer.
         schedule: of mu, by the number of steps. None: mu = 1 + the sum of the learning rates so far, as ProxConnect has
-            it; then F is never exactly hard before `harden`.
+            it; no pair with `update_from` can learn with that. Whether F then reaches its levels before `harden` is a
+            matter of the pair: "bc" is there at any mu, "pc" once mu is large enough (for levels -1 and +1, at 1), and
+            a smooth one such as "bnn++" only comes near.
         normalize: see `quantizers.scaling`; None for the default of the pair.
         scale: see `quantizers.scaling`; None for the default of the pair.
         center: see `quantizers.scaling`; None for the default of the pair.
 
     Raises:
         ConfigError: for a parameter that the optimizer does not have, that has no rows, no weights or no floating point
-            type, or that is given twice.
+            type, or that is given twice; for a pair with `update_from` without a schedule, or with "aggregate".
         LatentError: for a parameter with NaN, infinite values, or a row that is all zero.
         UnknownNameError: for an unknown pair.
-        MuRangeError: when mu leaves the range of the pair.
+        MuRangeError: if the schedule starts or ends out of the range of the pair; without one, when mu leaves it.
 
     Source:
         ProxConnect: Dockhorn, Yu, Sari, Zolnouri, Partovi Nia, NeurIPS 2021; with B: ProxConnect++, Lu et al., NeurIPS
@@ -80,11 +91,22 @@ class ProxConnect(Optimizer):
         self.schedule = schedule
         self.steps = 0
         self.hardened = False
-        start = self.pair.check_mu(1.0 if schedule is None else schedule.mu(0))
-        self.duals = self._duals(latents, start)
+        self.duals = self._duals(latents, self._first_mu())
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._share()
         self._write()
+
+    def _first_mu(self) -> float:
+        if self.pair.update_from is not None and (self.schedule is None or self.schedule.kind == AGGREGATE):
+            kind, start, end = self.pair.schedule
+            raise ConfigError(
+                "A pair with `update_from` applies P at every step anew: with mu = 1 + the sum of the learning rates "
+                f"it never learns. Pass schedule=MuSchedule({kind!r}, {start:g}, {end:g}, steps)."
+            )
+        if self.schedule is None:
+            return self.pair.check_mu(1.0)
+        self.pair.check_mu(self.schedule.mu(self.schedule.steps))
+        return self.pair.check_mu(self.schedule.mu(0))
 
     def _duals(self, latents: Iterable[Tensor], mu: float) -> list[_Dual]:
         groups = {id(p): index for index, group in enumerate(self.base.param_groups) for p in group["params"]}
@@ -112,7 +134,7 @@ class ProxConnect(Optimizer):
 
     @property
     def is_hard(self) -> bool:
-        """Whether the parameters hold the hard weights."""
+        """Whether the parameters hold the hard weights whatever F_mu is; that may have reached its levels before."""
         return self.hardened or (self.schedule is not None and self.schedule.is_hard(self.steps))
 
     @property

@@ -36,7 +36,8 @@ class ProxConnectTrainer(DistillationTrainer):
 
     Raises:
         ModelStateError: if the model is float or packed.
-        ConfigError: if the teacher has another number of labels.
+        ConfigError: if the teacher has another number of labels; by `train`, for the schedule "aggregate" and a pair
+            with `update_from`.
         LatentError: if a latent weight cannot be binarized.
     """
 
@@ -71,6 +72,11 @@ class ProxConnectTrainer(DistillationTrainer):
         layers = [layer for _, layer in latent_layers(self.model)]
         kind, start, end = layers[0].pair.schedule
         kind = self.args.mu_schedule or kind
+        if kind == AGGREGATE and any(layer.pair.update_from is not None for layer in layers):
+            raise ConfigError(
+                "A pair with `update_from` applies P at every step anew: with the mu of the schedule 'aggregate' it "
+                "never learns. Leave mu_schedule, mu_start and mu_end at None for the default schedule of the pair."
+            )
         schedule = MuSchedule(
             kind=kind,
             start=start if self.args.mu_start is None else self.args.mu_start,
