@@ -6,43 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from proxbit import BinarizationConfig, binarize, pack
-from proxbit.errors import CheckpointError, ConfigError, LatentError, MuRangeError, UnknownNameError
+from proxbit.errors import ConfigError, LatentError, MuRangeError, UnknownNameError
 from proxbit.nn import BinaryLinear, latent_layers, set_mu, start_update
 from proxbit.optim import ProxConnect
 from proxbit.quantizers import PAIRS, MuSchedule, get_pair
+from wrapped_network import OPTIMIZERS, backward, groups, network, wrapped
 
 STEPS = 30
-OPTIMIZERS = {
-    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
-    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1),
-}
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(27, 9), nn.ReLU(), nn.Linear(9, 3)).double()
-
-
-def groups(model):
-    return [{"params": [model[0].weight, model[2].weight]}, {"params": [model[0].bias, model[2].bias]}]
-
-
-def wrapped(model, pair="bnn++", optimizer="sgd", **arguments):
-    return ProxConnect(OPTIMIZERS[optimizer](groups(model)), pair, [model[0].weight, model[2].weight], **arguments)
 
 
 @pytest.fixture(scope="module")
 def data(crops):
     pixels = crops(12, 3).flatten(1).double()
     return pixels, torch.arange(12) % 3
-
-
-def backward(model, data):
-    model.zero_grad()
-    loss = nn.functional.cross_entropy(model(data[0]), data[1])
-    loss.backward()
-    return loss.item()
 
 
 def as_layers(pair):
@@ -199,71 +175,6 @@ def test_mu_aggregates_the_learning_rates_of_its_group(data):
 
 def row_mean(optimizer):
     return optimizer.duals[0].latent.abs().mean(1, keepdim=True)
-
-
-def test_state_resumes_bit_for_bit(data):
-    model = network()
-    optimizer = wrapped(model, "parq", "adamw")
-    run = {}
-    for step in range(10):
-        if step == 5:
-            run = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-        backward(model, data)
-        optimizer.step()
-    again = network()
-    resumed = wrapped(again, "parq", "adamw")
-    again.load_state_dict(run[0])
-    resumed.load_state_dict(run[1])
-    for _ in range(5):
-        backward(again, data)
-        resumed.step()
-    for one, other in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(one, other)
-    assert (resumed.steps, resumed.mu) == (optimizer.steps, optimizer.mu)
-
-
-def test_state_of_something_else_is_refused(data):
-    model = network()
-    optimizer = wrapped(model)
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(CheckpointError, match="without 'proxconnect'"):
-        optimizer.load_state_dict(OPTIMIZERS["sgd"](groups(network())).state_dict())
-    other = copy.deepcopy(before)
-    other["proxconnect"]["latents"].pop()
-    with pytest.raises(CheckpointError, match=r"shapes \[\[9, 27\]\]; expected \[\[9, 27\], \[3, 9\]\]"):
-        optimizer.load_state_dict(other)
-    assert torch.equal(optimizer.duals[1].latent, before["proxconnect"]["latents"][1])
-
-
-def test_harden_leaves_what_pack_stores(data):
-    """The parameters are plus and minus a row scale, and stay so; packed, the model computes the same."""
-    model = network()
-    optimizer = wrapped(model)
-    for _ in range(3):
-        backward(model, data)
-        optimizer.step()
-    optimizer.harden()
-    backward(model, data)
-    optimizer.step()
-    for weight in (model[0].weight, model[2].weight):
-        size = weight.abs()
-        torch.testing.assert_close(size, size[:, :1].expand_as(size), rtol=1e-14, atol=0)
-    with torch.no_grad():
-        expected = model(data[0])
-    pack(binarize(model, BinarizationConfig(include=["0", "2"])))
-    torch.testing.assert_close(model(data[0]), expected, rtol=0, atol=1e-12)
-
-
-def test_latent_weights_are_lent_to_the_parameters(data):
-    model = network()
-    start = [p.detach().clone() for p in (model[0].weight, model[2].weight)]
-    optimizer = wrapped(model)
-    soft = model[0].weight.detach().clone()
-    with optimizer.latent_weights():
-        assert torch.equal(model[0].weight, start[0])
-        assert torch.equal(model[2].weight, start[1])
-    assert torch.equal(model[0].weight, soft)
-    assert not torch.equal(soft, start[0])
 
 
 def test_closure_parameters_without_gradient_and_new_groups(data):

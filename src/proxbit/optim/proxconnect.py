@@ -1,5 +1,6 @@
 """The optimizer view of the ProxConnect++ step: dual weights beside any base optimizer, and no change to the model."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from proxbit.quantizers import (
 __all__ = ["ProxConnect"]
 
 KEY = "proxconnect"
+COPIED = ("base", "defaults", "pair", "units", "schedule", "steps", "hardened", "duals")
 
 
 @dataclass
@@ -92,8 +94,8 @@ class ProxConnect(Optimizer):
         self.steps = 0
         self.hardened = False
         self.duals = self._duals(latents, self._first_mu())
-        super().__init__(optimizer.param_groups, optimizer.defaults)
-        self._share()
+        # As super().__init__, which would make groups and a state beside those of the base optimizer.
+        super().__setstate__({"defaults": optimizer.defaults})
         self._write()
 
     def _first_mu(self) -> float:
@@ -128,9 +130,15 @@ class ProxConnect(Optimizer):
             raise ConfigError("ProxConnect needs at least one latent weight; `latents` is empty.")
         return duals
 
-    def _share(self) -> None:
-        """Groups and state are those of the base optimizer, so that schedulers of the learning rate reach it."""
-        self.param_groups, self.state = self.base.param_groups, self.base.state
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Those of the base optimizer, so that schedulers of the learning rate reach it."""
+        return self.base.param_groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+        """That of the base optimizer."""
+        return self.base.state
 
     @property
     def is_hard(self) -> bool:
@@ -215,10 +223,11 @@ class ProxConnect(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters that are not quantized."""
-        if hasattr(self, "duals") and self.param_groups is self.base.param_groups:
-            self.base.add_param_group(param_group)
-        else:
-            super().add_param_group(param_group)
+        self.base.add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: all but hooks, as in `torch.optim`. Copy it together with its model."""
+        return {name: getattr(self, name) for name in COPIED}
 
     def state_dict(self) -> dict[str, Any]:
         """That of the base optimizer, with latent weights, mu and the number of steps under the key 'proxconnect'."""
@@ -244,7 +253,6 @@ class ProxConnect(Optimizer):
         if found != expected:
             raise CheckpointError(f"The state holds latent weights of shapes {found}; expected {expected}.")
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
-        self._share()
         self.steps, self.hardened = own["steps"], own["hardened"]
         for dual, latent, mu in zip(self.duals, own["latents"], own["mu"], strict=True):
             dual.latent.copy_(latent)
