@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from proxbit.errors import CheckpointError, ConfigError
+from proxbit.errors import CheckpointError, ConfigError, MuRangeError
 from proxbit.quantizers import (
     AGGREGATE,
     MuSchedule,
@@ -25,6 +25,7 @@ from proxbit.quantizers import (
 __all__ = ["ProxConnect"]
 
 KEY = "proxconnect"
+FIELDS = {"steps": int, "hardened": bool, "mu": list, "latents": list}
 COPIED = ("base", "defaults", "pair", "units", "schedule", "steps", "hardened", "duals")
 
 
@@ -230,7 +231,10 @@ class ProxConnect(Optimizer):
         return {name: getattr(self, name) for name in COPIED}
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the base optimizer, with latent weights, mu and the number of steps under the key 'proxconnect'."""
+        """That of the base optimizer, with latent weights, mu and the number of steps under the key 'proxconnect'.
+
+        As in `torch.optim` its tensors are those in use: to keep a state past the next step, copy it.
+        """
         own = {
             "steps": self.steps,
             "hardened": self.hardened,
@@ -239,22 +243,56 @@ class ProxConnect(Optimizer):
         }
         return {**self.base.state_dict(), KEY: own}
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up a state; the parameters then hold the quantized weights of its latents.
 
+        With a schedule, mu is that of the schedule at the number of steps in the state.
+
         Raises:
-            CheckpointError: if it is not the state of a ProxConnect of the same latent weights; nothing is changed.
+            CheckpointError: if it is not the state of a ProxConnect of the same latent weights and the same kind of
+                base optimizer; nothing is changed then.
         """
         own = state_dict.get(KEY)
-        if own is None:
+        if not isinstance(own, Mapping):
             raise CheckpointError(f"This is the state of an optimizer without {KEY!r}: it has no latent weights.")
-        expected = [list(dual.latent.shape) for dual in self.duals]
-        found = [list(latent.shape) for latent in own["latents"]]
-        if found != expected:
-            raise CheckpointError(f"The state holds latent weights of shapes {found}; expected {expected}.")
-        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+        self._check_own(own)
+        self._load_base({key: value for key, value in state_dict.items() if key != KEY})
         self.steps, self.hardened = own["steps"], own["hardened"]
         for dual, latent, mu in zip(self.duals, own["latents"], own["mu"], strict=True):
             dual.latent.copy_(latent)
-            dual.mu = mu
+            dual.mu = mu if self.schedule is None else self.schedule.mu(self.steps)
         self._write()
+
+    def _check_own(self, own: Mapping[str, Any]) -> None:
+        wrong = [f"{key} ({kind.__name__})" for key, kind in FIELDS.items() if not isinstance(own.get(key), kind)]
+        if wrong:
+            raise CheckpointError(f"Under {KEY!r}, the state lacks {', '.join(wrong)}, or has another type there.")
+        expected = [list(dual.latent.shape) for dual in self.duals]
+        found = [list(getattr(latent, "shape", ())) for latent in own["latents"]]
+        if found != expected:
+            raise CheckpointError(f"The state holds latent weights of shapes {found}; expected {expected}.")
+        bad = [index for index, latent in enumerate(own["latents"]) if not bool(torch.isfinite(latent).all())]
+        if bad:
+            raise CheckpointError(f"Latent weight {bad[0]} of the state holds NaN or infinite values.")
+        if own["steps"] < 0:
+            raise CheckpointError(f"The state holds {own['steps']} steps; expected 0 or more.")
+        if len(own["mu"]) != len(self.duals):
+            raise CheckpointError(f"The state holds {len(own['mu'])} values of mu; expected {len(self.duals)}.")
+        try:
+            for mu in own["mu"]:
+                self.pair.check_mu(mu)
+        except (MuRangeError, TypeError) as error:
+            raise CheckpointError(f"The state is not one of this pair: {error}") from error
+
+    def _load_base(self, state_dict: dict[str, Any]) -> None:
+        before = self.base.state, self.base.param_groups
+        try:
+            self.base.load_state_dict(state_dict)
+            for old, new in zip(before[1], self.base.param_groups, strict=True):
+                missing = [key for key in self.defaults if key in old and key not in new]
+                if missing:
+                    raise KeyError(", ".join(missing))
+        except Exception as error:
+            self.base.state, self.base.param_groups = before
+            raise CheckpointError(f"The state is not one of {type(self.base).__name__}: {error!r}.") from error
