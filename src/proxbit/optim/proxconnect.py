@@ -206,14 +206,23 @@ class ProxConnect(Optimizer):
     def harden(self) -> None:
         """Put the hard weights into the parameters, now and after every further step.
 
-        The model then holds what `proxbit.pack(proxbit.binarize(model, config))` stores in one bit a weight.
+        They are what is stored in one bit a weight, and a scale a row, by
+
+            with optimizer.latent_weights():
+                proxbit.pack(proxbit.binarize(model, config))
+
+        with the pair and the units of this optimizer in `config`. Without the context, the hard weights themselves are
+        binarized: a pair that takes off the row mean, such as "xnor" or "adabin", takes it off again and changes them.
         """
         self.hardened = True
         self._write()
 
     @contextmanager
     def latent_weights(self) -> Iterator[None]:
-        """Within the context, the parameters hold the latent weights, to be saved or looked at."""
+        """Within the context, the parameters hold the latent weights, to be saved, packed or looked at.
+
+        What is written into them there is lost at its end: load a model before it is wrapped.
+        """
         with torch.no_grad():
             for dual in self.duals:
                 dual.parameter.copy_(dual.latent)
