@@ -60,8 +60,9 @@ INVALID = [
     (dict(format_version="1"), CheckpointError, "format_version must be a whole number .* not '1'"),
     (dict(format_version=2), CheckpointError, "format_version 2; this proxbit reads up to 1.*pip"),
     (dict(weights="nothing"), UnknownNameError, "Unknown quantizer pair 'nothing'"),
-    (dict(weights=None), UnknownNameError, "Unknown quantizer pair"),
-    (dict(weights=None, state="packed"), UnknownNameError, "Unknown quantizer pair"),
+    (dict(weights=None), ConfigError, r"weights must be .* such as 'bnn\+\+'; not None. Valid: .*parq"),
+    (dict(weights=None, state="packed"), ConfigError, "weights must be .*; not None. Valid: .*parq"),
+    (dict(weights=["bnn++"]), ConfigError, r"weights must be .*; not \['bnn\+\+'\]. Valid: .*parq"),
 ]
 
 
@@ -147,6 +148,27 @@ def test_a_pair_that_is_registered_elsewhere(parameters):
         packed.replace(state="latent")
 
 
+@pytest.mark.parametrize("name", ["bnn++", "adabin", "pc"])
+def test_a_packed_model_computes_with_signs(name):
+    """Whichever pair trained it, and whatever is registered under that name here; its row units stay."""
+    latent = BinarizationConfig(weights=name)
+    packed = latent.replace(state="packed")
+    assert packed.quantizer_pair() is get_pair("bc")
+    assert packed == BinarizationConfig(weights=name, state="packed")
+    assert packed.to_dict() == latent.to_dict() | {"state": "packed"}
+
+
+def test_a_packed_file_loads_where_its_name_means_another_pair(own_pair):
+    """One that does not take the parameters of the file. A latent model needs the pair it was trained with."""
+    trained = BinarizationConfig(weights="shrink", pair_parameters={"strength": 0.25}, state="packed", scale="fixed")
+    proxbit.register_pair("shrink", own_pair)
+    packed = BinarizationConfig.from_dict(trained.to_dict())
+    assert packed == trained
+    assert packed.quantizer_pair() is get_pair("bc")
+    with pytest.raises(ConfigError, match="takes no parameters"):
+        packed.replace(state="latent")
+
+
 @pytest.mark.parametrize(
     ("pair", "units"),
     [
@@ -207,6 +229,25 @@ def test_replace_leaves_the_original():
     config = BinarizationConfig()
     assert config.replace(weights="bc").weights == "bc"
     assert config == BinarizationConfig()
+
+
+def test_another_pair_brings_its_own_units():
+    """Those of the old pair do not stick to it, nor do its parameters; what is given in the same call stays."""
+    ternary = BinarizationConfig(weights="pc", pair_parameters={"levels": [-1, 0, 1]}, include=["a"])
+    assert ternary.replace(weights="xnor") == BinarizationConfig(weights="xnor", include=["a"])
+    assert ternary.replace(weights=get_pair("xnor")) == BinarizationConfig(weights="xnor", include=["a"])
+    adabin = BinarizationConfig(weights="adabin")
+    assert adabin.replace(weights="bc") == BinarizationConfig(weights="bc")
+    given = dict(weights="pc", scale="fixed", pair_parameters={"rho": 0.5})
+    assert adabin.replace(**given) == BinarizationConfig(**given)
+
+
+def test_the_same_pair_keeps_what_was_chosen():
+    config = BinarizationConfig(weights="pc", scale="fixed", pair_parameters={"rho": 0.5})
+    assert config.replace(weights="pc", include=["a"]) == BinarizationConfig(
+        weights="pc", scale="fixed", pair_parameters={"rho": 0.5}, include=["a"]
+    )
+    assert config.replace(state="packed").scale == "fixed"
 
 
 def test_unknown_fields_are_refused():

@@ -15,6 +15,7 @@ __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "STATES", "BinarizationConfig"]
 QUANT_METHOD = "proxbit"
 FORMAT_VERSION = 1
 STATES = ("latent", "packed")
+OF_THE_PAIR = ("pair_parameters", "normalize", "scale", "center")
 
 
 def _as_json(parameters: Any) -> Any:
@@ -106,12 +107,17 @@ class BinarizationConfig(QuantizationConfigMixin):
 
     def _resolve_pair(self) -> None:
         """Name the pair and its parameters, and fill in its default row units."""
+        if not isinstance(self.weights, str | QuantizerPair):
+            raise ConfigError(
+                f"weights must be a quantizer pair, or the name of one, such as 'bnn++'; not {self.weights!r}. "
+                f"Valid: {', '.join(sorted(PAIRS))}."
+            )
         if isinstance(self.weights, QuantizerPair):
             get_pair(self.weights, self.pair_parameters)
             self.weights, self.pair_parameters = pair_key(self.weights)
         self.pair_parameters = _as_json(self.pair_parameters) or None
         try:
-            units = self.quantizer_pair().scaling
+            units = self._default_units()
         except UnknownNameError as error:
             raise UnknownNameError(
                 f"{error} A pair of your own must be registered under its name before its models are made or loaded: "
@@ -123,19 +129,21 @@ class BinarizationConfig(QuantizationConfigMixin):
         )
         check_scaling(self.normalize, self.scale, self.center)
 
-    def quantizer_pair(self) -> QuantizerPair:
-        """The pair of the weights.
+    def _default_units(self) -> tuple[str, str, str]:
+        # A packed file names its units, so it loads where its pair is unknown, or another one has taken the name.
+        complete = None not in (self.normalize, self.scale, self.center)
+        if self.state == "packed" and (complete or self.weights not in PAIRS):
+            return self.quantizer_pair().scaling
+        return get_pair(self.weights, self.pair_parameters).scaling
 
-        A packed checkpoint holds signs, whatever pair they were trained with: `bc` stands in for a name that is not
-        registered here.
+    def quantizer_pair(self) -> QuantizerPair:
+        """The pair that the layers compute with: `bc` in the packed state, which holds signs, whatever trained them.
 
         Raises:
             UnknownNameError: for a name that is not registered.
             ConfigError: for parameters that the pair does not take.
         """
-        if self.state == "packed" and isinstance(self.weights, str) and self.weights not in PAIRS:
-            return get_pair("bc")
-        return get_pair(self.weights, self.pair_parameters)
+        return get_pair("bc") if self.state == "packed" else get_pair(self.weights, self.pair_parameters)
 
     def _check_patterns(self, name: str) -> None:
         patterns = getattr(self, name)
@@ -171,5 +179,11 @@ class BinarizationConfig(QuantizationConfigMixin):
         return copy.deepcopy(values)
 
     def replace(self, **changes: Any) -> "BinarizationConfig":
-        """A copy with some fields changed."""
+        """A copy with some fields changed.
+
+        Another pair comes with its own row units and parameters: what belonged to the old pair goes back to the
+        defaults, unless it is given as well.
+        """
+        if changes.get("weights", self.weights) != self.weights:
+            changes = dict.fromkeys(OF_THE_PAIR) | changes
         return replace(self, **changes)
