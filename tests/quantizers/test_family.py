@@ -121,6 +121,8 @@ def test_schedule_of_any_levels():
         {"levels": ["a", "b"]},
         {"levels": "ab"},
         {"levels": [-1, None, 1]},
+        {"levels": [False, True]},
+        {"rho": True},
         {"levels": 3},
         {"levels": None},
         {"rho": -0.1},

@@ -72,7 +72,8 @@ def _square_wave(w: Tensor, mu: Mu) -> Tensor:
 def _linear(levels: Sequence[float], rho: float, varrho: float, source: str) -> tuple[ProximalMap, Row]:
     """L for any levels, and the fields of a row that follow from them: it is hard once a shrink is half a gap."""
     valid = isinstance(levels, Sequence) and all(
-        isinstance(value, int | float) and math.isfinite(value) for value in (*levels, rho, varrho)
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        for value in (*levels, rho, varrho)
     )
     gaps = [high - low for low, high in zip(levels[:-1], levels[1:], strict=True)] if valid else []
     if not gaps or min(gaps) <= 0 or min(rho, varrho) < 0 or max(rho, varrho) == 0:
