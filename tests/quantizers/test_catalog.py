@@ -170,6 +170,18 @@ def test_a_function_that_returns_no_pair(own, result):
         get_pair("late", {"wrong": True})
 
 
+@pytest.mark.parametrize(
+    "function",
+    [lambda w, mu: w, lambda w=1.0, mu=2.0: w * mu, torch.sign, SIGN, SIGN_SWISH.derivative],
+    ids=["map", "with defaults", "of torch", "proximal map", "derivative"],
+)
+def test_a_quantizer_is_no_pair_yet(own, function):
+    """The error says how one is made of it."""
+    with pytest.raises(ConfigError, match=r"'mine'.*QuantizerPair.*with compose\(P, T\) or heuristic\(F, B\)"):
+        register_pair("mine", function)
+    assert "mine" not in catalog.PAIRS
+
+
 @pytest.mark.parametrize("thing", [None, "bnn++", 3])
 def test_what_is_no_pair_and_no_function(own, thing):
     with pytest.raises(ConfigError, match=re.escape("register_pair('mine', ...) takes a QuantizerPair, or a function")):

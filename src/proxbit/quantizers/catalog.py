@@ -14,6 +14,7 @@ __all__ = ["PAIRS", "get_pair", "pair_key", "register_pair"]
 PAIRS: Registry[QuantizerPair] = Registry("quantizer pair")
 _FACTORIES: dict[str, Callable[..., QuantizerPair]] = {}
 _MADE: dict[tuple[str, str], QuantizerPair] = {}
+_MAKE_ONE = "Functions of (w, mu) become a pair with compose(P, T) or heuristic(F, B); register what that returns."
 
 
 def register_pair(name: str, pair: QuantizerPair | Callable[..., QuantizerPair]) -> QuantizerPair:
@@ -38,6 +39,13 @@ def register_pair(name: str, pair: QuantizerPair | Callable[..., QuantizerPair])
         raise ConfigError(
             f"register_pair({name!r}, ...) takes a QuantizerPair, or a function that returns one; not {pair!r}."
         )
+    try:
+        inspect.signature(pair).bind()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"register_pair({name!r}, ...) takes a function whose parameters all have defaults, and that returns a "
+            f"QuantizerPair; not {pair!r}: {error}. {_MAKE_ONE}"
+        ) from error
     registered = PAIRS.register(name, _made(name, pair, {}))
     _FACTORIES[name] = pair
     return registered
@@ -53,7 +61,9 @@ def _made(name: str, factory: Callable[..., QuantizerPair], parameters: Mapping[
         ) from error
     pair = factory(**parameters)
     if not isinstance(pair, QuantizerPair):
-        raise ConfigError(f"The function of the quantizer pair {name!r} returned {pair!r}, not a QuantizerPair.")
+        raise ConfigError(
+            f"The function of the quantizer pair {name!r} returned {pair!r}, not a QuantizerPair. {_MAKE_ONE}"
+        )
     return pair
 
 
