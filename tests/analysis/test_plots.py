@@ -2,6 +2,7 @@
 
 import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
 
 from proxbit.analysis.plots import default_sharpness, plot_pair, plot_pairs, plot_training
 from proxbit.errors import ConfigError, MuRangeError, UnknownNameError
@@ -55,13 +56,32 @@ def test_a_heuristic_pair_says_why_it_has_none(tmp_path):
 
 
 def test_an_svg_is_the_same_byte_for_byte(tmp_path):
-    one, two = (plot_pair("parq", tmp_path / name) for name in ("one.svg", "two.svg"))
+    one, two = (plot_pair("parq", tmp_path / name) for name in ("one.svg", "two.SVG"))
     assert one.read_bytes() == two.read_bytes()
+    assert "<dc:date>" not in words_of(two)
+
+
+def test_only_an_svg_is_written_with_metadata(tmp_path, monkeypatch):
+    """PGF, which LaTeX has to be there for, takes none."""
+    given = {}
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: given.update({path.suffix: options}))
+    for name in ("x.pgf", "x.png", "x.SVG"):
+        plot_pair("bc", tmp_path / name)
+    assert {ending for ending, options in given.items() if "metadata" in options} == {".SVG"}
 
 
 def test_a_pair_without_a_name_gets_the_title_that_is_given(tmp_path):
     text = words_of(plot_pair(compose(TANH, schedule=("log", 0.5, 8.0)), tmp_path / "pair.svg", title="mine"))
     assert "mine" in text and "mu = 0.5" in text and "mu = 8" in text
+
+
+@pytest.mark.parametrize("name", ["folder", "folder.png"])
+def test_a_folder_is_no_picture(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    with pytest.raises(ConfigError, match=rf"{name} is a folder; name the picture in it, such as .*pair\.png"):
+        plot_pair("bnn++", folder)
+    assert list(tmp_path.rglob("*")) == [folder]
 
 
 def test_default_sharpness_follows_the_schedule():

@@ -1,9 +1,12 @@
 """`proxbit plot`."""
 
+import re
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
-from proxbit.cli.app import app
+from proxbit.cli.app import app, main
 from proxbit.errors import ConfigError, MuRangeError
 
 
@@ -25,6 +28,16 @@ def test_mu_and_parameters_reach_the_picture(tmp_path):
     assert result.exit_code == 0
     text = path.read_text()
     assert all(words in text for words in ("mu = 0.125", "mu = 0.4", "levels", "[-1, 0, 1]", "(sound)"))
+
+
+def test_a_folder_in_the_place_of_the_picture(tmp_path, monkeypatch, capsys):
+    """One line on standard error, and nothing is written."""
+    monkeypatch.setattr(sys, "argv", ["proxbit", "plot", "bnn++", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert re.fullmatch(r"Error: .* is a folder; name the picture in it, such as .*\n", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

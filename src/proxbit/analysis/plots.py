@@ -121,6 +121,8 @@ def default_sharpness(pair: QuantizerPair, count: int = 3) -> list[float]:
 
 
 def _check_path(figure: Figure, path: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name the picture in it, such as {path / 'pair.png'}.")
     formats = figure.canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
         raise ConfigError(f"{path}: a picture ends in one of {', '.join(sorted(formats))}.")
@@ -189,6 +191,8 @@ def plot_pair(
             reason = fill(decompose(pair, values[0]).reason, 30)
             panels[name].text(0.5, 0.5, f"{text}\n{reason}", ha="center", va="center", fontsize=10, color="#666666")
             panels[name].set_axis_off()
+    # Not every format takes metadata; in an SVG the date would differ each time.
+    undated: dict[str, Any] = {"metadata": {"Date": None}} if Path(path).suffix.lower() == ".svg" else {}
     with rc_context({"svg.hashsalt": "proxbit", "svg.fonttype": "none"}):
-        figure.savefig(path, dpi=140, metadata={"Date": None} if str(path).endswith(".svg") else None)
+        figure.savefig(path, dpi=140, **undated)
     return Path(path)
