@@ -50,6 +50,20 @@ def test_a_sound_pair_shows_its_map_its_transform_and_what_it_penalises(tmp_path
     assert "no transform" not in text
 
 
+def test_the_map_that_the_steps_start_from_is_the_one_that_is_shown(tmp_path, monkeypatch):
+    """F of `rpc` is the identity; what pulls its weights, and what r belongs to, is the map of the update."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.extend(self.axes))
+    plot_pair("rpc", tmp_path / "pair.png", [0.4])
+    plot_pair("proxquant", tmp_path / "pair.png", [0.4])
+    curves = [axes.lines[0].get_xydata() for axes in drawn]
+    titles = [axes.get_title(loc="left") for axes in drawn]
+    assert all((curves[panel] == curves[5 + panel]).all() for panel in (2, 4))
+    assert (curves[0][:, 0] == curves[0][:, 1]).all()
+    assert titles[2] == "P: each step starts from P(w)" and "T(P(w))" not in titles[3]
+    assert titles[7] == "P: proximal map" and "T(P(w))" in titles[8]
+
+
 def test_a_heuristic_pair_says_why_it_has_none(tmp_path):
     text = words_of(plot_pair("bnn+", tmp_path / "pair.svg"))
     assert all(words in text for words in ("(heuristic)", "no transform", "no regularizer", "B changes while P stands"))

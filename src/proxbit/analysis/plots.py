@@ -25,6 +25,8 @@ PANELS = {
     "T": "T: transform, F = T(P(w))",
     "r": "r: what P penalises",
 }
+# F is not made of this P.
+STEPWISE = {"P": "P: each step starts from P(w)", "T": "T: transform in F"}
 
 
 def _style(axes: Axes, title: str, xlabel: str = "") -> None:
@@ -136,8 +138,9 @@ def _curves(pair: QuantizerPair, mu: float) -> dict[str, tuple[Tensor, Tensor]]:
     if pair.proximal is not None and pair.transform is not None:
         p = pair.proximal(W, mu)
         reached = torch.linspace(float(p.min()), float(p.max()), len(W), dtype=W.dtype)
-        curves |= {"P": (W, p), "T": (reached, pair.transform(reached, mu))}
-        curves["r"] = regularizer(pair.update_from or pair.proximal, mu, float(W[-1]))
+        used = pair.update_from or pair.proximal
+        curves |= {"P": (W, used(W, mu)), "T": (reached, pair.transform(reached, mu))}
+        curves["r"] = regularizer(used, mu, float(W[-1]))
     else:
         numerical = decompose(pair, mu, float(W[-1]))
         curves["P"] = (numerical.w, numerical.p)
@@ -150,7 +153,8 @@ def plot_pair(
     """Draw one pair for a few values of mu: F, B, the proximal map P, the transform T, and the regularizer r of P.
 
     Of a pair that is not sound there is no T and no r; its P is the one that dP = dF / B gives, where it can, and the
-    reason is written beside it.
+    reason is written beside it. Of a pair whose steps start from another map than that of F, such as `rpc`, that map is
+    the P that is shown.
 
     Args:
         pair: a pair, or the name of one.
@@ -178,8 +182,9 @@ def plot_pair(
     for mu, color in zip(values, COLORS, strict=False):
         for name, (x, y) in _curves(pair, mu).items():
             panels[name].plot(x, y, color=color, linewidth=1.7, label=f"mu = {mu:.3g}")
+    titles = PANELS if pair.update_from in (None, pair.proximal) else PANELS | STEPWISE
     for name, axes in panels.items():
-        _style(axes, PANELS[name], "p" if name in "Tr" else "w")
+        _style(axes, titles[name], "p" if name in "Tr" else "w")
         low, high = axes.get_ylim()
         if high - low < 0.25:
             axes.set_ylim((low + high) / 2 - 0.5, (low + high) / 2 + 0.5)
