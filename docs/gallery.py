@@ -5,6 +5,7 @@ from pathlib import Path
 
 from proxbit.analysis.pairs import PairSummary, summarize_pairs
 from proxbit.analysis.plots import plot_pair
+from proxbit.quantizers import get_pair
 
 HEAD = """# The quantizer pairs
 
@@ -17,6 +18,13 @@ pictures for any mu.
 |---|---|---|---|
 """
 
+STEPWISE = """
+The learning rate limits mu: every step starts from P(w), which pulls a weight between the levels by up to mu, in row
+units, whatever the learning rate. A step of Adam is about lr / mean |w| of the row in these units. Keep mu at the end
+below that, with `mu_end` of `ProxConnectArguments`: the default of {end:g} outweighs a learning rate of 3e-4
+wherever mean |w| is above {limit:g}, and little is learned.
+"""
+
 
 def _line(row: PairSummary) -> str:
     cells = (f"[`{row.name}`](#{row.name})", "sound" if row.sound else "heuristic", row.hardens, row.source)
@@ -25,9 +33,11 @@ def _line(row: PairSummary) -> str:
 
 def _section(row: PairSummary) -> str:
     verdict = "Sound" if row.sound else "Heuristic"
+    pair = get_pair(row.name)
+    warning = "" if pair.update_from is None else STEPWISE.format(end=pair.schedule[2], limit=3e-4 / pair.schedule[2])
     return (
         f'\n<a id="{row.name}"></a>\n\n## {row.name}\n\n```\n{row.forward}\n{row.backward}\n```\n\n'
-        f"{verdict}: {row.reason}\n\n![F, B, P, T and r of {row.name}](pairs/{row.name}.svg)\n"
+        f"{verdict}: {row.reason}\n{warning}\n![F, B, P, T and r of {row.name}](pairs/{row.name}.svg)\n"
     )
 
 

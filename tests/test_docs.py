@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from proxbit.quantizers import PAIRS, get_pair
+
 DOCS = Path(__file__).parents[1] / "docs"
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 
@@ -24,6 +26,19 @@ def fresh(tmp_path_factory):
 
 def test_the_page_of_pairs_is_what_the_code_says(fresh):
     assert (DOCS / "pairs.md").read_text() == (fresh / "pairs.md").read_text(), "run: python docs/gallery.py"
+
+
+def test_where_pairs_are_chosen_their_pull_is_told_of():
+    """The steps of `proxquant` and `rpc` must outweigh it; the gallery says so of each, with the default as it is."""
+    gallery = (DOCS / "pairs.md").read_text()
+    sections = {name: gallery.split(f"\n## {name}\n")[1].split("\n## ")[0] for name in PAIRS}
+    pulling = {name for name in PAIRS if get_pair(name).update_from is not None}
+    assert {name for name, section in sections.items() if "`mu_end`" in section} == pulling
+    assert all(f"the default of {get_pair(name).schedule[2]:g} outweighs" in sections[name] for name in pulling)
+    readme = (DOCS.parent / "README.md").read_text()
+    told = next(part for part in readme.split("\n\n") if "mu_end=" in part)
+    assert all(f"`{name}`" in told for name in pulling)
+    assert all(f"ends at {get_pair(name).schedule[2]:g}." in told for name in pulling)
 
 
 def test_the_pictures_show_what_the_code_computes(fresh):

@@ -150,5 +150,15 @@ def test_where_the_step_starts_from(name):
         np.testing.assert_allclose(pair.forward(at, mu).numpy(), seen, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("name", ["proxquant", "rpc"])
+def test_the_pull_of_a_step_is_mu(name):
+    """In row units, short of a level: what the steps of the optimizer have to outweigh."""
+    pair = get_pair(name)
+    kind, start, end = pair.schedule
+    assert (kind, start, end) == ("linear", 0.0, 0.02)
+    w = torch.linspace(0, 1 - end, 99, dtype=torch.float64)
+    torch.testing.assert_close(pair.update_from(w, end), w + end, rtol=0, atol=1e-12)
+
+
 def test_only_two_methods_step_from_elsewhere():
     assert {name for name in PAIRS if get_pair(name).update_from is not None} == {"proxquant", "rpc"}

@@ -95,7 +95,9 @@ def _pc(levels: Sequence[float] = BINARY, rho: float = 1.0, varrho: float = 1.0)
 
 
 def _stepwise(levels: Sequence[float], source: str) -> tuple[ProximalMap, Row]:
-    """L as a step of its own: applied anew at every step, it is as weak as a step of the optimizer."""
+    """L as a step of its own, applied anew at every step: it pulls a weight between the levels by up to mu."""
+    # In row units, and whatever the learning rate. A step of Adam is about lr, in these units lr / mean |w| of the row:
+    # unless mu ends below that, little is learned. 0.02 is too much at lr = 3e-4; `mu_end` of the Trainer lowers it.
     proximal, row = _linear(levels, 1.0, 1.0, source)
     row |= Row(schedule=("linear", 0.0, 0.02 * row["schedule"][2]), hard_from=None)
     return proximal, row
