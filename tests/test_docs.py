@@ -10,15 +10,22 @@ import pytest
 from proxbit.quantizers import PAIRS, get_pair
 
 DOCS = Path(__file__).parents[1] / "docs"
+BENCHMARKS = DOCS.parent / "benchmarks"
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
+
+
+def script(file):
+    """A program of the repository, as a module."""
+    specification = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
     """The gallery, written anew."""
-    specification = importlib.util.spec_from_file_location("gallery", DOCS / "gallery.py")
-    gallery = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(gallery)
+    gallery = script(DOCS / "gallery.py")
     folder = tmp_path_factory.mktemp("docs")
     gallery.write(folder)
     return folder
@@ -39,6 +46,16 @@ def test_where_pairs_are_chosen_their_pull_is_told_of():
     told = next(part for part in readme.split("\n\n") if "mu_end=" in part)
     assert all(f"`{name}`" in told for name in pulling)
     assert all(f"ends at {get_pair(name).schedule[2]:g}." in told for name in pulling)
+
+
+def test_the_page_of_costs_says_which_targets_are_missed():
+    """Those of `bnn++`, with the numbers of its own row further down."""
+    benchmark, page = script(BENCHMARKS / "quantizers.py"), (BENCHMARKS / "results" / "quantizers.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| `bnn++` |")).strip(" |").split(" | ")
+    lines = benchmark.against_targets(*(float(row[column]) for column in (2, 4, 6)))
+    assert "\n".join(["", *lines, ""]) in page
+    verdicts = [line.strip(" |").split(" | ")[-1] for line in benchmark.against_targets(1.5, 1.01, 3.2)[2:]]
+    assert verdicts == ["met", "**missed**", "**missed**"]
 
 
 def test_the_pictures_show_what_the_code_computes(fresh):
