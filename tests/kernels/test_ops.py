@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from proxbit.errors import PackedFormatError
-from proxbit.kernels import linear_w1, linear_w1_kernel, unpack_weight
+from proxbit.kernels import linear_kernel, linear_w1, native, unpack_weight
 from proxbit.packing import pack_signs
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -138,7 +138,7 @@ def test_opcheck_of_views_and_of_the_other_ops():
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_integer_input(dtype, device):
     weight, scale, bias, _ = layer(4, 9)
-    with pytest.raises(PackedFormatError, match=f"the input must be floating point, not {dtype}"):
+    with pytest.raises(PackedFormatError, match=f"must be floating point, not {dtype}"):
         linear_w1(*(t.to(device) for t in (torch.ones(2, 9).to(dtype), weight, scale, bias)))
 
 
@@ -146,7 +146,7 @@ def test_integer_input(dtype, device):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_wrong_width(width, device):
     weight, scale, bias, _ = layer(4, 9)
-    message = f"an input of width {width} needs {-(-width // 8)} bytes a row, the packed weight has 2"
+    message = f"An input of width {width} needs {-(-width // 8)} bytes a row, the packed weight has 2"
     with pytest.raises(PackedFormatError, match=message):
         linear_w1(*(t.to(device) for t in (torch.ones(2, width), weight, scale, bias)))
 
@@ -224,7 +224,11 @@ def test_flops_are_those_of_the_dense_layer(shape, rows):
 
 
 def test_kernel_name():
-    assert linear_w1_kernel(layer(4, 9)[0]) == "reference"
+    weight, scale, _, _ = layer(4, 9, torch.float32)
+    assert linear_kernel(weight, scale) == (native().name if native() else "reference")
+    assert linear_kernel(weight, scale.bfloat16()) == linear_kernel(weight, scale)
+    for elsewhere in ((weight, scale.double()), (weight, scale.half()), (weight.to("meta"), scale)):
+        assert linear_kernel(*elsewhere) == "reference"
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from proxbit.errors import PackedFormatError
+from proxbit.kernels import linear_kernel
 from proxbit.nn import BinaryLinear, PackedLinear
 from proxbit.quantizers import get_pair
 
@@ -231,7 +232,7 @@ def test_flops_and_description(tokens):
     with counter:
         packed(tokens)
     assert counter.get_total_flops() == 2 * 4 * 8 * 24 * 5
-    assert packed.kernel == "reference"
+    assert packed.kernel == linear_kernel(packed.weight, packed.weight_scale)
     assert packed.columns == 24
     assert repr(packed) == "PackedLinear(in_features=24, out_features=5, bias=True)"
 

@@ -1,5 +1,26 @@
 """Operators on packed weights. Importing this package registers them with torch."""
 
-from proxbit.kernels.ops import linear_w1, linear_w1_kernel, unpack_weight
+from proxbit.kernels.native import FORMATS, native
+from proxbit.kernels.ops import (
+    linear_kernel,
+    linear_w1,
+    linear_w1a1,
+    linear_w1a8,
+    pack_signs,
+    unpack_signs,
+    unpack_weight,
+)
+from proxbit.kernels.reference import quantize_activations
 
-__all__ = ["linear_w1", "linear_w1_kernel", "unpack_weight"]
+__all__ = [
+    "FORMATS",
+    "linear_kernel",
+    "linear_w1",
+    "linear_w1a1",
+    "linear_w1a8",
+    "native",
+    "pack_signs",
+    "quantize_activations",
+    "unpack_signs",
+    "unpack_weight",
+]

@@ -1,4 +1,4 @@
-"""The operators `torch.ops.proxbit.*`: schema, shapes, gradient and FLOP formula; kernels register behind them."""
+"""The operators `torch.ops.proxbit.*`: schema, shapes, gradient and FLOP formula, and the kernel each call runs on."""
 
 import math
 from typing import Any
@@ -9,40 +9,71 @@ from torch.utils.flop_counter import register_flop_formula
 
 from proxbit.errors import PackedFormatError
 from proxbit.kernels import reference
+from proxbit.kernels.native import Native, native
 from proxbit.packing import packed_columns
 
-__all__ = ["linear_w1", "linear_w1_kernel", "unpack_weight"]
+__all__ = ["linear_kernel", "linear_w1", "linear_w1a1", "linear_w1a8", "pack_signs", "unpack_signs", "unpack_weight"]
 
 _LIBRARY = torch.library.Library("proxbit", "DEF")
 _LIBRARY.define("linear_w1(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
+_LIBRARY.define("linear_w1a8(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
+_LIBRARY.define("linear_w1a1(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? threshold) -> Tensor")
 _LIBRARY.define("linear_w1_grad_input(Tensor grad, Tensor weight, Tensor scale, int columns) -> Tensor")
+_LIBRARY.define("pack_signs(Tensor values) -> Tensor")
+_LIBRARY.define("unpack_signs(Tensor packed, int columns, ScalarType dtype) -> Tensor")
 _LIBRARY.define("unpack_weight(Tensor weight, Tensor scale, int columns) -> Tensor")
 
+# The portable kernels beat torch for few rows only; from here on it pays to expand the weight and multiply.
+_PORTABLE_ROWS = 16
 
-def _check_shapes(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+
+def _check_shapes(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: Tensor | None = None
+) -> None:
     if weight.dtype != torch.uint8 or weight.dim() != 2:
         raise PackedFormatError(
-            f"linear_w1: packed weights are uint8 [rows, bytes], not {weight.dtype} {list(weight.shape)}."
-        )
-    for name, numbers in (("scale", scale), ("bias", bias)):
-        if numbers is not None and numbers.shape != weight.shape[:1]:
-            raise PackedFormatError(
-                f"linear_w1: {name} must be one number a row, [{weight.shape[0]}], not {list(numbers.shape)}."
-            )
-    if packed_columns(x.shape[-1]) != weight.shape[1]:
-        raise PackedFormatError(
-            f"linear_w1: an input of width {x.shape[-1]} needs {packed_columns(x.shape[-1])} bytes a row, "
-            f"the packed weight has {weight.shape[1]}."
+            f"A packed linear layer has weights in uint8 [rows, bytes], not {weight.dtype} {list(weight.shape)}."
         )
     if not x.dtype.is_floating_point:
-        raise PackedFormatError(f"linear_w1: the input must be floating point, not {x.dtype}.")
+        raise PackedFormatError(f"The input of a packed linear layer must be floating point, not {x.dtype}.")
+    columns, rows = x.shape[-1], weight.shape[0]
+    if packed_columns(columns) != weight.shape[1]:
+        raise PackedFormatError(
+            f"An input of width {columns} needs {packed_columns(columns)} bytes a row, the packed weight has "
+            f"{weight.shape[1]}."
+        )
+    for name, numbers, size in (("scale", scale, rows), ("bias", bias, rows), ("threshold", threshold, columns)):
+        if numbers is not None and numbers.shape != (size,):
+            axis = "an input" if name == "threshold" else "a row"
+            raise PackedFormatError(f"{name} must be one number {axis}, [{size}], not {list(numbers.shape)}.")
 
 
-# The ops have their own rule for the precision of their sums: autocast must not reach into the torch code inside.
-def _linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    _check_shapes(x, weight, scale, bias)
+def _native_for(x: Tensor) -> Native | None:
+    """The compiled kernels, where they take this tensor."""
+    return native() if x.device.type == "cpu" and Native.takes(x) else None
+
+
+def _linear(activations: str, x: Tensor, weight: Tensor, scale: Tensor, *rest: Tensor | None) -> Tensor:
+    _check_shapes(x, weight, scale, *rest)
+    compiled = _native_for(x)
+    few = x.numel() < _PORTABLE_ROWS * max(1, x.shape[-1])
+    if compiled is not None and (few or not compiled.is_portable):
+        return compiled.linear(activations, x, weight, scale, *rest)
+    # The ops have their own rule for the precision of their sums: autocast must not reach into the torch code.
     with torch.autocast(x.device.type, enabled=False):
-        return reference.linear_w1(x, weight, scale, bias)
+        return reference.LINEAR[activations](x, weight, scale, *rest)
+
+
+def _linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return _linear("float", x, weight, scale, bias)
+
+
+def _linear_w1a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return _linear("int8", x, weight, scale, bias)
+
+
+def _linear_w1a1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: Tensor | None) -> Tensor:
+    return _linear("sign", x, weight, scale, bias, threshold)
 
 
 def _linear_w1_grad_input(grad: Tensor, weight: Tensor, scale: Tensor, columns: int) -> Tensor:
@@ -50,15 +81,41 @@ def _linear_w1_grad_input(grad: Tensor, weight: Tensor, scale: Tensor, columns: 
         return reference.linear_w1_grad_input(grad, weight, scale, columns)
 
 
-_LIBRARY.impl("linear_w1", _linear_w1, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear_w1_grad_input", _linear_w1_grad_input, "CompositeExplicitAutograd")
-_LIBRARY.impl("unpack_weight", reference.unpack_weight, "CompositeExplicitAutograd")
+def _pack_signs(values: Tensor) -> Tensor:
+    compiled = _native_for(values)
+    return reference.pack_signs(values) if compiled is None else compiled.pack_signs(values)
 
 
-@torch.library.register_fake("proxbit::linear_w1", lib=_LIBRARY)
-def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    _check_shapes(x, weight, scale, bias)
+def _unpack_signs(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    compiled = native() if packed.device.type == "cpu" else None
+    if compiled is None:
+        return reference.unpack_signs(packed, columns, dtype)
+    return compiled.unpack_signs(packed, columns).to(dtype)
+
+
+def _unpack_weight(weight: Tensor, scale: Tensor, columns: int) -> Tensor:
+    return _unpack_signs(weight, columns, scale.dtype) * scale.unsqueeze(1)
+
+
+for _name, _function in {
+    "linear_w1": _linear_w1,
+    "linear_w1a8": _linear_w1a8,
+    "linear_w1a1": _linear_w1a1,
+    "linear_w1_grad_input": _linear_w1_grad_input,
+    "pack_signs": _pack_signs,
+    "unpack_signs": _unpack_signs,
+    "unpack_weight": _unpack_weight,
+}.items():
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+def _fake_linear(x: Tensor, weight: Tensor, scale: Tensor, *rest: Tensor | None) -> Tensor:
+    _check_shapes(x, weight, scale, *rest)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+for _name in ("linear_w1", "linear_w1a8", "linear_w1a1"):
+    torch.library.register_fake(f"proxbit::{_name}", _fake_linear, lib=_LIBRARY)
 
 
 @torch.library.register_fake("proxbit::linear_w1_grad_input", lib=_LIBRARY)
@@ -66,31 +123,38 @@ def _(grad: Tensor, weight: Tensor, scale: Tensor, columns: int) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], columns))
 
 
+@torch.library.register_fake("proxbit::pack_signs", lib=_LIBRARY)
+def _(values: Tensor) -> Tensor:
+    return values.new_empty((values.shape[0], packed_columns(values.shape[1])), dtype=torch.uint8)
+
+
+@torch.library.register_fake("proxbit::unpack_signs", lib=_LIBRARY)
+def _(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty((packed.shape[0], columns), dtype=dtype)
+
+
 @torch.library.register_fake("proxbit::unpack_weight", lib=_LIBRARY)
 def _(weight: Tensor, scale: Tensor, columns: int) -> Tensor:
     return scale.new_empty((weight.shape[0], columns))
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    x, weight, scale, bias = inputs
-    ctx.save_for_backward(weight, scale)
-    ctx.columns = x.shape[-1]
-    ctx.bias_dtype = None if bias is None else bias.dtype
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    x, weight, scale, bias, *threshold = inputs
+    assert x is not None
+    # Through the sign only what is near the threshold has a gradient: the box of binarized networks.
+    near = (x if threshold[0] is None else x - threshold[0]).abs() <= 1 if threshold else None
+    ctx.save_for_backward(weight, scale, near)
+    ctx.inputs, ctx.columns, ctx.bias_dtype = len(inputs), x.shape[-1], None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
-    """Gradients for the input and the bias; bits and scales are what they are."""
-    weight, scale = ctx.saved_tensors
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients for the input and the bias; bits and scales are what they are, and rounding is passed straight."""
+    weight, scale, near = ctx.saved_tensors
     grad_bias = None if ctx.bias_dtype is None else grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return torch.ops.proxbit.linear_w1_grad_input(grad, weight, scale, ctx.columns), None, None, grad_bias
-
-
-torch.library.register_autograd("proxbit::linear_w1", _backward, setup_context=_save_for_backward, lib=_LIBRARY)
-
-
-@register_flop_formula(torch.ops.proxbit.linear_w1)
-def _(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return int(2 * math.prod(x_shape) * weight_shape[0])
+    grad_input = torch.ops.proxbit.linear_w1_grad_input(grad, weight, scale, ctx.columns)
+    if near is not None:
+        grad_input = grad_input * near
+    return (grad_input, None, None, grad_bias, None)[: ctx.inputs]
 
 
 @register_flop_formula(torch.ops.proxbit.linear_w1_grad_input)
@@ -98,9 +162,44 @@ def _(grad_shape: Any, weight_shape: Any, scale_shape: Any, columns: int, *args:
     return int(2 * math.prod(grad_shape) * columns)
 
 
+def _linear_flops(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(2 * math.prod(x_shape) * weight_shape[0])
+
+
+for _name in ("linear_w1", "linear_w1a8", "linear_w1a1"):
+    torch.library.register_autograd(f"proxbit::{_name}", _backward, setup_context=_save_for_backward, lib=_LIBRARY)
+    register_flop_formula(getattr(torch.ops.proxbit, _name))(_linear_flops)
+
+
 def linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """`reference.linear_w1`, on the fastest kernel there is for these tensors."""
     result: Tensor = torch.ops.proxbit.linear_w1.default(x, weight, scale, bias)
+    return result
+
+
+def linear_w1a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`reference.linear_w1a8`, on the fastest kernel there is for these tensors."""
+    result: Tensor = torch.ops.proxbit.linear_w1a8.default(x, weight, scale, bias)
+    return result
+
+
+def linear_w1a1(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, threshold: Tensor | None = None
+) -> Tensor:
+    """`reference.linear_w1a1`, on the fastest kernel there is for these tensors."""
+    result: Tensor = torch.ops.proxbit.linear_w1a1.default(x, weight, scale, bias, threshold)
+    return result
+
+
+def pack_signs(values: Tensor) -> Tensor:
+    """`packing.pack_signs`, on the fastest kernel there is for this tensor."""
+    result: Tensor = torch.ops.proxbit.pack_signs.default(values)
+    return result
+
+
+def unpack_signs(packed: Tensor, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`packing.unpack_signs`, on the fastest kernel there is for this tensor."""
+    result: Tensor = torch.ops.proxbit.unpack_signs.default(packed, columns, dtype)
     return result
 
 
@@ -110,6 +209,8 @@ def unpack_weight(weight: Tensor, scale: Tensor, columns: int) -> Tensor:
     return result
 
 
-def linear_w1_kernel(weight: Tensor) -> str:
-    """The name of the kernel that `linear_w1` runs for this packed weight."""
-    return "reference"
+def linear_kernel(weight: Tensor, scale: Tensor) -> str:
+    """The name of the kernel that runs a packed linear layer on inputs of the dtype of its scales: an instruction level
+    of the compiled kernels, or 'reference'."""
+    compiled = native() if weight.device.type == "cpu" and Native.takes(scale) else None
+    return "reference" if compiled is None else compiled.name

@@ -3,9 +3,26 @@
 import torch
 from torch import Tensor
 
-from proxbit.packing import unpack_signs
+from proxbit.packing import pack_signs, unpack_signs
+from proxbit.sign import sign
 
-__all__ = ["linear_w1", "linear_w1_grad_input", "unpack_weight"]
+__all__ = [
+    "LINEAR",
+    "linear_w1",
+    "linear_w1_grad_input",
+    "linear_w1a1",
+    "linear_w1a8",
+    "pack_signs",
+    "quantize_activations",
+    "unpack_signs",
+    "unpack_weight",
+]
+
+INT8_PEAK = 127
+# An fp32 sum of integers is exact up to 2^24.
+_EXACT = 2**24
+# Below this a row counts as zero: 127 over its peak would be out of the range of fp32.
+_SMALLEST_PEAK = 1e-30
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -31,6 +48,82 @@ def linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> 
     result = torch.nn.functional.linear(x.to(dtype), unpack_signs(weight, x.shape[-1], dtype)) * scale.to(dtype)
     if bias is not None:
         result = result + bias.to(dtype)
+    return result.to(x.dtype)
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Symmetric int8 quantization of every row (token) by its own largest value.
+
+    Formula:
+        step = \max_i |x[..., i]| / 127,   q = round(x 127 / \max|x|), halves to even
+
+    Args:
+        x: `[..., I]`, floating point; worked on in fp32.
+
+    Returns:
+        q, `[..., I]`, whole numbers from -127 to 127 in fp32, and step, `[..., 1]`, fp32. A row of zeros, or of less
+        than 1e-30, has step 0; one with NaN or infinity has step NaN.
+    """
+    x = x.float()
+    # Of no inputs at all the largest is 0.
+    peak = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
+    valid = torch.isfinite(peak) & (peak >= _SMALLEST_PEAK)
+    q = torch.where(valid, (x * (INT8_PEAK / peak)).round(), 0.0)
+    step = torch.where(valid, peak / INT8_PEAK, torch.where(torch.isfinite(peak), 0.0, torch.nan))
+    return q, step
+
+
+def _integer_sums(values: Tensor, weight: Tensor, peak: int) -> Tensor:
+    """Exact sums of whole numbers up to `peak`, in fp32."""
+    dtype = torch.float32 if values.shape[-1] * peak <= _EXACT else torch.float64
+    return torch.nn.functional.linear(values.to(dtype), unpack_signs(weight, values.shape[-1], dtype)).float()
+
+
+def linear_w1a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    r"""A linear layer with packed 1-bit weights and activations quantized to int8, token by token.
+
+    Formula:
+        y[..., o] = (\sum_i (+-1)[o, i] q[..., i]) (step[...] scale[o]) + bias[o], the sum exact, the rest in fp32;
+        q and step: `quantize_activations`
+
+    Args:
+        x: `[..., I]`, floating point.
+        weight: `[O, ceil(I / 8)]`, uint8, see `packing.layout`.
+        scale: `[O]`, floating point.
+        bias: `[O]` or None.
+
+    Returns:
+        `[..., O]`, dtype of `x`.
+    """
+    q, step = quantize_activations(x)
+    result = _integer_sums(q, weight, INT8_PEAK) * (step * scale.float())
+    if bias is not None:
+        result = result + bias.float()
+    return result.to(x.dtype)
+
+
+def linear_w1a1(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: Tensor | None = None
+) -> Tensor:
+    r"""A linear layer with packed 1-bit weights and the signs of its activations.
+
+    Formula:
+        y[..., o] = scale[o] \sum_i (+-1)[o, i] a[..., i] + bias[o],   a = +1 where x[..., i] \ge threshold[i], else -1
+
+    Args:
+        x: `[..., I]`, floating point.
+        weight: `[O, ceil(I / 8)]`, uint8, see `packing.layout`.
+        scale: `[O]`, floating point.
+        bias: `[O]` or None.
+        threshold: `[I]`, or None for 0.
+
+    Returns:
+        `[..., O]`, dtype of `x`.
+    """
+    signs = sign(x.float()) if threshold is None else (x.float() >= threshold.float()).float() * 2 - 1
+    result = _integer_sums(signs, weight, 1) * scale.float()
+    if bias is not None:
+        result = result + bias.float()
     return result.to(x.dtype)
 
 
@@ -66,3 +159,7 @@ def unpack_weight(weight: Tensor, scale: Tensor, columns: int) -> Tensor:
         `[O, I]` of plus and minus the row scale, dtype of `scale`.
     """
     return unpack_signs(weight, columns, scale.dtype) * scale.unsqueeze(1)
+
+
+# By what activations are multiplied as.
+LINEAR = {"float": linear_w1, "int8": linear_w1a8, "sign": linear_w1a1}

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from proxbit.kernels import unpack_weight
+from proxbit.kernels import pack_signs, unpack_weight
 from proxbit.nn.binary_conv import BinaryConv2d, conv_arguments
-from proxbit.packing import check_packed, pack_signs, packed_columns
+from proxbit.packing import check_packed, packed_columns
 
 __all__ = ["PackedConv2d"]
 

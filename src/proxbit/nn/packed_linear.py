@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from proxbit.errors import PackedFormatError
-from proxbit.kernels import linear_w1, linear_w1_kernel, unpack_weight
+from proxbit.kernels import linear_kernel, linear_w1, pack_signs, unpack_weight
 from proxbit.nn.binary_linear import BinaryLinear
-from proxbit.packing import check_packed, pack_signs, packed_columns
+from proxbit.packing import check_packed, packed_columns
 
 __all__ = ["PackedLinear"]
 
@@ -92,7 +92,7 @@ class PackedLinear(nn.Module):
     @property
     def kernel(self) -> str:
         """The name of the kernel that runs this layer."""
-        return linear_w1_kernel(self.weight)
+        return linear_kernel(self.weight, self.weight_scale)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.shape[-1] != self.in_features:

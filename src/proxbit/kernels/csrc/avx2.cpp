@@ -1,0 +1,385 @@
+// AVX2: tables of 16 entries in registers, looked up with a byte shuffle, 32 columns at once.
+//
+// Tiles are read from front to back. Bytes of weights come in chunks; in a chunk, one block of columns after the other;
+// in a block, byte j (or word j) of its columns side by side. Of W1A8 and W1A1 32 bytes are 8 weights of 32 columns: the
+// low half of a byte is the index for 4 activations, the high half the one for the next 4.
+#include <immintrin.h>
+
+#include "rows.h"
+
+namespace {
+
+using proxbit::Call;
+
+bool runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+// ---- layout
+
+template <int columns, int multiple>
+int64_t tile_bytes(int64_t outputs, int64_t inputs) {
+    return round_up(outputs, columns) * round_up(ceil_div(inputs, 8), multiple);
+}
+
+template <int columns, int padded_columns, int word, int multiple, int chunk>
+void relay(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles) {
+    const int64_t width = ceil_div(inputs, 8), padded = round_up(width, multiple), rows = round_up(outputs, padded_columns);
+    std::memset(tiles, 0, rows * padded);
+    for (int64_t first = 0; first < width; first += chunk) {
+        const int64_t count = std::min<int64_t>(chunk, padded - first), used = std::min<int64_t>(chunk, width - first);
+        for (int64_t n = 0; n < outputs; ++n) {
+            uint8_t *tile = tiles + first * rows + n / columns * columns * count + n % columns * word;
+            const uint8_t *row = bits + n * width + first;
+            for (int64_t j = 0; j < used; ++j) tile[j / word * columns * word + j % word] = row[j];
+        }
+    }
+}
+
+inline __m256i load(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
+inline void store(void *p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i *>(p), v); }
+inline __m256i table(const void *p) { return _mm256_broadcastsi128_si256(_mm_load_si128(static_cast<const __m128i *>(p))); }
+
+// Sums are named variables and these additions asm: gcc 12 keeps arrays of sums in memory, and regroups and spills sums
+// that it can see through.
+inline void add_bytes(__m256i &sum, __m256i v) { asm("vpaddb %1, %0, %0" : "+x"(sum) : "x"(v)); }
+inline void add_floats(__m256 &sum, __m256 v) { asm("vaddps %1, %0, %0" : "+x"(sum) : "x"(v)); }
+
+// Indices for the first or the second 4 of 8 weights, of 64 columns.
+struct Indices {
+    __m256i left, right;
+};
+inline Indices first_half(const uint8_t *left, const uint8_t *right) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(load(left), nibble), _mm256_and_si256(load(right), nibble)};
+}
+inline Indices second_half(const uint8_t *left, const uint8_t *right) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(_mm256_srli_epi16(load(left), 4), nibble),
+            _mm256_and_si256(_mm256_srli_epi16(load(right), 4), nibble)};
+}
+
+// ---- W1A8
+//
+// Of 4 activations all 16 sums are at most 508 in size. A table holds sum + 512 in two bytes, the 5 low bits and the rest;
+// 8 of each can be added in a byte before lo + 32 * hi goes to 16 bits, where 256 weights fit.
+
+constexpr int w1a8_chunk = 32;  // bytes
+
+// Tables for 8 activations: [low of the first 4, low of the next 4, high of ..., high of ...], 16 bytes each.
+inline void fill_tables(const int8_t *q, uint8_t *tables) {
+    const __m256i ab = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 4, 5, 4, 5, 4, 5, 4, 5, 4, 5, 4, 5, 4, 5, 4, 5);
+    const __m256i cd = _mm256_add_epi8(ab, _mm256_set1_epi8(2));
+    // For entries 0..7, then 8..15: which of a and b, of c and d, are in the sum.
+    const __m256i low_ab = _mm256_setr_epi8(0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1);
+    const __m256i low_cd = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 0, 1, 0);
+    const __m256i high_cd = _mm256_or_si256(low_cd, _mm256_set1_epi16(0x0100));
+    const __m256i activations = _mm256_set1_epi64x(*reinterpret_cast<const int64_t *>(q));
+    const __m256i first = _mm256_shuffle_epi8(activations, ab), second = _mm256_shuffle_epi8(activations, cd);
+    const __m256i with_ab = _mm256_add_epi16(_mm256_maddubs_epi16(low_ab, first), _mm256_set1_epi16(512));
+    const __m256i low = _mm256_add_epi16(with_ab, _mm256_maddubs_epi16(low_cd, second));
+    const __m256i high = _mm256_add_epi16(with_ab, _mm256_maddubs_epi16(high_cd, second));
+    const __m256i mask = _mm256_set1_epi16(31);
+    store(tables, _mm256_packus_epi16(_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)));
+    store(tables + 32, _mm256_packus_epi16(_mm256_srli_epi16(low, 5), _mm256_srli_epi16(high, 5)));
+}
+
+struct SplitSums {
+    __m256i low_left, high_left, low_right, high_right;
+};
+
+inline void look_up(SplitSums &sums, const uint8_t *tables, const Indices &indices) {
+    const __m256i low = table(tables), high = table(tables + 32);
+    add_bytes(sums.low_left, _mm256_shuffle_epi8(low, indices.left));
+    add_bytes(sums.high_left, _mm256_shuffle_epi8(high, indices.left));
+    add_bytes(sums.low_right, _mm256_shuffle_epi8(low, indices.right));
+    add_bytes(sums.high_right, _mm256_shuffle_epi8(high, indices.right));
+}
+
+inline void widen(int16_t *words, __m256i low, __m256i high) {
+    const __m256i weights = _mm256_set1_epi16(0x2001);  // 1 for low, 32 for high
+    const __m256i even = _mm256_maddubs_epi16(_mm256_unpacklo_epi8(low, high), weights);
+    const __m256i odd = _mm256_maddubs_epi16(_mm256_unpackhi_epi8(low, high), weights);
+    store(words, _mm256_add_epi16(load(words), even));
+    store(words + 16, _mm256_add_epi16(load(words + 16), odd));
+}
+
+inline void add_words(int32_t *to, __m128i words) {
+    store(to, _mm256_add_epi32(load(to), _mm256_cvtepi16_epi32(words)));
+}
+
+// sums[r][64 columns] += sum_k e a for a chunk; 64 bytes of tables for each row and byte of weights.
+template <int rows>
+inline void add_chunk_w1a8(const uint8_t *tile, const uint8_t *tables, int64_t bytes, int32_t *sums, int64_t stride) {
+    alignas(32) int16_t words[rows * 64] = {};
+    const uint8_t *right = tile + 32 * bytes;
+    const __m256i zero = _mm256_setzero_si256();
+    for (int64_t j = 0; j < bytes; j += 4) {
+        SplitSums first = {zero, zero, zero, zero}, second = first;
+        for (int64_t i = j; i < j + 4; ++i) {
+            const uint8_t *entry = tables + i * rows * 64;
+            Indices indices = first_half(tile + 32 * i, right + 32 * i);
+            look_up(first, entry, indices);
+            if constexpr (rows > 1) look_up(second, entry + 64, indices);
+            indices = second_half(tile + 32 * i, right + 32 * i);
+            look_up(first, entry + 16, indices);
+            if constexpr (rows > 1) look_up(second, entry + 80, indices);
+        }
+        widen(words, first.low_left, first.high_left);
+        widen(words + 32, first.low_right, first.high_right);
+        if constexpr (rows > 1) {
+            widen(words + 64, second.low_left, second.high_left);
+            widen(words + 96, second.low_right, second.high_right);
+        }
+    }
+    const __m256i bias = _mm256_set1_epi16(static_cast<int16_t>(2 * bytes * 512));
+    for (int i = 0; i < 2 * rows; ++i) {
+        // Unpacking works in halves of a register: columns 0-7 and 16-23, then 8-15 and 24-31.
+        const __m256i even = _mm256_sub_epi16(load(words + 32 * i), bias);
+        const __m256i odd = _mm256_sub_epi16(load(words + 32 * i + 16), bias);
+        int32_t *to = sums + i / 2 * stride + i % 2 * 32;
+        add_words(to, _mm256_castsi256_si128(even));
+        add_words(to + 8, _mm256_castsi256_si128(odd));
+        add_words(to + 16, _mm256_extracti128_si256(even, 1));
+        add_words(to + 24, _mm256_extracti128_si256(odd, 1));
+    }
+}
+
+constexpr int w1a8_rows = 2;
+
+template <int rows>
+void run_rows_w1a8(const Call &call, int64_t row, int64_t begin, int64_t end) {
+    const int64_t bytes = round_up(ceil_div(call.inputs, 8), 4), width = bytes * 8;
+    const int64_t columns = round_up(end - begin, 64);
+    Workspace workspace(4 * width + rows * (width + columns * 4 + 64) + rows * w1a8_chunk * 64 + 256);
+    float *buffer = workspace.take<float>(width);
+    int8_t *q = workspace.take<int8_t>(rows * width);
+    int32_t *sums = workspace.take<int32_t>(rows * columns);
+    uint8_t *tables = workspace.take<uint8_t>(rows * w1a8_chunk * 64);
+    float step[rows];
+    int32_t total[rows];
+    for (int r = 0; r < rows; ++r) {
+        step[r] = quantize_row(load_row(call, row + r, width, buffer), width, q + r * width);
+        total[r] = 0;
+        for (int64_t k = 0; k < width; ++k) total[r] += q[r * width + k];
+    }
+    std::memset(sums, 0, rows * columns * sizeof(int32_t));
+    for (int64_t first = 0; first < bytes; first += w1a8_chunk) {
+        const int64_t count = std::min<int64_t>(w1a8_chunk, bytes - first);
+        for (int64_t j = 0; j < count; ++j)
+            for (int r = 0; r < rows; ++r) fill_tables(q + r * width + 8 * (first + j), tables + (j * rows + r) * 64);
+        const uint8_t *tile = call.tiles + first * round_up(call.outputs, 64) + begin * count;
+        for (int64_t n = 0; n < columns; n += 64) add_chunk_w1a8<rows>(tile + n * count, tables, count, sums + n, columns);
+    }
+    for (int r = 0; r < rows; ++r) {
+        int32_t *of_row = sums + r * columns;
+        for (int64_t n = 0; n < end - begin; ++n) of_row[n] = 2 * of_row[n] - total[r];
+        store_row(call, row + r, begin, end, step[r], of_row);
+    }
+}
+
+void run_w1a8(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+    int64_t row = row_begin;
+    for (; row + w1a8_rows <= row_end; row += w1a8_rows) run_rows_w1a8<w1a8_rows>(call, row, begin, end);
+    for (; row < row_end; ++row) run_rows_w1a8<1>(call, row, begin, end);
+}
+
+// ---- W1A1
+//
+// The table of 4 activation signs a counts the differences of a and the index: there are 16 such tables.
+
+constexpr int w1a1_chunk = 24, w1a1_rows = 4;  // at most 4 * 2 * 24 differences in a byte
+
+struct Differences {
+    alignas(64) uint8_t table[16][16];
+    constexpr Differences() : table() {
+        for (int a = 0; a < 16; ++a)
+            for (int w = 0; w < 16; ++w)
+                for (int b = 0; b < 4; ++b) table[a][w] += ((a ^ w) >> b) & 1;
+    }
+};
+constexpr Differences differences;
+
+struct Counts {
+    __m256i left, right;
+};
+
+inline void look_up(Counts &counts, const uint8_t *tables, const Indices &indices) {
+    const __m256i entry = table(tables);
+    add_bytes(counts.left, _mm256_shuffle_epi8(entry, indices.left));
+    add_bytes(counts.right, _mm256_shuffle_epi8(entry, indices.right));
+}
+
+inline void add_counts(int32_t *to, const Counts &counts) {
+    const auto add = [](int32_t *to, __m128i bytes) {
+        store(to, _mm256_add_epi32(load(to), _mm256_cvtepu8_epi32(bytes)));
+    };
+    const auto add_register = [&](int32_t *to, __m256i bytes) {
+        const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
+        add(to, low);
+        add(to + 8, _mm_srli_si128(low, 8));
+        add(to + 16, high);
+        add(to + 24, _mm_srli_si128(high, 8));
+    };
+    add_register(to, counts.left);
+    add_register(to + 32, counts.right);
+}
+
+// sums[r][64 columns] += differences in a chunk; 32 bytes of tables for each row and byte of weights.
+template <int rows>
+inline void add_chunk_w1a1(const uint8_t *tile, const uint8_t *tables, int64_t bytes, int32_t *sums, int64_t stride) {
+    const __m256i zero = _mm256_setzero_si256();
+    const uint8_t *right = tile + 32 * bytes;
+    Counts a = {zero, zero}, b = a, c = a, d = a;
+    for (int64_t i = 0; i < bytes; ++i) {
+        const uint8_t *entry = tables + i * rows * 32;
+        Indices indices = first_half(tile + 32 * i, right + 32 * i);
+        look_up(a, entry, indices);
+        if constexpr (rows > 1) {
+            look_up(b, entry + 32, indices);
+            look_up(c, entry + 64, indices);
+            look_up(d, entry + 96, indices);
+        }
+        indices = second_half(tile + 32 * i, right + 32 * i);
+        look_up(a, entry + 16, indices);
+        if constexpr (rows > 1) {
+            look_up(b, entry + 48, indices);
+            look_up(c, entry + 80, indices);
+            look_up(d, entry + 112, indices);
+        }
+    }
+    add_counts(sums, a);
+    if constexpr (rows > 1) {
+        add_counts(sums + stride, b);
+        add_counts(sums + 2 * stride, c);
+        add_counts(sums + 3 * stride, d);
+    }
+}
+
+template <int rows>
+void run_rows_w1a1(const Call &call, int64_t row, int64_t begin, int64_t end) {
+    const int64_t bytes = ceil_div(call.inputs, 8), columns = round_up(end - begin, 64);
+    Workspace workspace(4 * call.inputs + rows * (bytes + 4 * columns + 32 * w1a1_chunk) + 256);
+    float *buffer = workspace.take<float>(call.inputs);
+    uint8_t *signs = workspace.take<uint8_t>(rows * bytes);
+    int32_t *sums = workspace.take<int32_t>(rows * columns);
+    uint8_t *tables = workspace.take<uint8_t>(rows * 32 * w1a1_chunk);
+    for (int r = 0; r < rows; ++r) pack_signs_row(load_centred_row(call, row + r, buffer), call.inputs, signs + r * bytes);
+    std::memset(sums, 0, rows * columns * sizeof(int32_t));
+    for (int64_t first = 0; first < bytes; first += w1a1_chunk) {
+        const int64_t count = std::min<int64_t>(w1a1_chunk, bytes - first);
+        for (int64_t j = 0; j < count; ++j) {
+            for (int r = 0; r < rows; ++r) {
+                const uint8_t byte = signs[r * bytes + first + j];
+                uint8_t *to = tables + (j * rows + r) * 32;
+                std::memcpy(to, differences.table[byte & 15], 16);
+                std::memcpy(to + 16, differences.table[byte >> 4], 16);
+            }
+        }
+        const uint8_t *tile = call.tiles + first * round_up(call.outputs, 64) + begin * count;
+        for (int64_t n = 0; n < columns; n += 64) add_chunk_w1a1<rows>(tile + n * count, tables, count, sums + n, columns);
+    }
+    for (int r = 0; r < rows; ++r) {
+        int32_t *of_row = sums + r * columns;
+        for (int64_t n = 0; n < end - begin; ++n) of_row[n] = static_cast<int32_t>(call.inputs) - 2 * of_row[n];
+        store_row(call, row + r, begin, end, 1.0f, of_row);
+    }
+}
+
+void run_w1a1(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+    int64_t row = row_begin;
+    for (; row + w1a1_rows <= row_end; row += w1a1_rows) run_rows_w1a1<w1a1_rows>(call, row, begin, end);
+    for (; row < row_end; ++row) run_rows_w1a1<1>(call, row, begin, end);
+}
+
+// ---- W1
+//
+// A table holds the 4 signed sums of 2 activations; words of 32 weights are shifted by 2 from one table to the next.
+
+constexpr int w1_chunk = 32, w1_rows = 4;
+
+struct Sums {
+    __m256 left, right;
+};
+
+inline void look_up(Sums &sums, const float *tables, const Indices &indices) {
+    const __m256 entry = _mm256_broadcast_ps(reinterpret_cast<const __m128 *>(tables));
+    add_floats(sums.left, _mm256_permutevar_ps(entry, indices.left));
+    add_floats(sums.right, _mm256_permutevar_ps(entry, indices.right));
+}
+
+inline void add_sums(float *to, const Sums &sums) {
+    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sums.left));
+    _mm256_storeu_ps(to + 8, _mm256_add_ps(_mm256_loadu_ps(to + 8), sums.right));
+}
+
+// sums[r][16 columns] += sum_k s a for a chunk; 4 floats of tables for each row and 2 weights.
+template <int rows>
+inline void add_chunk_w1(const uint8_t *tile, const float *tables, int64_t words, float *sums, int64_t stride) {
+    const __m256 zero = _mm256_setzero_ps();
+    const uint8_t *right = tile + 32 * words;
+    Sums a = {zero, zero}, b = a, c = a, d = a;
+    for (int64_t i = 0; i < words; ++i) {
+        Indices indices = {load(tile + 32 * i), load(right + 32 * i)};
+        for (int group = 0; group < 16; ++group, tables += 4 * rows) {
+            look_up(a, tables, indices);
+            if constexpr (rows > 1) {
+                look_up(b, tables + 4, indices);
+                look_up(c, tables + 8, indices);
+                look_up(d, tables + 12, indices);
+            }
+            indices = {_mm256_srli_epi32(indices.left, 2), _mm256_srli_epi32(indices.right, 2)};
+        }
+    }
+    add_sums(sums, a);
+    if constexpr (rows > 1) {
+        add_sums(sums + stride, b);
+        add_sums(sums + 2 * stride, c);
+        add_sums(sums + 3 * stride, d);
+    }
+}
+
+template <int rows>
+void run_rows_w1(const Call &call, int64_t row, int64_t begin, int64_t end) {
+    const int64_t bytes = round_up(ceil_div(call.inputs, 8), 4), width = bytes * 8, columns = round_up(end - begin, 16);
+    Workspace workspace(4 * rows * (width + columns + 2 * 8 * w1_chunk) + 256);
+    float *buffer = workspace.take<float>(rows * width);
+    float *sums = workspace.take<float>(rows * columns);
+    float *tables = workspace.take<float>(rows * 2 * 8 * w1_chunk);
+    const float *x[rows];
+    for (int r = 0; r < rows; ++r) x[r] = load_row(call, row + r, width, buffer + r * width);
+    std::memset(sums, 0, rows * columns * sizeof(float));
+    for (int64_t first = 0; first < bytes; first += w1_chunk) {
+        const int64_t count = std::min<int64_t>(w1_chunk, bytes - first);
+        for (int64_t k = 0; k < 8 * count; k += 2) {
+            for (int r = 0; r < rows; ++r) {
+                const float a = x[r][8 * first + k], b = x[r][8 * first + k + 1];
+                float *to = tables + (k / 2 * rows + r) * 4;
+                to[0] = -a - b, to[1] = a - b, to[2] = b - a, to[3] = a + b;
+            }
+        }
+        const uint8_t *tile = call.tiles + first * round_up(call.outputs, 16) + begin * count;
+        for (int64_t n = 0; n < columns; n += 16) add_chunk_w1<rows>(tile + n * count, tables, count / 4, sums + n, columns);
+    }
+    for (int r = 0; r < rows; ++r) store_row(call, row + r, begin, end, 1.0f, sums + r * columns);
+}
+
+void run_w1(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+    int64_t row = row_begin;
+    for (; row + w1_rows <= row_end; row += w1_rows) run_rows_w1<w1_rows>(call, row, begin, end);
+    for (; row < row_end; ++row) run_rows_w1<1>(call, row, begin, end);
+}
+
+void unpack_signs(const uint8_t *bits, int64_t columns, float *values) {
+    for (int64_t i = 0; i < columns; ++i) values[i] = (bits[i / 8] >> (i % 8)) & 1 ? 1.0f : -1.0f;
+}
+
+}  // namespace
+
+const proxbit::Level proxbit::avx2_level = {
+    "avx2",
+    runs,
+    {{w1_rows, 64, tile_bytes<16, 4>, relay<8, 16, 4, 4, w1_chunk>, run_w1},
+     {w1a8_rows, 64, tile_bytes<64, 4>, relay<32, 64, 1, 4, w1a8_chunk>, run_w1a8},
+     {w1a1_rows, 64, tile_bytes<64, 1>, relay<32, 64, 1, 1, w1a1_chunk>, run_w1a1}},
+    pack_signs,
+    unpack_signs,
+};

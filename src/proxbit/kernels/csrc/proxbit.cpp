@@ -1,0 +1,118 @@
+// The C interface: picks the level, cuts a call into parts for the threads.
+#include "proxbit.h"
+
+#include <algorithm>
+
+#include "level.h"
+
+namespace {
+
+using proxbit::Call;
+using proxbit::Format;
+using proxbit::Level;
+
+const Level *const levels[] = {
+#if defined(PROXBIT_X86)
+    &proxbit::avx512_level,
+    &proxbit::avx2_level,
+#endif
+#if defined(PROXBIT_NEON)
+    &proxbit::neon_level,
+#endif
+    &proxbit::portable_level,
+};
+constexpr int64_t level_count = sizeof(levels) / sizeof(levels[0]);
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A grid of parts, each of them whole blocks of rows and of columns.
+struct Grid {
+    const Call &call;
+    const Format &format;
+    int64_t row_parts;
+    int64_t column_parts;
+
+    void run(int64_t part) const {
+        auto cut = [](int64_t size, int64_t block, int64_t parts, int64_t index) {
+            return std::min(size, ceil_div(size, block) * index / parts * block);
+        };
+        const int64_t i = part / column_parts, j = part % column_parts;
+        format.run(call, cut(call.rows, format.row_block, row_parts, i), cut(call.rows, format.row_block, row_parts, i + 1),
+                   cut(call.outputs, format.column_block, column_parts, j),
+                   cut(call.outputs, format.column_block, column_parts, j + 1));
+    }
+};
+
+// Work below this many multiply-adds is not worth waking another thread.
+constexpr int64_t least_work[3] = {1 << 19, 1 << 20, 1 << 22};
+
+Grid make_grid(const Call &call) {
+    const Format &format = levels[call.level]->formats[call.format];
+    Grid grid{call, format, 1, 1};
+    const int64_t work = call.rows * call.inputs * call.outputs;
+    if (!call.parallel_for || call.threads < 2 || work < least_work[call.format]) return grid;
+    // Rows first: what is done once a row, its table or its quantisation, is then done by one thread only.
+    const int64_t row_blocks = ceil_div(call.rows, format.row_block);
+    const int64_t column_blocks = ceil_div(call.outputs, format.column_block);
+    grid.row_parts = row_blocks >= 2 * call.threads ? call.threads : 1;
+    grid.column_parts = grid.row_parts > 1 ? 1 : std::min(column_blocks, call.threads);
+    return grid;
+}
+
+template <class Function>
+void for_each(proxbit_parallel_for parallel_for, int64_t count, int64_t grain, const Function &function) {
+    auto task = [](int64_t begin, int64_t end, void *context) {
+        for (int64_t i = begin; i < end; ++i) (*static_cast<const Function *>(context))(i);
+    };
+    void *context = const_cast<void *>(static_cast<const void *>(&function));
+    if (parallel_for) {
+        parallel_for(0, count, grain, task, context);
+    } else {
+        task(0, count, context);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+const char *proxbit_level_name(int64_t level) {
+    return level >= 0 && level < level_count ? levels[level]->name : nullptr;
+}
+
+int32_t proxbit_level_runs(int64_t level) { return level >= 0 && level < level_count && levels[level]->runs(); }
+
+int64_t proxbit_tile_bytes(int64_t level, int64_t format, int64_t outputs, int64_t inputs) {
+    return levels[level]->formats[format].tile_bytes(outputs, inputs);
+}
+
+void proxbit_relay(int64_t level, int64_t format, const uint8_t *bits, int64_t outputs, int64_t inputs,
+                   uint8_t *tiles) {
+    levels[level]->formats[format].relay(bits, outputs, inputs, tiles);
+}
+
+void proxbit_linear(const struct proxbit_linear_call *call) {
+    if (call->rows == 0 || call->outputs == 0) return;
+    const Grid grid = make_grid(*call);
+    const int64_t parts = grid.row_parts * grid.column_parts;
+    for_each(parts > 1 ? call->parallel_for : nullptr, parts, 1, [&grid](int64_t part) { grid.run(part); });
+}
+
+void proxbit_pack_signs(int64_t level, int64_t dtype, const void *values, int64_t rows, int64_t columns,
+                        int64_t stride, uint8_t *bits, proxbit_parallel_for parallel_for) {
+    const int64_t width = ceil_div(columns, 8), size = dtype == PROXBIT_FLOAT32 ? 4 : 2;
+    for_each(parallel_for, rows, std::max<int64_t>(1, (1 << 16) / (columns + 1)), [=](int64_t row) {
+        const void *from = static_cast<const uint8_t *>(values) + row * stride * size;
+        levels[level]->pack_signs(dtype, from, columns, bits + row * width);
+    });
+}
+
+void proxbit_unpack_signs(int64_t level, const uint8_t *bits, int64_t rows, int64_t columns, float *values,
+                          proxbit_parallel_for parallel_for) {
+    const int64_t width = ceil_div(columns, 8);
+    for_each(parallel_for, rows, std::max<int64_t>(1, (1 << 16) / (columns + 1)), [=](int64_t row) {
+        levels[level]->unpack_signs(bits + row * width, columns, values + row * columns);
+    });
+}
+
+}  // extern "C"

@@ -1,0 +1,74 @@
+/* The C interface of proxbit's CPU kernels: plain pointers and sizes, no torch, no global state.
+ *
+ * Packed weights come as in the checkpoint: row-major bits, least significant first, 1 is +1, padding bits are 0. A
+ * kernel may want them in another order ("tiles"); proxbit_relay makes that once, when a layer is first used. */
+#ifndef PROXBIT_H
+#define PROXBIT_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define PROXBIT_API __declspec(dllexport)
+#else
+#define PROXBIT_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* What activations are multiplied as. */
+enum proxbit_format { PROXBIT_W1 = 0, PROXBIT_W1A8 = 1, PROXBIT_W1A1 = 2 };
+/* Type of x and y. Everything else that is floating point is fp32. */
+enum proxbit_dtype { PROXBIT_FLOAT32 = 0, PROXBIT_BFLOAT16 = 1 };
+
+typedef void (*proxbit_task)(int64_t begin, int64_t end, void *context);
+/* Runs the task on parts of begin..end, in any threads; the signature of torch_parallel_for. */
+typedef int32_t (*proxbit_parallel_for)(int64_t begin, int64_t end, int64_t grain, proxbit_task task, void *context);
+
+/* One call of a linear layer: y[m, n] = scale[n] * sum_k s[n, k] a[m, k] + bias[n], s the signs of the weight and
+ *   W1     a = x, summed in fp32
+ *   W1A8   a = step[m] * q[m, k], step[m] = max_k |x[m, k]| / 127, q = round(x / step) to even, summed exactly
+ *   W1A1   a = +1 where x[m, k] >= threshold[k] (0 without), else -1, summed exactly
+ * A row of W1A8 that holds NaN or infinity gives NaN; one whose largest |x| is below 1e-30 counts as zero. */
+struct proxbit_linear_call {
+    int64_t level;   /* index, see proxbit_level_name */
+    int64_t format;  /* enum proxbit_format */
+    int64_t dtype;   /* enum proxbit_dtype */
+    int64_t rows;    /* M */
+    int64_t inputs;  /* K */
+    int64_t outputs; /* N */
+    const void *x;   /* [M, K] */
+    int64_t x_stride; /* elements from row to row */
+    const uint8_t *tiles;
+    const float *scale;     /* [N] */
+    const float *bias;      /* [N] or null */
+    const float *threshold; /* [K] or null, W1A1 only */
+    void *y;                /* [M, N], contiguous */
+    proxbit_parallel_for parallel_for; /* null: one thread */
+    int64_t threads;                   /* how many the pool has */
+};
+
+/* The instruction levels in this library, fastest first: their names, null past the last one, and whether this
+ * processor and its system run them. */
+PROXBIT_API const char *proxbit_level_name(int64_t level);
+PROXBIT_API int32_t proxbit_level_runs(int64_t level);
+
+/* Bytes of the tiles of a weight; 0 where the kernel reads the checkpoint's own order. */
+PROXBIT_API int64_t proxbit_tile_bytes(int64_t level, int64_t format, int64_t outputs, int64_t inputs);
+PROXBIT_API void proxbit_relay(int64_t level, int64_t format, const uint8_t *bits, int64_t outputs, int64_t inputs,
+                               uint8_t *tiles);
+
+PROXBIT_API void proxbit_linear(const struct proxbit_linear_call *call);
+
+/* bits[o, j] has bit b set where values[o, 8 j + b] >= 0. */
+PROXBIT_API void proxbit_pack_signs(int64_t level, int64_t dtype, const void *values, int64_t rows, int64_t columns,
+                                    int64_t stride, uint8_t *bits, proxbit_parallel_for parallel_for);
+/* values[o, i] = +1 or -1, in fp32, contiguous. */
+PROXBIT_API void proxbit_unpack_signs(int64_t level, const uint8_t *bits, int64_t rows, int64_t columns, float *values,
+                                      proxbit_parallel_for parallel_for);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,146 @@
+// A row of activations, before and after the sums: plain loops that the compiler vectorises for each level.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "level.h"
+
+// Every level is compiled with other flags: what they share must not be merged by the linker.
+namespace {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+inline float from_bfloat16(uint16_t value) {
+    const uint32_t bits = static_cast<uint32_t>(value) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
+
+inline uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+// Memory of a thread for the length of a call, kept for the next one. Each size is in bytes.
+class Workspace {
+   public:
+    explicit Workspace(int64_t bytes) {
+        if (static_cast<int64_t>(memory().size()) < bytes + 64) memory().resize(bytes + 64);
+        const auto address = reinterpret_cast<uintptr_t>(memory().data());
+        next_ = memory().data() + (64 - address % 64) % 64;
+    }
+    template <class T>
+    T *take(int64_t count) {
+        T *result = reinterpret_cast<T *>(next_);
+        next_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+        return result;
+    }
+
+   private:
+    static std::vector<uint8_t> &memory() {
+        static thread_local std::vector<uint8_t> bytes;
+        return bytes;
+    }
+    uint8_t *next_;
+};
+
+// Row `row` of x as fp32, with zeros up to `width`; the row itself where it can be read in place.
+inline const float *load_row(const proxbit::Call &call, int64_t row, int64_t width, float *buffer) {
+    if (call.dtype == PROXBIT_FLOAT32) {
+        const float *x = static_cast<const float *>(call.x) + row * call.x_stride;
+        if (width == call.inputs) return x;
+        std::memcpy(buffer, x, call.inputs * sizeof(float));
+    } else {
+        const uint16_t *x = static_cast<const uint16_t *>(call.x) + row * call.x_stride;
+        for (int64_t k = 0; k < call.inputs; ++k) buffer[k] = from_bfloat16(x[k]);
+    }
+    std::fill(buffer + call.inputs, buffer + width, 0.0f);
+    return buffer;
+}
+
+// Row `row` of x, as numbers whose signs are those of x - threshold.
+inline const float *load_centred_row(const proxbit::Call &call, int64_t row, float *buffer) {
+    const float *x = load_row(call, row, call.inputs, buffer);
+    if (!call.threshold) return x;
+    for (int64_t k = 0; k < call.inputs; ++k) buffer[k] = x[k] >= call.threshold[k] ? 1.0f : -1.0f;
+    return buffer;
+}
+
+// q = round(x / step) to even, in -127..127; returns step.
+inline float quantize_row(const float *x, int64_t count, int8_t *q) {
+    int32_t peak_bits = 0;  // of |x|, whose order as integers is that of floats, with NaN above infinity
+    for (int64_t k = 0; k < count; ++k) {
+        int32_t bits;
+        std::memcpy(&bits, x + k, 4);
+        peak_bits = std::max(peak_bits, bits & 0x7fffffff);
+    }
+    float peak;
+    std::memcpy(&peak, &peak_bits, 4);
+    const bool is_finite = peak_bits < 0x7f800000;
+    const float inverse = is_finite && peak >= 1e-30f ? 127.0f / peak : 0.0f;
+    if (inverse == 0.0f) {
+        for (int64_t k = 0; k < count; ++k) q[k] = 0;
+        return is_finite ? 0.0f : NAN;
+    }
+    for (int64_t k = 0; k < count; ++k) q[k] = static_cast<int8_t>(static_cast<int32_t>(__builtin_rintf(x[k] * inverse)));
+    return peak / 127.0f;
+}
+
+inline void pack_signs_row(const float *x, int64_t count, uint8_t *bits) {
+    for (int64_t j = 0; j < count / 8; ++j) {
+        uint32_t byte = 0;
+        for (int b = 0; b < 8; ++b) byte |= static_cast<uint32_t>(x[8 * j + b] >= 0.0f) << b;
+        bits[j] = static_cast<uint8_t>(byte);
+    }
+    if (count % 8) {
+        uint32_t byte = 0;
+        for (int b = 0; b < count % 8; ++b) byte |= static_cast<uint32_t>(x[count / 8 * 8 + b] >= 0.0f) << b;
+        bits[count / 8] = static_cast<uint8_t>(byte);
+    }
+}
+
+inline void pack_signs(int64_t dtype, const void *values, int64_t columns, uint8_t *bits) {
+    if (dtype == PROXBIT_FLOAT32) {
+        pack_signs_row(static_cast<const float *>(values), columns, bits);
+        return;
+    }
+    const uint16_t *x = static_cast<const uint16_t *>(values);
+    float part[512];
+    for (int64_t begin = 0; begin < columns; begin += 512) {
+        const int64_t count = std::min<int64_t>(512, columns - begin);
+        for (int64_t k = 0; k < count; ++k) part[k] = from_bfloat16(x[begin + k]);
+        pack_signs_row(part, count, bits + begin / 8);
+    }
+}
+
+// y[row, begin..end] = sums * factor * scale + bias
+template <class Sum>
+inline void store_row(const proxbit::Call &call, int64_t row, int64_t begin, int64_t end, float factor,
+                      const Sum *sums) {
+    const auto store = [&](auto *y, auto convert) {
+        y += row * call.outputs;
+        if (call.bias) {
+            for (int64_t n = begin; n < end; ++n) {
+                y[n] = convert(static_cast<float>(sums[n - begin]) * (factor * call.scale[n]) + call.bias[n]);
+            }
+        } else {
+            for (int64_t n = begin; n < end; ++n) {
+                y[n] = convert(static_cast<float>(sums[n - begin]) * (factor * call.scale[n]));
+            }
+        }
+    };
+    if (call.dtype == PROXBIT_FLOAT32) {
+        store(static_cast<float *>(call.y), [](float value) { return value; });
+    } else {
+        store(static_cast<uint16_t *>(call.y), to_bfloat16);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,234 @@
+"""The compiled kernels for CPUs: finding the library, choosing the instruction level, calling it."""
+
+import ctypes
+import os
+import struct
+import sys
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from proxbit.errors import ConfigError
+from proxbit.packing import packed_columns
+
+__all__ = ["FORMATS", "Native", "find_library", "native"]
+
+# What activations are multiplied as: the enum proxbit_format of csrc/proxbit.h.
+FORMATS = {"float": 0, "int8": 1, "sign": 2}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
+_LEVEL_VARIABLE = "PROXBIT_ISA"
+_REFERENCE = "reference"
+_IMPORTED_BY = os.getpid()
+
+
+def find_library(folders: Sequence[str]) -> Path | None:
+    """The library in `lib` beside the modules of this package, or None where it was installed without one."""
+    name = f"libproxbit{_SUFFIXES.get(sys.platform, '.so')}"
+    return next((path for folder in folders if (path := Path(folder, "lib", name)).exists()), None)
+
+
+@cache
+def _parallel_for() -> int:
+    """The address of torch's own parallel loop, so that threads are torch's; 0, for one thread, where there is none."""
+    if os.getpid() != _IMPORTED_BY:
+        return 0  # The pool of threads stayed in the process that forked: waiting for them would take for ever.
+    name = f"libtorch_cpu{_SUFFIXES.get(sys.platform, '.so')}"
+    try:
+        function = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name)).torch_parallel_for
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+@dataclass
+class Native:
+    """The library at one instruction level.
+
+    Attributes:
+        path: of the library.
+        name: of the level.
+        level: its index.
+    """
+
+    path: Path
+    name: str
+    level: int
+    library: ctypes.CDLL
+    # By identity and format of the weight: a weak reference to it, its version and address, its tiles.
+    tiles: dict[tuple[int, int], tuple[weakref.ref[Tensor], int, int, Tensor]] = field(default_factory=dict)
+
+    def linear(
+        self,
+        activations: str,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        threshold: Tensor | None = None,
+    ) -> Tensor:
+        """A linear layer, see `reference`; `x` is fp32 or bf16, everything is on the CPU and of matching shapes."""
+        code, columns, rows = FORMATS[activations], x.shape[-1], weight.shape[0]
+        flat = x.reshape(-1, columns)
+        if flat.stride(1) != 1:
+            flat = flat.contiguous()
+        # Held in a variable for as long as the call reads them.
+        scales, biases, thresholds = (_as_floats(numbers) for numbers in (scale, bias, threshold))
+        tiles = self._tiles(code, weight, columns)
+        result = x.new_empty((*x.shape[:-1], rows))
+        call = struct.pack(
+            "15q",
+            self.level,
+            code,
+            _DTYPES[x.dtype],
+            flat.shape[0],
+            columns,
+            rows,
+            flat.data_ptr(),
+            flat.stride(0),
+            tiles.data_ptr(),
+            _address(scales),
+            _address(biases),
+            _address(thresholds),
+            result.data_ptr(),
+            _parallel_for(),
+            torch.get_num_threads(),
+        )
+        self.library.proxbit_linear(call)
+        return result
+
+    def _tiles(self, code: int, weight: Tensor, columns: int) -> Tensor:
+        """The weight in the order of the kernel, made once for each weight and kept as long as it lives."""
+        # Tensors made in inference mode do not count their changes, so that theirs cannot be kept.
+        version = -1 if weight.is_inference() else weight._version
+        key = (id(weight), code)
+        known = self.tiles.get(key)
+        if known is not None and known[0]() is weight and known[1:3] == (version, weight.data_ptr()) and version >= 0:
+            return known[3]
+        bits = weight.contiguous()
+        size = self.library.proxbit_tile_bytes(self.level, code, len(bits), columns)
+        if not size:
+            return bits
+        tiles = torch.empty(size, dtype=torch.uint8)
+        self.library.proxbit_relay(self.level, code, bits.data_ptr(), len(bits), columns, tiles.data_ptr())
+        if version >= 0:
+            forget = weakref.ref(weight, lambda _: self.tiles.pop(key, None))
+            self.tiles[key] = (forget, version, weight.data_ptr(), tiles)
+        return tiles
+
+    def pack_signs(self, values: Tensor) -> Tensor:
+        """See `packing.pack_signs`; `values` is a matrix in fp32 or bf16 on the CPU."""
+        if values.stride(1) != 1:
+            values = values.contiguous()
+        rows, columns = values.shape
+        bits = torch.empty(rows, packed_columns(columns), dtype=torch.uint8)
+        self.library.proxbit_pack_signs(
+            self.level,
+            _DTYPES[values.dtype],
+            values.data_ptr(),
+            rows,
+            columns,
+            values.stride(0),
+            bits.data_ptr(),
+            _parallel_for(),
+        )
+        return bits
+
+    def unpack_signs(self, bits: Tensor, columns: int) -> Tensor:
+        """See `packing.unpack_signs`, in fp32."""
+        values = torch.empty(len(bits), columns)
+        bits = bits.contiguous()
+        self.library.proxbit_unpack_signs(
+            self.level, bits.data_ptr(), len(bits), columns, values.data_ptr(), _parallel_for()
+        )
+        return values
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether this is the level without vector instructions of its own."""
+        return self.name == "portable"
+
+    @staticmethod
+    def takes(x: Tensor) -> bool:
+        """Whether the kernels work on this dtype."""
+        return x.dtype in _DTYPES
+
+
+def _address(numbers: Tensor | None) -> int:
+    return 0 if numbers is None else numbers.data_ptr()
+
+
+def _as_floats(numbers: Tensor | None) -> Tensor | None:
+    return None if numbers is None else numbers.to(torch.float32).contiguous()
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    signatures = {
+        "level_name": (ctypes.c_char_p, [number]),
+        "level_runs": (ctypes.c_int32, [number]),
+        "tile_bytes": (number, [number] * 4),
+        "relay": (None, [number, number, pointer, number, number, pointer]),
+        "linear": (None, [ctypes.c_char_p]),
+        "pack_signs": (None, [number, number, pointer, number, number, number, pointer, pointer]),
+        "unpack_signs": (None, [number, pointer, number, number, pointer, pointer]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, f"proxbit_{name}")
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def levels(path: Path) -> dict[str, Native]:
+    """The levels of a library that this processor runs, by name, fastest first."""
+    library = _open(path)
+    found: dict[str, Native] = {}
+    index = 0
+    while name := library.proxbit_level_name(index):
+        if library.proxbit_level_runs(index):
+            found[name.decode()] = Native(path, name.decode(), index, library)
+        index += 1
+    return found
+
+
+def choose(path: Path | None, environment: Mapping[str, str]) -> Native | None:
+    """The level to run: the fastest, or the one that the environment variable PROXBIT_ISA names.
+
+    Returns:
+        None for the reference.
+
+    Raises:
+        ConfigError: if PROXBIT_ISA names a level that this machine does not run.
+    """
+    found = {} if path is None else levels(path)
+    wanted = environment.get(_LEVEL_VARIABLE)
+    if wanted == _REFERENCE:
+        return None
+    if wanted and wanted not in found:
+        valid = ", ".join([*found, _REFERENCE])
+        raise ConfigError(f"{_LEVEL_VARIABLE} is {wanted!r}; this machine and this installation run: {valid}.")
+    if not found:
+        warnings.warn(
+            "proxbit was installed without its compiled kernels (no C++ compiler was found): packed layers run on the "
+            "plain torch reference, which is slow. Install a compiler, then: pip install --force-reinstall proxbit",
+            stacklevel=2,
+        )
+        return None
+    return found[wanted] if wanted else next(iter(found.values()))
+
+
+@cache
+def native() -> Native | None:
+    """The compiled kernels that this process uses, or None where it uses the reference."""
+    return choose(find_library([str(Path(__file__).parent), *sys.modules[__package__].__path__]), os.environ)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_parallel_for.cache_clear)

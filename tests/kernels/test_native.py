@@ -1,0 +1,295 @@
+"""The compiled kernels, at every instruction level that this machine runs, against the plain torch reference."""
+
+import copy
+import gc
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import proxbit.kernels
+from proxbit.errors import ConfigError
+from proxbit.kernels import linear_w1, linear_w1a1, linear_w1a8, native, reference
+from proxbit.kernels.native import FORMATS, choose, find_library, levels
+from proxbit.packing import pack_signs, unpack_signs
+
+LIBRARY = find_library(proxbit.kernels.__path__)
+LEVELS = levels(LIBRARY) if LIBRARY else {}
+SIZES = [1, 7, 8, 9, 63, 64, 65, 191, 192, 193]
+level = pytest.mark.parametrize("level", LEVELS.values(), ids=list(LEVELS))
+activations = pytest.mark.parametrize("activations", list(FORMATS))
+
+
+def layer(rows, columns):
+    return pack_signs(torch.randn(rows, columns)), torch.rand(rows) + 0.5, torch.randn(rows)
+
+
+def assert_as_reference(level, activations, x, weight, scale, bias, threshold=None):
+    """Whole numbers are summed exactly, so that results are equal; sums of floats may be taken in another order."""
+    rest = (threshold,) if activations == "sign" else ()
+    result = level.linear(activations, x, weight, scale, bias, *rest)
+    assert (result.shape, result.dtype) == ((*x.shape[:-1], len(weight)), x.dtype)
+    if activations != "float":
+        torch.testing.assert_close(
+            result, reference.LINEAR[activations](x, weight, scale, bias, *rest), rtol=0, atol=0, equal_nan=True
+        )
+        return
+    exact = reference.linear_w1(x.double(), weight, scale.double(), None if bias is None else bias.double())
+    size = x.double().abs().sum(-1, keepdim=True) * scale.double() + (0 if bias is None else bias.abs().double())
+    rounding = 1e-6 if x.dtype == torch.float32 else 1 / 256
+    assert bool(((result.double() - exact).abs() <= rounding * size).all())
+
+
+def test_this_installation_has_its_kernels_and_uses_the_fastest():
+    """Where a compiler is at hand, nothing may quietly run on the reference."""
+    assert LIBRARY is not None, "proxbit was installed without its compiled kernels"
+    assert "portable" in LEVELS
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    assert ("avx2" in LEVELS) == ("avx2" in flags and "fma" in flags)
+    assert ("avx512" in LEVELS) == {"avx512_vpopcntdq", "avx512vbmi", "avx512bw", "avx512vl", "avx512dq"}.issubset(
+        flags
+    )
+    if "PROXBIT_ISA" not in os.environ:
+        assert native().name == next(iter(LEVELS))
+
+
+def test_the_ops_do_not_run_on_the_reference(monkeypatch):
+    def fail(*args):
+        raise AssertionError("the reference ran")
+
+    monkeypatch.setattr(reference, "LINEAR", dict.fromkeys(FORMATS, fail))
+    weight, scale, bias = layer(8, 64)
+    for op in (linear_w1, linear_w1a8, linear_w1a1):
+        for dtype in (torch.float32, torch.bfloat16):
+            op(torch.randn(2, 64).to(dtype), weight, scale, bias)
+    with pytest.raises(AssertionError, match="the reference ran"):
+        linear_w1(torch.randn(2, 64).double(), weight, scale, bias)
+
+
+@level
+@activations
+@pytest.mark.parametrize("columns", [*SIZES, 768, 1001])
+def test_shapes(level, activations, columns):
+    for rows in SIZES:
+        weight, scale, bias = layer(rows, columns)
+        for count in (0, 1, 2, 3, 7, 9) if rows < 100 else (5,):
+            assert_as_reference(level, activations, torch.randn(count, columns), weight, scale, bias)
+
+
+@level
+@activations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_at_the_edges(level, activations, dtype):
+    """Zeros of both signs, rows that saturate, tiny and huge numbers, with and without a bias."""
+    columns = 777
+    x = torch.randn(9, columns)
+    x[0] = 0.0
+    x[1] = -0.0
+    x[2] = 127.0
+    x[3] = torch.where(torch.arange(columns) % 2 == 0, 5.0, -5.0)
+    x[4, 5:] = 0.0
+    x[5] *= 1e-32
+    x[6] *= 1e30
+    x[7] = -1.0
+    for rows in (1, 70):
+        weight, scale, bias = layer(rows, columns)
+        weight[0] = 255 if columns % 8 == 0 else weight[0]
+        for shift in (bias, None):
+            assert_as_reference(level, activations, x.to(dtype), weight, scale, shift)
+
+
+@level
+def test_every_sum_of_a_saturated_row_fits(level):
+    """All weights and all activations of one sign: the largest sums there are."""
+    for columns in (252, 256, 258, 512, 4096):
+        weight = pack_signs(torch.ones(3, columns))
+        weight[1] = 0
+        x = torch.ones(4, columns)
+        x[1:] = -3.0
+        for activations in FORMATS:
+            assert_as_reference(level, activations, x, weight, torch.ones(3), None)
+
+
+@level
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_spoils_no_other_row(level, value):
+    weight, scale, bias = layer(33, 70)
+    x = torch.randn(5, 70)
+    x[2, 3] = value
+    result = level.linear("int8", x, weight, scale, bias)
+    assert bool(result[2].isnan().all())
+    kept = [0, 1, 3, 4]
+    assert torch.equal(result[kept], reference.linear_w1a8(x[kept], weight, scale, bias))
+    assert_as_reference(level, "sign", x, weight, scale, bias)
+
+
+@level
+@pytest.mark.parametrize("columns", [8, 65])
+def test_thresholds(level, columns):
+    weight, scale, bias = layer(40, columns)
+    threshold = torch.randn(columns)
+    x = torch.randn(6, columns)
+    x[1] = threshold
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_as_reference(level, "sign", x.to(dtype), weight, scale, bias, threshold)
+
+
+@level
+@activations
+def test_views(level, activations):
+    """Inputs with strides and offsets, a weight that is a part of another."""
+    weight, scale, bias = layer(90, 72)
+    base = torch.randn(7, 200, 8)
+    for x in (base.transpose(1, 2)[..., :72], base.flatten()[5 : 5 + 3 * 72].view(3, 72), base[:, 100:172, 3]):
+        assert_as_reference(level, activations, x, weight, scale, bias)
+    assert_as_reference(level, activations, torch.randn(72).expand(4, 72), weight[11:75], scale[11:75], bias[11:75])
+    assert_as_reference(level, activations, torch.randn(2, 72), weight[1::3], scale[1::3], bias[1::3])
+
+
+@level
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packing_and_unpacking(level, dtype):
+    for rows, columns in [(1, 1), (3, 7), (2, 8), (5, 9), (4, 63), (3, 64), (2, 65), (7, 1030), (0, 5), (600, 300)]:
+        values = torch.randn(rows, columns)
+        values[values.abs() < 0.1] = -0.0
+        values[values.abs() > 2.5] = torch.nan
+        values = values.to(dtype)
+        for view in (values, values[::2], values[:, ::2]):
+            packed = level.pack_signs(view)
+            assert torch.equal(packed, pack_signs(view))
+            assert torch.equal(level.unpack_signs(packed, view.shape[1]), unpack_signs(packed, view.shape[1]))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(list(LEVELS)),
+    st.sampled_from(list(FORMATS)),
+    st.integers(0, 40),
+    st.integers(1, 700),
+    st.integers(1, 300),
+    st.sampled_from([1, 2, 3, 5]),
+    st.integers(0, 2**31),
+)
+def test_any_shape_on_any_number_of_threads(level, activations, count, columns, rows, threads, seed):
+    before = torch.get_num_threads()
+    torch.manual_seed(seed)
+    weight, scale, bias = layer(rows, columns)
+    x = torch.randn(count, columns) * 10 ** float(torch.randn(()))
+    alone = LEVELS[level].linear(activations, x, weight, scale, bias)
+    torch.set_num_threads(threads)
+    try:
+        assert_as_reference(LEVELS[level], activations, x, weight, scale, bias)
+        together = LEVELS[level].linear(activations, x, weight, scale, bias)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+
+
+@level
+@activations
+@pytest.mark.parametrize(("count", "rows"), [(197, 192), (2, 3072)])
+def test_threads_give_the_same_result(level, activations, count, rows):
+    weight, scale, bias = layer(rows, 768)
+    x = torch.randn(count, 768)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(level.linear(activations, x, weight, scale, bias))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_weight_that_changes_is_laid_out_anew():
+    """In place, by load_state_dict, and as a copy: never the signs of another weight."""
+    weight, scale, bias = layer(20, 64)
+    other = pack_signs(torch.randn(20, 64))
+    x = torch.randn(3, 64)
+    for op in (linear_w1, linear_w1a8, linear_w1a1):
+        signs = weight.clone()
+        before = op(x, signs, scale, bias)
+        twin = copy.deepcopy(signs)
+        signs.copy_(other)
+        assert torch.equal(op(x, signs, scale, bias), op(x, other, scale, bias))
+        assert torch.equal(op(x, twin, scale, bias), before)
+        with torch.inference_mode():
+            made_there = weight.clone()
+            assert torch.equal(op(x, made_there, scale, bias), before)
+            made_there.copy_(other)
+            assert torch.equal(op(x, made_there, scale, bias), op(x, other, scale, bias))
+
+
+def test_layouts_live_as_long_as_their_weight():
+    kernels = native()
+    gc.collect()
+    before = len(kernels.tiles)
+    weight, scale, bias = layer(64, 64)
+    linear_w1a8(torch.randn(2, 64), weight, scale, bias)
+    assert len(kernels.tiles) <= before + 1
+    del weight
+    gc.collect()
+    assert len(kernels.tiles) <= before
+
+
+def test_several_models_in_several_threads():
+    layers = [(*layer(130, 200), torch.randn(30, 200)) for _ in range(8)]
+    expected = [reference.linear_w1a8(x, weight, scale, bias) for weight, scale, bias, x in layers]
+
+    def work(index):
+        weight, scale, bias, x = layers[index % len(layers)]
+        return all(torch.equal(linear_w1a8(x, weight, scale, bias), expected[index % len(layers)]) for _ in range(20))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(32)))
+
+
+def _in_a_child(connection, layer_and_input):
+    weight, scale, bias, x = layer_and_input
+    connection.send(linear_w1a8(x, weight, scale, bias).tolist())
+
+
+def test_after_a_fork():
+    """As in the workers of a data loader, after the parent used its threads."""
+    weight, scale, bias = layer(300, 512)
+    x = torch.randn(64, 512)
+    expected = linear_w1a8(x, weight, scale, bias)
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=_in_a_child, args=(theirs, (weight, scale, bias, x)))
+    child.start()
+    assert ours.poll(60)
+    assert torch.equal(torch.tensor(ours.recv()), expected)
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def test_the_environment_chooses_the_level():
+    for name, kernels in LEVELS.items():
+        assert choose(LIBRARY, {"PROXBIT_ISA": name}).level == kernels.level
+    assert choose(LIBRARY, {"PROXBIT_ISA": "reference"}) is None
+    assert choose(LIBRARY, {}).name == next(iter(LEVELS))
+    with pytest.raises(ConfigError, match=r"PROXBIT_ISA is 'sse9'; .* run: .*portable, reference"):
+        choose(LIBRARY, {"PROXBIT_ISA": "sse9"})
+
+
+def test_without_a_library_the_reference_runs_and_says_so():
+    assert find_library(["/nowhere"]) is None
+    with pytest.warns(UserWarning, match="installed without its compiled kernels"):
+        assert choose(None, {}) is None
+
+
+@pytest.mark.parametrize("name", [*LEVELS, "reference"])
+def test_a_process_runs_the_level_it_is_told(name):
+    code = "import torch, proxbit.kernels as k; n = k.native(); print(n.name if n else 'reference')"
+    environment = {**os.environ, "PROXBIT_ISA": name}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [name]
