@@ -8,6 +8,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from proxbit.errors import CheckpointError, ConfigError, UnknownNameError
+from proxbit.nn import check_activations
 from proxbit.quantizers import PAIRS, QuantizerPair, check_scaling, get_pair, pair_key
 
 __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "STATES", "BinarizationConfig"]
@@ -49,6 +50,13 @@ class BinarizationConfig(QuantizationConfigMixin):
     pair_parameters: dict[str, Any] | None = field(
         default=None,
         metadata={"help": "Parameters of the pair, where it takes any: {'levels': [-1, 0, 1]} for 'pc'."},
+    )
+    activations: str = field(
+        default="float",
+        metadata={
+            "help": "What the activations of binarized linear layers are multiplied as: 'float'; 'int8', rounded token "
+            "by token; 'sign'. Convolutions keep floats."
+        },
     )
     include: list[str] | None = field(
         default=None,
@@ -101,6 +109,7 @@ class BinarizationConfig(QuantizationConfigMixin):
             raise ConfigError(f"quant_method must be {QUANT_METHOD!r}, not {self.quant_method!r}.")
         if self.state not in STATES:
             raise ConfigError(f"state must be one of {', '.join(STATES)}; not {self.state!r}.")
+        check_activations(self.activations)
         self._resolve_pair()
         for name in ("include", "modules_to_not_convert"):
             self._check_patterns(name)

@@ -1,5 +1,6 @@
 """Layers: latent (`BinaryLinear`, `BinaryConv2d`) and packed (`PackedLinear`, `PackedConv2d`)."""
 
+from proxbit.nn.activations import check_activations, simulate_activations
 from proxbit.nn.binary_conv import BinaryConv2d
 from proxbit.nn.binary_linear import BinaryLinear
 from proxbit.nn.latent import LatentWeight, latent_layers, set_mu, soft_evaluation, start_update
@@ -12,8 +13,10 @@ __all__ = [
     "LatentWeight",
     "PackedConv2d",
     "PackedLinear",
+    "check_activations",
     "latent_layers",
     "set_mu",
+    "simulate_activations",
     "soft_evaluation",
     "start_update",
 ]

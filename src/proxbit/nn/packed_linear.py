@@ -1,27 +1,38 @@
 """A linear layer with packed 1-bit weights."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from proxbit.errors import PackedFormatError
-from proxbit.kernels import linear_kernel, linear_w1, pack_signs, unpack_weight
+from proxbit.kernels import linear_kernel, linear_w1, linear_w1a1, linear_w1a8, pack_signs, unpack_weight
+from proxbit.nn.activations import check_activations, simulate_activations
 from proxbit.nn.binary_linear import BinaryLinear
 from proxbit.packing import check_packed, packed_columns
 
 __all__ = ["PackedLinear"]
+
+_OPS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
+    "float": linear_w1,
+    "int8": linear_w1a8,
+    "sign": linear_w1a1,
+}
 
 
 class PackedLinear(nn.Module):
     r"""A linear layer that holds one bit a weight. It cannot be trained; gradients flow through it to its input.
 
     Forward:
-        y[..., o] = weight_scale[o] \sum_i (+-1)[o, i] x[..., i] + bias[o]  (+ weight_offset[o] \sum_i x[..., i])
+        y[..., o] = weight_scale[o] \sum_i (+-1)[o, i] a[..., i] + bias[o]  (+ weight_offset[o] \sum_i a[..., i])
+        a = A(x): see `simulate_activations`
 
     Args:
         in_features: `I`.
         out_features: `O`.
         bias: whether there is a bias, `[O]`.
         offset: whether the levels are offset - scale and offset + scale, with one offset a row.
+        activations: "float", "int8" or "sign".
         device: of the buffers and the bias.
         dtype: of the scales, the offsets and the bias.
 
@@ -44,10 +55,13 @@ class PackedLinear(nn.Module):
         bias: bool = True,
         *,
         offset: bool = False,
+        activations: str = "float",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_activations(activations)
+        self.activations = activations
         self.in_features, self.out_features = in_features, out_features
         width = packed_columns(in_features)
         self.weight = nn.Buffer(torch.zeros(out_features, width, dtype=torch.uint8, device=device))
@@ -63,6 +77,7 @@ class PackedLinear(nn.Module):
             layer.out_features,
             layer.bias is not None,
             offset=layer.center == "restore",
+            activations=layer.activations,
             device="meta",
             dtype=layer.weight.dtype,
         )
@@ -82,7 +97,7 @@ class PackedLinear(nn.Module):
         check_packed(self.weight, self.weight_scale, self.columns, name, self.weight_offset)
 
     def to_float(self) -> nn.Linear:
-        """A plain linear layer whose weight is plus and minus the row scale, with the offset of its row."""
+        """A plain linear layer with the weight that the bits stand for; its activations are floats."""
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         weight = unpack_weight(self.weight, self.weight_scale, self.columns)
         layer.weight = nn.Parameter(weight if self.weight_offset is None else weight + self.weight_offset[:, None])
@@ -92,20 +107,24 @@ class PackedLinear(nn.Module):
     @property
     def kernel(self) -> str:
         """The name of the kernel that runs this layer."""
-        return linear_kernel(self.weight, self.weight_scale)
+        name = linear_kernel(self.weight, self.weight_scale)
+        return name if self.activations == "float" else f"{name}, {self.activations}"
 
     def forward(self, input: Tensor) -> Tensor:
         if input.shape[-1] != self.in_features:
             raise PackedFormatError(
                 f"An input of width {input.shape[-1]} came to a layer of {self.in_features} inputs."
             )
-        result = linear_w1(input, self.weight, self.weight_scale, self.bias)
+        result = _OPS[self.activations](input, self.weight, self.weight_scale, self.bias)
         if self.weight_offset is None:
             return result
         # An offset that is the same for the whole row needs the sum of the inputs only, in the precision of the op.
         wide = torch.promote_types(input.dtype, torch.float32)
-        shift = input.sum(dim=-1, keepdim=True, dtype=wide) * self.weight_offset.to(wide)
+        shift = simulate_activations(input, self.activations).sum(
+            dim=-1, keepdim=True, dtype=wide
+        ) * self.weight_offset.to(wide)
         return (result + shift).to(result.dtype)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return sizes if self.activations == "float" else f"{sizes}, activations={self.activations!r}"

@@ -60,8 +60,12 @@ def to_latent(model: nn.Module, config: BinarizationConfig) -> tuple[Binarizatio
         if not decision.converted:
             continue
         layer = model.get_submodule(decision.name)
-        kind = BinaryLinear if isinstance(layer, nn.Linear) else BinaryConv2d
-        latent = kind.from_float(layer, pair, config.normalize, config.scale, config.center)  # type: ignore[arg-type]
+        units = (config.normalize, config.scale, config.center)
+        latent: BinaryLinear | BinaryConv2d
+        if isinstance(layer, nn.Linear):
+            latent = BinaryLinear.from_float(layer, pair, *units, config.activations)  # type: ignore[arg-type]
+        else:
+            latent = BinaryConv2d.from_float(layer, pair, *units)  # type: ignore[arg-type]
         if not latent.weight.is_meta:
             latent.check_latent(decision.name)
         replacements[decision.name] = latent
