@@ -23,6 +23,7 @@ from proxbit.packing import pack_signs, unpack_signs
 LIBRARY = find_library(proxbit.kernels.__path__)
 LEVELS = levels(LIBRARY) if LIBRARY else {}
 SIZES = [1, 7, 8, 9, 63, 64, 65, 191, 192, 193]
+REFERENCE = {"float": reference.linear_w1, "int8": reference.linear_w1a8, "sign": reference.linear_w1a1}
 level = pytest.mark.parametrize("level", LEVELS.values(), ids=list(LEVELS))
 activations = pytest.mark.parametrize("activations", list(FORMATS))
 
@@ -38,7 +39,7 @@ def assert_as_reference(level, activations, x, weight, scale, bias, threshold=No
     assert (result.shape, result.dtype) == ((*x.shape[:-1], len(weight)), x.dtype)
     if activations != "float":
         torch.testing.assert_close(
-            result, reference.LINEAR[activations](x, weight, scale, bias, *rest), rtol=0, atol=0, equal_nan=True
+            result, REFERENCE[activations](x, weight, scale, bias, *rest), rtol=0, atol=0, equal_nan=True
         )
         return
     exact = reference.linear_w1(x.double(), weight, scale.double(), None if bias is None else bias.double())
@@ -64,7 +65,8 @@ def test_the_ops_do_not_run_on_the_reference(monkeypatch):
     def fail(*args):
         raise AssertionError("the reference ran")
 
-    monkeypatch.setattr(reference, "LINEAR", dict.fromkeys(FORMATS, fail))
+    for name in ("linear_w1", "linear_w1a8", "linear_w1a1"):
+        monkeypatch.setattr(reference, name, fail)
     weight, scale, bias = layer(8, 64)
     for op in (linear_w1, linear_w1a8, linear_w1a1):
         for dtype in (torch.float32, torch.bfloat16):
@@ -128,6 +130,21 @@ def test_a_row_that_is_not_finite_spoils_no_other_row(level, value):
     kept = [0, 1, 3, 4]
     assert torch.equal(result[kept], reference.linear_w1a8(x[kept], weight, scale, bias))
     assert_as_reference(level, "sign", x, weight, scale, bias)
+
+
+@level
+@activations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gelu_behind_the_sums(level, activations, dtype):
+    """To the rounding of fp32, from far below zero to far above."""
+    weight, _, bias = layer(300, 40)
+    scale = torch.logspace(-3, 1, 300)
+    x = torch.randn(5, 40).to(dtype)
+    fused = level.linear(activations, x, weight, scale, bias, gelu=True)
+    apart = torch.nn.functional.gelu(level.linear(activations, x.float(), weight, scale, bias).double())
+    assert fused.dtype == dtype
+    error = (fused.double() - apart).abs()
+    assert bool((error <= (3e-7 if dtype == torch.float32 else 1 / 256) * apart.abs().clamp(min=1e-2) + 1e-7).all())
 
 
 @level

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear
 from proxbit.packing import packed_columns
+from proxbit.patching import blank_picture
 
 __all__ = ["LayerSummary", "ModelSummary", "summary"]
 
@@ -297,20 +298,9 @@ def _fold(layers: list[LayerSummary]) -> Iterator[LayerSummary]:
         yield replace(alike[0], name=name, macs=macs, **sums)
 
 
-def _blank_picture(model: nn.Module) -> dict[str, Tensor]:
-    config = getattr(model, "config", None)
-    config = getattr(config, "vision_config", config)
-    side = getattr(config, "image_size", 224)
-    height, width = (side, side) if isinstance(side, int) else tuple(side)[-2:]
-    floats = (p for p in model.parameters() if p.is_floating_point())
-    like = next(floats, torch.empty(0))
-    shape = (1, getattr(config, "num_channels", 3), height, width)
-    return {"pixel_values": torch.zeros(shape, dtype=like.dtype, device=like.device)}
-
-
 def _count_macs(model: nn.Module, inputs: dict[str, Tensor] | None) -> tuple[dict[str, int] | None, int | None, str]:
     """Multiply-accumulates by module name, their total with attention, and a note."""
-    inputs = _blank_picture(model) if inputs is None else inputs
+    inputs = blank_picture(model) if inputs is None else inputs
     training = model.training
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     try:

@@ -1,6 +1,6 @@
 """What touches transformers' quantizers and the Hub. Importing this package registers the plug-in."""
 
 from proxbit.hub.hf_quantizer import ProxbitHfQuantizer
-from proxbit.hub.states import binarize, dequantize, pack
+from proxbit.hub.states import binarize, dequantize, fuse, pack
 
-__all__ = ["ProxbitHfQuantizer", "binarize", "dequantize", "pack"]
+__all__ = ["ProxbitHfQuantizer", "binarize", "dequantize", "fuse", "pack"]

@@ -72,6 +72,7 @@ class Native:
         scale: Tensor,
         bias: Tensor | None,
         threshold: Tensor | None = None,
+        gelu: bool = False,
     ) -> Tensor:
         """A linear layer, see `reference`; `x` is fp32 or bf16, everything is on the CPU and of matching shapes."""
         code, columns, rows = FORMATS[activations], x.shape[-1], weight.shape[0]
@@ -83,7 +84,7 @@ class Native:
         tiles = self._tiles(code, weight, columns)
         result = x.new_empty((*x.shape[:-1], rows))
         call = struct.pack(
-            "15q",
+            "16q",
             self.level,
             code,
             _DTYPES[x.dtype],
@@ -99,6 +100,7 @@ class Native:
             result.data_ptr(),
             _parallel_for(),
             torch.get_num_threads(),
+            gelu,
         )
         self.library.proxbit_linear(call)
         return result

@@ -15,9 +15,11 @@ from proxbit.packing import packed_columns
 __all__ = ["linear_kernel", "linear_w1", "linear_w1a1", "linear_w1a8", "pack_signs", "unpack_signs", "unpack_weight"]
 
 _LIBRARY = torch.library.Library("proxbit", "DEF")
-_LIBRARY.define("linear_w1(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
-_LIBRARY.define("linear_w1a8(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
-_LIBRARY.define("linear_w1a1(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? threshold) -> Tensor")
+_LIBRARY.define("linear_w1(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool gelu=False) -> Tensor")
+_LIBRARY.define("linear_w1a8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool gelu=False) -> Tensor")
+_LIBRARY.define(
+    "linear_w1a1(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? threshold, bool gelu=False) -> Tensor"
+)
 _LIBRARY.define("linear_w1_grad_input(Tensor grad, Tensor weight, Tensor scale, int columns) -> Tensor")
 _LIBRARY.define("pack_signs(Tensor values) -> Tensor")
 _LIBRARY.define("unpack_signs(Tensor packed, int columns, ScalarType dtype) -> Tensor")
@@ -53,27 +55,45 @@ def _native_for(x: Tensor) -> Native | None:
     return native() if x.device.type == "cpu" and Native.takes(x) else None
 
 
-def _linear(activations: str, x: Tensor, weight: Tensor, scale: Tensor, *rest: Tensor | None) -> Tensor:
-    _check_shapes(x, weight, scale, *rest)
+def _linear(
+    activations: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor | None = None,
+    gelu: bool = False,
+) -> Tensor:
+    _check_shapes(x, weight, scale, bias, threshold)
     compiled = _native_for(x)
     few = x.numel() < _PORTABLE_ROWS * max(1, x.shape[-1])
     if compiled is not None and (few or not compiled.is_portable):
-        return compiled.linear(activations, x, weight, scale, *rest)
+        return compiled.linear(activations, x, weight, scale, bias, threshold, gelu)
     # The ops have their own rule for the precision of their sums: autocast must not reach into the torch code.
     with torch.autocast(x.device.type, enabled=False):
-        return reference.LINEAR[activations](x, weight, scale, *rest)
+        if activations == "sign":
+            return reference.linear_w1a1(x, weight, scale, bias, threshold, gelu)
+        linear = reference.linear_w1 if activations == "float" else reference.linear_w1a8
+        return linear(x, weight, scale, bias, gelu)
 
 
-def _linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return _linear("float", x, weight, scale, bias)
+def _linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    return _linear("float", x, weight, scale, bias, gelu=gelu)
 
 
-def _linear_w1a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return _linear("int8", x, weight, scale, bias)
+def _linear_w1a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    return _linear("int8", x, weight, scale, bias, gelu=gelu)
 
 
-def _linear_w1a1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: Tensor | None) -> Tensor:
-    return _linear("sign", x, weight, scale, bias, threshold)
+def _linear_w1a1(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor | None,
+    gelu: bool = False,
+) -> Tensor:
+    return _linear("sign", x, weight, scale, bias, threshold, gelu)
 
 
 def _linear_w1_grad_input(grad: Tensor, weight: Tensor, scale: Tensor, columns: int) -> Tensor:
@@ -109,13 +129,28 @@ for _name, _function in {
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
 
-def _fake_linear(x: Tensor, weight: Tensor, scale: Tensor, *rest: Tensor | None) -> Tensor:
-    _check_shapes(x, weight, scale, *rest)
+def _fake_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor | None = None,
+) -> Tensor:
+    _check_shapes(x, weight, scale, bias, threshold)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-for _name in ("linear_w1", "linear_w1a8", "linear_w1a1"):
-    torch.library.register_fake(f"proxbit::{_name}", _fake_linear, lib=_LIBRARY)
+@torch.library.register_fake("proxbit::linear_w1", lib=_LIBRARY)
+@torch.library.register_fake("proxbit::linear_w1a8", lib=_LIBRARY)
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    return _fake_linear(x, weight, scale, bias)
+
+
+@torch.library.register_fake("proxbit::linear_w1a1", lib=_LIBRARY)
+def _(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: Tensor | None, gelu: bool = False
+) -> Tensor:
+    return _fake_linear(x, weight, scale, bias, threshold)
 
 
 @torch.library.register_fake("proxbit::linear_w1_grad_input", lib=_LIBRARY)
@@ -138,9 +173,10 @@ def _(weight: Tensor, scale: Tensor, columns: int) -> Tensor:
     return scale.new_empty((weight.shape[0], columns))
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-    x, weight, scale, bias, *threshold = inputs
-    assert x is not None
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, scale, bias, *threshold, gelu = inputs
+    if gelu:
+        raise RuntimeError("The fused GELU has no gradient: call the linear op, then torch.nn.functional.gelu.")
     # Through the sign only what is near the threshold has a gradient: the box of binarized networks.
     near = (x if threshold[0] is None else x - threshold[0]).abs() <= 1 if threshold else None
     ctx.save_for_backward(weight, scale, near)
@@ -154,7 +190,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_input = torch.ops.proxbit.linear_w1_grad_input(grad, weight, scale, ctx.columns)
     if near is not None:
         grad_input = grad_input * near
-    return (grad_input, None, None, grad_bias, None)[: ctx.inputs]
+    return (grad_input, None, None, grad_bias, None, None)[: ctx.inputs]
 
 
 @register_flop_formula(torch.ops.proxbit.linear_w1_grad_input)
@@ -171,23 +207,28 @@ for _name in ("linear_w1", "linear_w1a8", "linear_w1a1"):
     register_flop_formula(getattr(torch.ops.proxbit, _name))(_linear_flops)
 
 
-def linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """`reference.linear_w1`, on the fastest kernel there is for these tensors."""
-    result: Tensor = torch.ops.proxbit.linear_w1.default(x, weight, scale, bias)
+    result: Tensor = torch.ops.proxbit.linear_w1.default(x, weight, scale, bias, gelu)
     return result
 
 
-def linear_w1a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_w1a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """`reference.linear_w1a8`, on the fastest kernel there is for these tensors."""
-    result: Tensor = torch.ops.proxbit.linear_w1a8.default(x, weight, scale, bias)
+    result: Tensor = torch.ops.proxbit.linear_w1a8.default(x, weight, scale, bias, gelu)
     return result
 
 
 def linear_w1a1(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, threshold: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    threshold: Tensor | None = None,
+    gelu: bool = False,
 ) -> Tensor:
     """`reference.linear_w1a1`, on the fastest kernel there is for these tensors."""
-    result: Tensor = torch.ops.proxbit.linear_w1a1.default(x, weight, scale, bias, threshold)
+    result: Tensor = torch.ops.proxbit.linear_w1a1.default(x, weight, scale, bias, threshold, gelu)
     return result
 
 

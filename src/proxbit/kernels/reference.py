@@ -7,7 +7,6 @@ from proxbit.packing import pack_signs, unpack_signs
 from proxbit.sign import sign
 
 __all__ = [
-    "LINEAR",
     "linear_w1",
     "linear_w1_grad_input",
     "linear_w1a1",
@@ -29,7 +28,13 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _finish(result: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    if bias is not None:
+        result = result + bias.to(result.dtype)
+    return torch.nn.functional.gelu(result) if gelu else result
+
+
+def linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     r"""A linear layer with packed 1-bit weights.
 
     Formula:
@@ -40,15 +45,14 @@ def linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> 
         weight: `[O, ceil(I / 8)]`, uint8, see `packing.layout`.
         scale: `[O]`, floating point.
         bias: `[O]` or None.
+        gelu: return GELU(y) = y Phi(y), before it is rounded to the dtype of `x`.
 
     Returns:
         `[..., O]`, dtype of `x`.
     """
     dtype = _accumulation_dtype(x.dtype)
     result = torch.nn.functional.linear(x.to(dtype), unpack_signs(weight, x.shape[-1], dtype)) * scale.to(dtype)
-    if bias is not None:
-        result = result + bias.to(dtype)
-    return result.to(x.dtype)
+    return _finish(result, bias, gelu).to(x.dtype)
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +83,7 @@ def _integer_sums(values: Tensor, weight: Tensor, peak: int) -> Tensor:
     return torch.nn.functional.linear(values.to(dtype), unpack_signs(weight, values.shape[-1], dtype)).float()
 
 
-def linear_w1a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def linear_w1a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     r"""A linear layer with packed 1-bit weights and activations quantized to int8, token by token.
 
     Formula:
@@ -91,19 +95,23 @@ def linear_w1a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -
         weight: `[O, ceil(I / 8)]`, uint8, see `packing.layout`.
         scale: `[O]`, floating point.
         bias: `[O]` or None.
+        gelu: return GELU(y) = y Phi(y), before it is rounded to the dtype of `x`.
 
     Returns:
         `[..., O]`, dtype of `x`.
     """
     q, step = quantize_activations(x)
     result = _integer_sums(q, weight, INT8_PEAK) * (step * scale.float())
-    if bias is not None:
-        result = result + bias.float()
-    return result.to(x.dtype)
+    return _finish(result, bias, gelu).to(x.dtype)
 
 
 def linear_w1a1(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor | None = None,
+    gelu: bool = False,
 ) -> Tensor:
     r"""A linear layer with packed 1-bit weights and the signs of its activations.
 
@@ -116,15 +124,14 @@ def linear_w1a1(
         scale: `[O]`, floating point.
         bias: `[O]` or None.
         threshold: `[I]`, or None for 0.
+        gelu: return GELU(y) = y Phi(y), before it is rounded to the dtype of `x`.
 
     Returns:
         `[..., O]`, dtype of `x`.
     """
     signs = sign(x.float()) if threshold is None else (x.float() >= threshold.float()).float() * 2 - 1
     result = _integer_sums(signs, weight, 1) * scale.float()
-    if bias is not None:
-        result = result + bias.float()
-    return result.to(x.dtype)
+    return _finish(result, bias, gelu).to(x.dtype)
 
 
 def linear_w1_grad_input(grad: Tensor, weight: Tensor, scale: Tensor, columns: int) -> Tensor:
@@ -159,7 +166,3 @@ def unpack_weight(weight: Tensor, scale: Tensor, columns: int) -> Tensor:
         `[O, I]` of plus and minus the row scale, dtype of `scale`.
     """
     return unpack_signs(weight, columns, scale.dtype) * scale.unsqueeze(1)
-
-
-# By what activations are multiplied as.
-LINEAR = {"float": linear_w1, "int8": linear_w1a8, "sign": linear_w1a1}

@@ -6,6 +6,7 @@ from proxbit.nn.binary_linear import BinaryLinear
 from proxbit.nn.latent import LatentWeight, latent_layers, set_mu, soft_evaluation, start_update
 from proxbit.nn.packed_conv import PackedConv2d
 from proxbit.nn.packed_linear import PackedLinear
+from proxbit.nn.shared_input import SharedInput
 
 __all__ = [
     "BinaryConv2d",
@@ -13,6 +14,7 @@ __all__ = [
     "LatentWeight",
     "PackedConv2d",
     "PackedLinear",
+    "SharedInput",
     "check_activations",
     "latent_layers",
     "set_mu",

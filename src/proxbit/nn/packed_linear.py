@@ -13,7 +13,7 @@ from proxbit.packing import check_packed, packed_columns
 
 __all__ = ["PackedLinear"]
 
-_OPS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
+_OPS: dict[str, Callable[..., Tensor]] = {
     "float": linear_w1,
     "int8": linear_w1a8,
     "sign": linear_w1a1,
@@ -42,6 +42,8 @@ class PackedLinear(nn.Module):
         weight_scale: `[O]`.
         weight_offset: `[O]` or None.
         bias: `[O]` or None.
+        gelu: the output is GELU(y); set by `fuse`.
+        shared: computes this layer together with others that are given the same input; set by `fuse`.
     """
 
     weight: Tensor
@@ -62,6 +64,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         check_activations(activations)
         self.activations = activations
+        self.gelu = False
+        self.shared: Callable[[PackedLinear, Tensor, Callable[..., Tensor]], Tensor] | None = None
         self.in_features, self.out_features = in_features, out_features
         width = packed_columns(in_features)
         self.weight = nn.Buffer(torch.zeros(out_features, width, dtype=torch.uint8, device=device))
@@ -108,22 +112,26 @@ class PackedLinear(nn.Module):
     def kernel(self) -> str:
         """The name of the kernel that runs this layer."""
         name = linear_kernel(self.weight, self.weight_scale)
-        return name if self.activations == "float" else f"{name}, {self.activations}"
+        extras = (self.activations if self.activations != "float" else "", "gelu" if self.gelu else "")
+        return ", ".join([name, *filter(None, extras)])
 
     def forward(self, input: Tensor) -> Tensor:
         if input.shape[-1] != self.in_features:
             raise PackedFormatError(
                 f"An input of width {input.shape[-1]} came to a layer of {self.in_features} inputs."
             )
-        result = _OPS[self.activations](input, self.weight, self.weight_scale, self.bias)
-        if self.weight_offset is None:
-            return result
-        # An offset that is the same for the whole row needs the sum of the inputs only, in the precision of the op.
-        wide = torch.promote_types(input.dtype, torch.float32)
-        shift = simulate_activations(input, self.activations).sum(
-            dim=-1, keepdim=True, dtype=wide
-        ) * self.weight_offset.to(wide)
-        return (result + shift).to(result.dtype)
+        op = _OPS[self.activations]
+        trained = self.bias is not None and self.bias.requires_grad
+        plain = self.weight_offset is None and not (torch.is_grad_enabled() and (trained or input.requires_grad))
+        if plain and self.shared is not None and not torch.compiler.is_compiling():
+            return self.shared(self, input, op)
+        result = op(input, self.weight, self.weight_scale, self.bias, gelu=self.gelu and plain)
+        if self.weight_offset is not None:
+            # One offset for a whole row needs the sum of the inputs only, in the precision of the op.
+            wide = torch.promote_types(input.dtype, torch.float32)
+            total = simulate_activations(input, self.activations).sum(dim=-1, keepdim=True, dtype=wide)
+            result = (result + total * self.weight_offset.to(wide)).to(result.dtype)
+        return nn.functional.gelu(result) if self.gelu and not plain else result
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

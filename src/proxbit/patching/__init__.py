@@ -1,5 +1,7 @@
 """Selecting the modules of a model, and changing them between the three states. Works on any `nn.Module`."""
 
+from proxbit.patching.fuse import FusedActivation, fuse_layers, unfuse_layers
+from proxbit.patching.pictures import blank_picture
 from proxbit.patching.replace import (
     check_latents,
     check_packed_layers,
@@ -13,9 +15,12 @@ from proxbit.patching.targets import matches, select, state_of
 
 __all__ = [
     "BinarizationReport",
+    "FusedActivation",
     "ModuleDecision",
+    "blank_picture",
     "check_latents",
     "check_packed_layers",
+    "fuse_layers",
     "matches",
     "packed_layers",
     "select",
@@ -23,4 +28,5 @@ __all__ = [
     "to_float",
     "to_latent",
     "to_packed",
+    "unfuse_layers",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, ModelStateError
 from proxbit.nn import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear, latent_layers
+from proxbit.patching.fuse import unfuse_layers
 from proxbit.patching.report import BinarizationReport, ModuleDecision
 from proxbit.patching.targets import CONVERTIBLE, explicit_patterns, select, state_of
 
@@ -141,6 +142,7 @@ def to_float(model: nn.Module) -> None:
     """
     if state_of(model) == "float":
         raise ModelStateError("dequantize takes a latent or packed model; this one is float already.")
+    unfuse_layers(model)
     _convert(
         model, "dequantized", lambda layer: layer.to_float() if isinstance(layer, LatentLayer | PackedLayer) else None
     )

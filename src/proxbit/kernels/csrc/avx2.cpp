@@ -20,6 +20,25 @@ int64_t tile_bytes(int64_t outputs, int64_t inputs) {
     return round_up(outputs, columns) * round_up(ceil_div(inputs, 8), multiple);
 }
 
+// to[32 * c + r] = from[r * stride + c] for 16 rows of 8 bytes: every round moves one bit of r into the place of one of c.
+inline void transpose(const uint8_t *from, int64_t stride, uint8_t *to) {
+    __m128i a[8], b[8];
+    for (int i = 0; i < 8; ++i) {
+        const auto row = [&](int r) { return _mm_loadl_epi64(reinterpret_cast<const __m128i *>(from + r * stride)); };
+        a[i] = _mm_unpacklo_epi8(row(i), row(i + 8));
+    }
+    const auto shuffle = [](const __m128i *in, __m128i *out) {
+        for (int i = 0; i < 4; ++i) {
+            out[2 * i] = _mm_unpacklo_epi8(in[i], in[i + 4]);
+            out[2 * i + 1] = _mm_unpackhi_epi8(in[i], in[i + 4]);
+        }
+    };
+    shuffle(a, b);
+    shuffle(b, a);
+    shuffle(a, b);
+    for (int i = 0; i < 8; ++i) _mm_storeu_si128(reinterpret_cast<__m128i *>(to + 32 * i), b[i]);
+}
+
 template <int columns, int padded_columns, int word, int multiple, int chunk>
 void relay(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles) {
     const int64_t width = ceil_div(inputs, 8), padded = round_up(width, multiple), rows = round_up(outputs, padded_columns);
@@ -29,7 +48,17 @@ void relay(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles)
         for (int64_t n = 0; n < outputs; ++n) {
             uint8_t *tile = tiles + first * rows + n / columns * columns * count + n % columns * word;
             const uint8_t *row = bits + n * width + first;
-            for (int64_t j = 0; j < used; ++j) tile[j / word * columns * word + j % word] = row[j];
+            int64_t j = 0;
+            if constexpr (word == 1) {
+                const int64_t whole = used / 8 * 8;
+                if (n % 16 == 0 && n + 16 <= outputs)
+                    for (int64_t c = 0; c < whole; c += 8) transpose(row + c, width, tile + c * columns);
+                if (n / 16 * 16 + 16 <= outputs) j = whole;
+                for (; j < used; ++j) tile[j * columns] = row[j];
+            } else {
+                for (; j + word <= used; j += word) std::memcpy(tile + j * columns, row + j, word);
+                if (j < used) std::memcpy(tile + j * columns, row + j, used - j);
+            }
         }
     }
 }
@@ -55,6 +84,48 @@ inline Indices second_half(const uint8_t *left, const uint8_t *right) {
     const __m256i nibble = _mm256_set1_epi8(15);
     return {_mm256_and_si256(_mm256_srli_epi16(load(left), 4), nibble),
             _mm256_and_si256(_mm256_srli_epi16(load(right), 4), nibble)};
+}
+
+// ---- signs
+
+inline __m256 load_floats(const float *x) { return _mm256_loadu_ps(x); }
+inline __m256 load_floats(const uint16_t *x) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+template <class Value>
+void pack_signs_of(const Value *x, int64_t columns, uint8_t *bits) {
+    int64_t j = 0;
+    for (; 8 * j + 8 <= columns; ++j) {
+        const __m256 positive = _mm256_cmp_ps(load_floats(x + 8 * j), _mm256_setzero_ps(), _CMP_GE_OQ);
+        bits[j] = static_cast<uint8_t>(_mm256_movemask_ps(positive));
+    }
+    if (8 * j == columns) return;
+    Value last[8] = {};
+    std::copy(x + 8 * j, x + columns, last);
+    const int padding = 8 - static_cast<int>(columns % 8);
+    const __m256 positive = _mm256_cmp_ps(load_floats(last), _mm256_setzero_ps(), _CMP_GE_OQ);
+    bits[j] = static_cast<uint8_t>(_mm256_movemask_ps(positive)) & (0xff >> padding);
+}
+
+void pack_signs(int64_t dtype, const void *values, int64_t columns, uint8_t *bits) {
+    if (dtype == PROXBIT_FLOAT32) {
+        pack_signs_of(static_cast<const float *>(values), columns, bits);
+    } else {
+        pack_signs_of(static_cast<const uint16_t *>(values), columns, bits);
+    }
+}
+
+void unpack_signs(const uint8_t *bits, int64_t columns, float *values) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256 minus = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1.0f);
+    int64_t j = 0;
+    for (; 8 * j + 8 <= columns; ++j) {
+        const __m256i absent = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits[j]), bit), _mm256_setzero_si256());
+        _mm256_storeu_ps(values + 8 * j, _mm256_or_ps(one, _mm256_and_ps(minus, _mm256_castsi256_ps(absent))));
+    }
+    for (int64_t i = 8 * j; i < columns; ++i) values[i] = (bits[j] >> (i % 8)) & 1 ? 1.0f : -1.0f;
 }
 
 // ---- W1A8
@@ -262,7 +333,7 @@ void run_rows_w1a1(const Call &call, int64_t row, int64_t begin, int64_t end) {
     uint8_t *signs = workspace.take<uint8_t>(rows * bytes);
     int32_t *sums = workspace.take<int32_t>(rows * columns);
     uint8_t *tables = workspace.take<uint8_t>(rows * 32 * w1a1_chunk);
-    for (int r = 0; r < rows; ++r) pack_signs_row(load_centred_row(call, row + r, buffer), call.inputs, signs + r * bytes);
+    for (int r = 0; r < rows; ++r) pack_signs_of(load_centred_row(call, row + r, buffer), call.inputs, signs + r * bytes);
     std::memset(sums, 0, rows * columns * sizeof(int32_t));
     for (int64_t first = 0; first < bytes; first += w1a1_chunk) {
         const int64_t count = std::min<int64_t>(w1a1_chunk, bytes - first);
@@ -366,10 +437,6 @@ void run_w1(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin,
     int64_t row = row_begin;
     for (; row + w1_rows <= row_end; row += w1_rows) run_rows_w1<w1_rows>(call, row, begin, end);
     for (; row < row_end; ++row) run_rows_w1<1>(call, row, begin, end);
-}
-
-void unpack_signs(const uint8_t *bits, int64_t columns, float *values) {
-    for (int64_t i = 0; i < columns; ++i) values[i] = (bits[i / 8] >> (i % 8)) & 1 ? 1.0f : -1.0f;
 }
 
 }  // namespace

@@ -1,5 +1,438 @@
-#include "level.h"
+// AVX-512 with VPOPCNTDQ: tables of 64 or 32 entries in two registers for W1A8 and W1, vector popcounts for W1A1.
+//
+// Tiles are made of words: 12 weights in 16 bits for W1A8, 30 in 32 bits for W1, 32 in 32 bits for W1A1. Words come in
+// chunks; in a chunk, one tile of columns after the other; in a tile, word j of its columns side by side.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of gcc 12 about its own header, bug 105593
+#endif
+#include <immintrin.h>
+
+#include <type_traits>
+
+#include "rows.h"
+
 namespace {
-bool no() { return false; }
+
+using proxbit::Call;
+
+bool runs() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vpopcntdq") &&
+           __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
 }
-const proxbit::Level proxbit::avx512_level = {"avx512", no, {}, nullptr, nullptr};
+
+inline __m512i load(const void *p) { return _mm512_loadu_si512(p); }
+inline void store(void *p, __m512i v) { _mm512_storeu_si512(p, v); }
+
+// Sums are named variables and these additions asm: gcc 12 keeps arrays of sums in memory, and regroups and spills sums
+// that it can see through. Asm on a reference would make it store sums as well.
+inline __m512i add_int16(__m512i a, __m512i b) {
+    asm("vpaddw %1, %0, %0" : "+v"(a) : "v"(b));
+    return a;
+}
+inline __m512i add_int32(__m512i a, __m512i b) {
+    asm("vpaddd %1, %0, %0" : "+v"(a) : "v"(b));
+    return a;
+}
+inline __m512i add_float(__m512i a, __m512i b) {
+    asm("vaddps %1, %0, %0" : "+v"(a) : "v"(b));
+    return a;
+}
+// The same as b * 1 + a, for processors that multiply in other units than they add in.
+inline __m512i add_float(__m512i a, __m512i b, __m512 one) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(a) : "v"(b), "v"(one));
+    return a;
+}
+
+// Calls function(integral_constant of the rows, first row) for blocks of `block` rows, then for one of the rest.
+template <int block, class Function>
+inline void in_row_blocks(int64_t begin, int64_t end, const Function &function) {
+    for (; begin + block <= end; begin += block) function(std::integral_constant<int, block>(), begin);
+    if constexpr (block > 1) in_row_blocks<block - 1>(begin, end, function);
+}
+
+// ---- layout
+//
+// A format says in its type: Word; weights in a word; columns of a tile, in one register or two; column_block, of whole
+// tiles; most_words in a chunk; word_multiple, of which the words of a column are one; is_prefix, see W1A1.
+
+template <class Format>
+int64_t words_of(int64_t inputs) {
+    return round_up(ceil_div(inputs, Format::weights), Format::word_multiple);
+}
+
+// Words in a chunk: all chunks nearly as long.
+template <class Format>
+int64_t chunk_of(int64_t words) {
+    return ceil_div(words, std::max<int64_t>(1, ceil_div(words, Format::most_words)));
+}
+
+template <class Format>
+int64_t tile_bytes(int64_t outputs, int64_t inputs) {
+    return round_up(outputs, Format::column_block) * words_of<Format>(inputs) * sizeof(typename Format::Word);
+}
+
+template <class Format>
+void relay(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles) {
+    using Word = typename Format::Word;
+    constexpr int64_t columns = Format::columns;
+    const int64_t width = ceil_div(inputs, 8), words = words_of<Format>(inputs), chunk = chunk_of<Format>(words);
+    const int64_t padded = round_up(outputs, Format::column_block), row_bytes = words * Format::weights / 8 + 9;
+    Workspace workspace(row_bytes + 64);
+    uint8_t *row = workspace.take<uint8_t>(row_bytes);
+    std::memset(row, 0, row_bytes);
+    std::memset(tiles, 0, tile_bytes<Format>(outputs, inputs));
+    for (int64_t n = 0; n < outputs; ++n) {
+        std::memcpy(row, bits + n * width, width);
+        Word prefix = 0;
+        for (int64_t first = 0; first < words; first += chunk) {
+            const int64_t count = std::min(chunk, words - first);
+            uint8_t *to = tiles + (first * padded + n / columns * columns * count + n % columns) * sizeof(Word);
+            for (int64_t j = 0; j < count; ++j) {
+                const int64_t bit = (first + j) * Format::weights;
+                uint64_t part;
+                std::memcpy(&part, row + bit / 8, 8);
+                Word word = static_cast<Word>((part >> (bit % 8)) & ((uint64_t(1) << Format::weights) - 1));
+                if constexpr (Format::is_prefix) word = prefix ^= word;
+                std::memcpy(to + j * columns * sizeof(Word), &word, sizeof(Word));
+            }
+        }
+    }
+}
+
+// ---- look-up: W1A8 and W1
+//
+// A group of weights is the index to a table of the sums of as many activations. A table is two registers, 128 bytes;
+// the permutation ignores the bits above the index, so the next group only has to be shifted down. A block is 4 rows by
+// 4 registers of columns; the tables of a chunk stay in the first cache while all columns pass.
+
+struct Registers {
+    __m512i a, b, c, d;
+};
+
+struct Patterns {
+    // For 16-bit lane e: bits 0 and 1 of e, bits 2 and 3, bit 4 and 0, bit 4 and 1, each times 2 and a byte.
+    alignas(64) uint8_t bytes[4][64];
+    // For 32-bit lane e: the sign bit where bit b of e is 0.
+    alignas(64) uint32_t signs[4][16];
+    constexpr Patterns() : bytes(), signs() {
+        for (int e = 0; e < 32; ++e) {
+            for (int b = 0; b < 4; ++b) bytes[b / 2][2 * e + b % 2] = e >> b & 1 ? 2 : 0;
+            bytes[2][2 * e] = bytes[3][2 * e] = e >> 4 ? 2 : 0;
+            bytes[3][2 * e + 1] = 2;
+        }
+        for (int b = 0; b < 4; ++b)
+            for (int e = 0; e < 16; ++e) signs[b][e] = e >> b & 1 ? 0 : 0x80000000u;
+    }
+};
+constexpr Patterns patterns;
+
+// Groups of 6 in 16-bit lanes. A table holds 2 sum e q (e the bits) and the sums of a chunk start at -sum q, so that
+// they end as sum s q: at most 21 * 12 * 127, which fits; what wraps around on the way does no harm.
+struct W1A8 {
+    using Word = uint16_t;
+    using Activation = int8_t;
+    using Sum = int32_t;
+    static constexpr int weights = 12, group = 6, columns = 32, column_block = 64, most_words = 21, word_multiple = 1;
+    static constexpr bool is_prefix = false;
+
+    static const int8_t *load_row_of(const Call &call, int64_t row, int64_t width, float *buffer, float &factor) {
+        int8_t *q = reinterpret_cast<int8_t *>(buffer + width);
+        factor = quantize_row(load_row(call, row, width, buffer), width, q);
+        return q;
+    }
+    static void fill_table(const int8_t *q, uint8_t *table) {
+        const auto times = [q](int i, int pattern) {
+            int16_t pair;
+            std::memcpy(&pair, q + i, 2);
+            return _mm512_maddubs_epi16(load(patterns.bytes[pattern]), _mm512_set1_epi16(pair));
+        };
+        const __m512i sum = _mm512_add_epi16(times(0, 0), times(2, 1));
+        store(table, _mm512_add_epi16(sum, times(4, 2)));
+        store(table + 64, _mm512_add_epi16(sum, times(4, 3)));
+    }
+    static __m512i start(const int8_t *q, int64_t count) {
+        int32_t sum = 0;
+        for (int64_t k = 0; k < count; ++k) sum += q[k];
+        return _mm512_set1_epi16(static_cast<int16_t>(-sum));
+    }
+    static __m512i next(__m512i indices) { return _mm512_srli_epi16(indices, group); }
+    template <int registers>
+    static void look_up(Registers &sums, const uint8_t *table, const Registers &indices) {
+        const __m512i low = load(table), high = load(table + 64);
+        sums.a = add_int16(sums.a, _mm512_permutex2var_epi16(low, indices.a, high));
+        sums.b = add_int16(sums.b, _mm512_permutex2var_epi16(low, indices.b, high));
+        if constexpr (registers > 2) {
+            sums.c = add_int16(sums.c, _mm512_permutex2var_epi16(low, indices.c, high));
+            sums.d = add_int16(sums.d, _mm512_permutex2var_epi16(low, indices.d, high));
+        }
+    }
+    static void add_to(int32_t *to, __m512i sums) {
+        const __m512i first = _mm512_cvtepi16_epi32(_mm512_castsi512_si256(sums));
+        const __m512i second = _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(sums, 1));
+        store(to, _mm512_add_epi32(load(to), first));
+        store(to + 16, _mm512_add_epi32(load(to + 16), second));
+    }
+};
+
+// Groups of 5 in 32-bit lanes; a table holds signed sums.
+struct W1 {
+    using Word = uint32_t;
+    using Activation = float;
+    using Sum = float;
+    static constexpr int weights = 30, group = 5, columns = 16, column_block = 32, most_words = 6, word_multiple = 1;
+    static constexpr bool is_prefix = false;
+
+    static const float *load_row_of(const Call &call, int64_t row, int64_t width, float *buffer, float &factor) {
+        factor = 1.0f;
+        return load_row(call, row, width, buffer);
+    }
+    static void fill_table(const float *x, uint8_t *table) {
+        const auto times = [x](int i) {
+            return _mm512_xor_ps(_mm512_load_ps(patterns.signs[i]), _mm512_set1_ps(x[i]));
+        };
+        const __m512 sum = _mm512_add_ps(_mm512_add_ps(times(0), times(1)), _mm512_add_ps(times(2), times(3)));
+        const __m512 last = _mm512_set1_ps(x[4]);
+        _mm512_storeu_ps(table, _mm512_sub_ps(sum, last));
+        _mm512_storeu_ps(table + 64, _mm512_add_ps(sum, last));
+    }
+    static __m512i start(const float *, int64_t) { return _mm512_setzero_si512(); }
+    static __m512i next(__m512i indices) { return _mm512_srli_epi32(indices, group); }
+    template <int registers>
+    static void look_up(Registers &sums, const uint8_t *table, const Registers &indices) {
+        const __m512i low = load(table), high = load(table + 64);
+        const __m512 one = _mm512_set1_ps(1.0f);
+        // vpermi2ps and vpermi2d do the same; the latter's types need no casts.
+        sums.a = add_float(sums.a, _mm512_permutex2var_epi32(low, indices.a, high));
+        sums.b = add_float(sums.b, _mm512_permutex2var_epi32(low, indices.b, high), one);
+        if constexpr (registers > 2) {
+            sums.c = add_float(sums.c, _mm512_permutex2var_epi32(low, indices.c, high));
+            sums.d = add_float(sums.d, _mm512_permutex2var_epi32(low, indices.d, high), one);
+        }
+    }
+    static void add_to(float *to, __m512i sums) {
+        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_castsi512_ps(sums)));
+    }
+};
+
+template <class Format, int registers>
+inline void add_registers_to(typename Format::Sum *to, const Registers &sums) {
+    Format::add_to(to, sums.a);
+    Format::add_to(to + Format::columns, sums.b);
+    if constexpr (registers > 2) {
+        Format::add_to(to + 2 * Format::columns, sums.c);
+        Format::add_to(to + 3 * Format::columns, sums.d);
+    }
+}
+
+// sums[r][columns of the registers] += sum_k s a for a chunk; 128 bytes of tables for each group and row.
+template <class Format, int rows, int registers>
+inline void add_chunk(const uint8_t *tile, const uint8_t *tables, const __m512i *starts, int64_t words,
+                      typename Format::Sum *sums, int64_t stride) {
+    const auto start = [starts](int r) {
+        const __m512i value = starts[r < rows ? r : 0];
+        return Registers{value, value, value, value};
+    };
+    Registers p = start(0), q = start(1), r = start(2), s = start(3), indices = p;
+    for (int64_t j = 0; j < words; ++j, tile += 64) {
+        indices.a = load(tile);
+        indices.b = load(tile + 64 * words);
+        if constexpr (registers > 2) indices.c = load(tile + 128 * words), indices.d = load(tile + 192 * words);
+        for (int i = 0; i < Format::weights / Format::group; ++i, tables += 128 * rows) {
+            Format::template look_up<registers>(p, tables, indices);
+            if constexpr (rows > 1) Format::template look_up<registers>(q, tables + 128, indices);
+            if constexpr (rows > 2) Format::template look_up<registers>(r, tables + 256, indices);
+            if constexpr (rows > 3) Format::template look_up<registers>(s, tables + 384, indices);
+            indices.a = Format::next(indices.a), indices.b = Format::next(indices.b);
+            if constexpr (registers > 2) indices.c = Format::next(indices.c), indices.d = Format::next(indices.d);
+        }
+    }
+    add_registers_to<Format, registers>(sums, p);
+    if constexpr (rows > 1) add_registers_to<Format, registers>(sums + stride, q);
+    if constexpr (rows > 2) add_registers_to<Format, registers>(sums + 2 * stride, r);
+    if constexpr (rows > 3) add_registers_to<Format, registers>(sums + 3 * stride, s);
+}
+
+constexpr int look_up_rows = 4;
+
+template <class Format, int rows>
+void look_up_block(const Call &call, int64_t row, int64_t begin, int64_t end) {
+    using Activation = typename Format::Activation;
+    using Sum = typename Format::Sum;
+    constexpr int64_t groups = Format::weights / Format::group, block = Format::column_block;
+    const int64_t words = words_of<Format>(call.inputs), chunk = chunk_of<Format>(words);
+    const int64_t width = words * Format::weights;
+    const int64_t columns = round_up(end - begin, block), padded = round_up(call.outputs, block);
+    const int64_t row_floats = round_up(width + ceil_div(width, 4), 16), table_bytes = rows * 128 * groups * chunk;
+    Workspace workspace(4 * rows * (row_floats + columns) + table_bytes + 192);
+    float *buffer = workspace.take<float>(rows * row_floats);
+    Sum *sums = workspace.take<Sum>(rows * columns);
+    uint8_t *tables = workspace.take<uint8_t>(table_bytes);
+    const Activation *a[rows];
+    float factor[rows];
+    for (int r = 0; r < rows; ++r) a[r] = Format::load_row_of(call, row + r, width, buffer + r * row_floats, factor[r]);
+    std::memset(sums, 0, rows * columns * sizeof(Sum));
+    for (int64_t first = 0; first < words; first += chunk) {
+        const int64_t count = std::min(chunk, words - first);
+        __m512i starts[rows];
+        for (int r = 0; r < rows; ++r) {
+            const Activation *part = a[r] + first * Format::weights;
+            starts[r] = Format::start(part, count * Format::weights);
+            for (int64_t i = 0; i < groups * count; ++i)
+                Format::fill_table(part + i * Format::group, tables + (i * rows + r) * 128);
+        }
+        const uint8_t *tile = call.tiles + (first * padded + begin * count) * sizeof(typename Format::Word);
+        int64_t n = 0;
+        for (; n + 2 * block <= columns; n += 2 * block, tile += 256 * count)
+            add_chunk<Format, rows, 4>(tile, tables, starts, count, sums + n, columns);
+        if (n < columns) add_chunk<Format, rows, 2>(tile, tables, starts, count, sums + n, columns);
+    }
+    for (int r = 0; r < rows; ++r) store_row(call, row + r, begin, end, factor[r], sums + r * columns);
+}
+
+template <class Format>
+void look_up_run(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+    in_row_blocks<look_up_rows>(row_begin, row_end, [&](auto rows, int64_t row) {
+        look_up_block<Format, decltype(rows)::value>(call, row, begin, end);
+    });
+}
+
+// ---- signs to bits and back
+
+inline __m512 load_floats(const float *x) { return _mm512_loadu_ps(x); }
+inline __m512 load_floats(const uint16_t *x) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+template <class Value>
+void pack_signs_of(const Value *x, int64_t columns, uint8_t *bits) {
+    const auto pack = [](const Value *x) { return _mm512_cmp_ps_mask(load_floats(x), _mm512_setzero_ps(), _CMP_GE_OQ); };
+    int64_t k = 0;
+    for (; k + 16 <= columns; k += 16) {
+        const uint16_t mask = pack(x + k);
+        std::memcpy(bits + k / 8, &mask, 2);
+    }
+    if (k == columns) return;
+    Value last[16] = {};
+    std::copy(x + k, x + columns, last);
+    const uint16_t mask = pack(last) & ((1 << (columns - k)) - 1);
+    std::memcpy(bits + k / 8, &mask, ceil_div(columns - k, 8));
+}
+
+void pack_signs(int64_t dtype, const void *values, int64_t columns, uint8_t *bits) {
+    if (dtype == PROXBIT_FLOAT32) return pack_signs_of(static_cast<const float *>(values), columns, bits);
+    pack_signs_of(static_cast<const uint16_t *>(values), columns, bits);
+}
+
+void unpack_signs(const uint8_t *bits, int64_t columns, float *values) {
+    const __m512 plus = _mm512_set1_ps(1.0f), minus = _mm512_set1_ps(-1.0f);
+    int64_t k = 0;
+    for (; k + 16 <= columns; k += 16) {
+        __mmask16 mask;
+        std::memcpy(&mask, bits + k / 8, 2);
+        _mm512_storeu_ps(values + k, _mm512_mask_blend_ps(mask, minus, plus));
+    }
+    for (; k < columns; ++k) values[k] = (bits[k / 8] >> (k % 8)) & 1 ? 1.0f : -1.0f;
+}
+
+// ---- W1A1
+//
+// Words of tiles and of activations are prefix xors: y_j, the xor of both, is the parity of the differences x_0 .. x_j
+// in each bit. Of a pair of words, y_2j-1 + x_2j + x_2j+1 = 2 * majority + y_2j+1, and the majority is one ternary
+// operation on the three y. So there are 2 * sum popcount(majority) + popcount(last y) differences: one popcount for two
+// words.
+
+struct W1A1 {
+    using Word = uint32_t;
+    static constexpr int weights = 32, columns = 32, column_block = 32, word_multiple = 2;
+    static constexpr int64_t most_words = int64_t(1) << 62;
+    static constexpr bool is_prefix = true;
+};
+
+struct Counter {
+    __m512i left, right, last_left, last_right;
+};
+
+inline void count_majority(__m512i &sum, __m512i &last, __m512i even, __m512i odd) {
+    asm("vpternlogd $0x5c, %2, %1, %0" : "+v"(even) : "v"(last), "v"(odd));
+    sum = add_int32(sum, _mm512_popcnt_epi32(even));
+    last = odd;
+}
+
+inline void count_pair(Counter &counter, uint32_t even, uint32_t odd, const Registers &words) {
+    const __m512i first = _mm512_set1_epi32(static_cast<int>(even)), second = _mm512_set1_epi32(static_cast<int>(odd));
+    count_majority(counter.left, counter.last_left, words.a ^ first, words.c ^ second);
+    count_majority(counter.right, counter.last_right, words.b ^ first, words.d ^ second);
+}
+
+inline void store_counts(int32_t *to, const Counter &counter, int64_t inputs) {
+    const auto sum = [inputs](__m512i majorities, __m512i last) {
+        const __m512i differences = _mm512_add_epi32(_mm512_slli_epi32(majorities, 1), _mm512_popcnt_epi32(last));
+        return _mm512_sub_epi32(_mm512_set1_epi32(static_cast<int>(inputs)), _mm512_slli_epi32(differences, 1));
+    };
+    store(to, sum(counter.left, counter.last_left));
+    store(to + 16, sum(counter.right, counter.last_right));
+}
+
+constexpr int w1a1_rows = 5;
+
+// sums[r][32 columns]; words of activations come with their rows side by side.
+template <int rows>
+inline void count_columns(const uint8_t *tile, const uint32_t *signs, int64_t words, int64_t inputs, int32_t *sums,
+                          int64_t stride) {
+    const __m512i zero = _mm512_setzero_si512();
+    Counter a = {zero, zero, zero, zero}, b = a, c = a, d = a, e = a;
+    for (int64_t j = 0; j < words; j += 2, tile += 256, signs += 2 * rows) {
+        const Registers pair = {load(tile), load(tile + 64), load(tile + 128), load(tile + 192)};
+        count_pair(a, signs[0], signs[rows], pair);
+        if constexpr (rows > 1) count_pair(b, signs[1], signs[rows + 1], pair);
+        if constexpr (rows > 2) count_pair(c, signs[2], signs[rows + 2], pair);
+        if constexpr (rows > 3) count_pair(d, signs[3], signs[rows + 3], pair);
+        if constexpr (rows > 4) count_pair(e, signs[4], signs[rows + 4], pair);
+    }
+    store_counts(sums, a, inputs);
+    if constexpr (rows > 1) store_counts(sums + stride, b, inputs);
+    if constexpr (rows > 2) store_counts(sums + 2 * stride, c, inputs);
+    if constexpr (rows > 3) store_counts(sums + 3 * stride, d, inputs);
+    if constexpr (rows > 4) store_counts(sums + 4 * stride, e, inputs);
+}
+
+template <int rows>
+void w1a1_block(const Call &call, int64_t row, int64_t begin, int64_t end) {
+    const int64_t words = words_of<W1A1>(call.inputs), columns = round_up(end - begin, W1A1::columns);
+    Workspace workspace(4 * call.inputs + 4 * words * (rows + 1) + 4 * rows * columns + 256);
+    float *buffer = workspace.take<float>(call.inputs);
+    uint32_t *bits = workspace.take<uint32_t>(words);
+    uint32_t *signs = workspace.take<uint32_t>(words * rows);
+    int32_t *sums = workspace.take<int32_t>(rows * columns);
+    std::memset(bits, 0, 4 * words);
+    for (int r = 0; r < rows; ++r) {
+        pack_signs_of(load_centred_row(call, row + r, buffer), call.inputs, reinterpret_cast<uint8_t *>(bits));
+        uint32_t prefix = 0;
+        for (int64_t j = 0; j < words; ++j) signs[j * rows + r] = prefix ^= bits[j];
+    }
+    const uint8_t *tile = call.tiles + begin * words * 4;
+    for (int64_t n = 0; n < columns; n += W1A1::columns)
+        count_columns<rows>(tile + n * words * 4, signs, words, call.inputs, sums + n, columns);
+    for (int r = 0; r < rows; ++r) store_row(call, row + r, begin, end, 1.0f, sums + r * columns);
+}
+
+void w1a1_run(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+    in_row_blocks<w1a1_rows>(row_begin, row_end, [&](auto rows, int64_t row) {
+        w1a1_block<decltype(rows)::value>(call, row, begin, end);
+    });
+}
+
+}  // namespace
+
+const proxbit::Level proxbit::avx512_level = {
+    "avx512",
+    runs,
+    {{look_up_rows, W1::column_block, tile_bytes<W1>, relay<W1>, look_up_run<W1>},
+     {look_up_rows, W1A8::column_block, tile_bytes<W1A8>, relay<W1A8>, look_up_run<W1A8>},
+     {w1a1_rows, W1A1::column_block, tile_bytes<W1A1>, relay<W1A1>, w1a1_run}},
+    pack_signs,
+    unpack_signs,
+};

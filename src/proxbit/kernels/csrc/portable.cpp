@@ -91,6 +91,20 @@ void run_w1a1(const Call &call, int64_t row_begin, int64_t row_end, int64_t begi
     }
 }
 
+void pack_signs(int64_t dtype, const void *values, int64_t columns, uint8_t *bits) {
+    if (dtype == PROXBIT_FLOAT32) {
+        pack_signs_row(static_cast<const float *>(values), columns, bits);
+        return;
+    }
+    const uint16_t *x = static_cast<const uint16_t *>(values);
+    float part[512];
+    for (int64_t begin = 0; begin < columns; begin += 512) {
+        const int64_t count = std::min<int64_t>(512, columns - begin);
+        for (int64_t k = 0; k < count; ++k) part[k] = from_bfloat16(x[begin + k]);
+        pack_signs_row(part, count, bits + begin / 8);
+    }
+}
+
 void unpack_signs(const uint8_t *bits, int64_t columns, float *values) {
     for (int64_t i = 0; i < columns; ++i) values[i] = (bits[i / 8] >> (i % 8)) & 1 ? 1.0f : -1.0f;
 }

@@ -47,6 +47,7 @@ struct proxbit_linear_call {
     void *y;                /* [M, N], contiguous */
     proxbit_parallel_for parallel_for; /* null: one thread */
     int64_t threads;                   /* how many the pool has */
+    int64_t gelu;                      /* 1: y is x Phi(x) of the above */
 };
 
 /* The instruction levels in this library, fastest first: their names, null past the last one, and whether this

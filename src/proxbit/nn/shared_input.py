@@ -1,0 +1,87 @@
+"""Packed layers that are given the same input, computed in one call: queries, keys and values of an attention."""
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxbit.errors import ConfigError
+from proxbit.nn.packed_linear import PackedLinear
+
+__all__ = ["SharedInput"]
+
+
+def _state(tensor: Tensor | None) -> tuple[int, int] | None:
+    """What changes when the numbers of a tensor do; tensors made in inference mode only show where they are."""
+    return None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+
+
+class SharedInput:
+    """One call for several packed layers: the input is read, rounded and made into tables once.
+
+    The first layer computes for all of them. The others, when they are given the same tensor next, in the same thread,
+    return what it left; given anything else they compute alone.
+
+    Args:
+        layers: in the order in which they are called; of one input width and one format of activations, all or none
+            of them with a bias, none with an offset.
+
+    Raises:
+        ConfigError: if the layers cannot be computed together.
+    """
+
+    def __init__(self, layers: Sequence[PackedLinear]) -> None:
+        if not self.fits(layers):
+            raise ConfigError("Layers that share an input have the same width, activations and bias, and no offset.")
+        self.layers = list(layers)
+        self._states: list[Any] = []
+        self._tensors: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._left: dict[int, tuple[weakref.ref[Tensor], dict[int, Tensor]]] = {}
+
+    @staticmethod
+    def fits(layers: Sequence[PackedLinear]) -> bool:
+        """Whether the layers can be computed together."""
+        kinds = {(layer.in_features, layer.activations, layer.bias is None, layer.gelu) for layer in layers}
+        return len(layers) > 1 and len(kinds) == 1 and all(layer.weight_offset is None for layer in layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy starts without results and without joined tensors."""
+        return {**self.__dict__, "_states": [], "_tensors": None, "_left": {}}
+
+    def _joined(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weight, scale and bias of all layers, made anew when one of them changed."""
+        states = [_state(t) for layer in self.layers for t in (layer.weight, layer.weight_scale, layer.bias)]
+        if self._tensors is None or states != self._states:
+            biases: list[Tensor] = [layer.bias for layer in self.layers if layer.bias is not None]
+            self._tensors = (
+                torch.cat([layer.weight for layer in self.layers]),
+                torch.cat([layer.weight_scale for layer in self.layers]),
+                torch.cat(biases).detach() if biases else None,
+            )
+            self._states = states
+        return self._tensors
+
+    def __call__(self, layer: PackedLinear, input: Tensor, op: Callable[..., Tensor]) -> Tensor:
+        """The output of one of the layers.
+
+        Args:
+            layer: one of `layers`.
+            input: `[..., I]`.
+            op: the operator of the layers.
+        """
+        thread = threading.get_ident()
+        if layer is not self.layers[0]:
+            left = self._left.get(thread)
+            if left is not None and left[0]() is input and id(layer) in left[1]:
+                return left[1].pop(id(layer))
+            return op(input, layer.weight, layer.weight_scale, layer.bias, gelu=layer.gelu)
+        sizes = [each.out_features for each in self.layers]
+        parts: Sequence[Tensor] = op(input, *self._joined(), gelu=layer.gelu).split(sizes, dim=-1)
+        self._left[thread] = (
+            weakref.ref(input),
+            {id(each): part for each, part in zip(self.layers[1:], parts[1:], strict=True)},
+        )
+        return parts[0]

@@ -1,0 +1,134 @@
+"""What is fused is seen by running the model once: only where it cannot change the results."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.activations import GELUActivation
+
+import proxbit
+from proxbit.errors import ModelStateError
+from proxbit.nn import PackedLinear
+from proxbit.patching import FusedActivation
+from tiny_models import FAMILIES, SIDE
+
+D = 24
+
+
+def packed(model, activations="float"):
+    return proxbit.pack(proxbit.binarize(model, proxbit.BinarizationConfig(weights="bnn", activations=activations))).eval()
+
+
+def fused_layers(model):
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    return [n for n, m in layers.items() if m.gelu], [n for n, m in layers.items() if m.shared]
+
+
+@pytest.mark.parametrize("activations", ["float", "int8", "sign"])
+def test_a_vision_transformer(activations, crops):
+    model = packed(FAMILIES["vit"](), activations)
+    pixels = crops(3, SIDE)
+    before, state = model(pixels).logits, list(model.state_dict())
+    assert proxbit.fuse(model) is model
+    gelus, shared = fused_layers(model)
+    assert gelus == [f"vit.layers.{i}.mlp.fc1" for i in range(2)]
+    assert shared == [f"vit.layers.{i}.attention.{name}_proj" for i in range(2) for name in "qkv"]
+    assert "gelu" in model.vit.layers[0].mlp.fc1.kernel
+    assert list(model.state_dict()) == state
+    with torch.no_grad():
+        after = model(pixels).logits
+    tolerance = {"float": 1e-5, "int8": 1e-2, "sign": 1e-1}[activations]
+    torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_family_keeps_its_results(family, crops):
+    model = packed(FAMILIES[family]())
+    pixels = crops(2, SIDE)
+    with torch.no_grad():
+        before = model(pixels)[0]
+        after = proxbit.fuse(model, {"pixel_values": pixels[:1]})(pixels)[0]
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+class Block(nn.Module):
+    """A linear layer with something behind it."""
+
+    def __init__(self, act, again=False, peek=False):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(D, D), act, nn.Linear(D, D)
+        self.again, self.peek = again, peek
+
+    def forward(self, x):
+        hidden = self.fc1(x)
+        result = self.act(hidden)
+        if self.peek:
+            result = result + hidden
+        if self.again:
+            result = self.act(result)
+        return self.fc2(result)
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), GELUActivation()], ids=["torch", "transformers"])
+def test_exact_gelus_are_fused(act):
+    model = packed(Block(act))
+    x = torch.randn(5, D)
+    before = model(x)
+    proxbit.fuse(model, {"x": x})
+    assert isinstance(model.act, FusedActivation)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda: Block(nn.GELU(approximate="tanh")),
+        lambda: Block(nn.ReLU()),
+        lambda: Block(nn.Sequential(nn.GELU(), nn.Dropout(0.0))),
+        lambda: Block(nn.GELU(), peek=True),
+        lambda: Block(nn.GELU(), again=True),
+    ],
+    ids=["tanh", "relu", "nested with dropout", "sums are read elsewhere", "used twice"],
+)
+def test_what_is_left_alone(block):
+    model = packed(block())
+    x = torch.randn(5, D)
+    before = model(x)
+    proxbit.fuse(model, {"x": x})
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+    if not isinstance(model.act, nn.Sequential):
+        assert fused_layers(model) == ([], [])
+
+
+def test_gradients_still_flow():
+    model = packed(Block(nn.GELU()))
+    x = torch.randn(5, D, requires_grad=True)
+    model(x).square().sum().backward()
+    expected, x.grad = x.grad, None
+    proxbit.fuse(model, {"x": x.detach()})
+    model(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_saved_and_dequantized_as_before(tmp_path, crops):
+    model, pixels = packed(FAMILIES["vit"]()), crops(2, SIDE)
+    before = model(pixels).logits
+    proxbit.fuse(model).save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert fused_layers(again) == ([], [])
+    assert torch.equal(again(pixels).logits, before)
+    plain = proxbit.dequantize(model)
+    assert not any(isinstance(module, FusedActivation) for module in plain.modules())
+    torch.testing.assert_close(plain(pixels).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_fusing_twice_is_fusing_once():
+    model = proxbit.fuse(proxbit.fuse(packed(FAMILIES["vit"]())))
+    assert not isinstance(model.vit.layers[0].mlp.activation_fn.original, FusedActivation)
+    assert len(fused_layers(model)[0]) == 2
+
+
+def test_only_packed_models():
+    with pytest.raises(ModelStateError, match="fuse takes a packed model, this one is float"):
+        proxbit.fuse(FAMILIES["vit"]())
