@@ -15,7 +15,9 @@ D = 24
 
 
 def packed(model, activations="float"):
-    return proxbit.pack(proxbit.binarize(model, proxbit.BinarizationConfig(weights="bnn", activations=activations))).eval()
+    return proxbit.pack(
+        proxbit.binarize(model, proxbit.BinarizationConfig(weights="bnn", activations=activations))
+    ).eval()
 
 
 def fused_layers(model):

@@ -26,6 +26,7 @@ _SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 _LEVEL_VARIABLE = "PROXBIT_ISA"
 _REFERENCE = "reference"
 _IMPORTED_BY = os.getpid()
+_CALL = struct.Struct("16q")  # proxbit_linear_call
 
 
 def find_library(folders: Sequence[str]) -> Path | None:
@@ -69,22 +70,22 @@ class Native:
         activations: str,
         x: Tensor,
         weight: Tensor,
-        scale: Tensor,
+        scale: Tensor | None,
         bias: Tensor | None,
         threshold: Tensor | None = None,
         gelu: bool = False,
     ) -> Tensor:
         """A linear layer, see `reference`; `x` is fp32 or bf16, everything is on the CPU and of matching shapes."""
-        code, columns, rows = FORMATS[activations], x.shape[-1], weight.shape[0]
-        flat = x.reshape(-1, columns)
+        columns, rows = x.shape[-1], weight.shape[0]
+        flat = x if x.dim() == 2 else x.reshape(-1, columns)
         if flat.stride(1) != 1:
             flat = flat.contiguous()
-        # Held in a variable for as long as the call reads them.
-        scales, biases, thresholds = (_as_floats(numbers) for numbers in (scale, bias, threshold))
+        # Variables, so that what is converted lives as long as the call reads it.
+        scale, bias, threshold = _as_floats(scale), _as_floats(bias), _as_floats(threshold)
+        code = FORMATS[activations]
         tiles = self._tiles(code, weight, columns)
         result = x.new_empty((*x.shape[:-1], rows))
-        call = struct.pack(
-            "16q",
+        call = _CALL.pack(
             self.level,
             code,
             _DTYPES[x.dtype],
@@ -94,9 +95,9 @@ class Native:
             flat.data_ptr(),
             flat.stride(0),
             tiles.data_ptr(),
-            _address(scales),
-            _address(biases),
-            _address(thresholds),
+            _address(scale),
+            _address(bias),
+            _address(threshold),
             result.data_ptr(),
             _parallel_for(),
             torch.get_num_threads(),
@@ -167,7 +168,9 @@ def _address(numbers: Tensor | None) -> int:
 
 
 def _as_floats(numbers: Tensor | None) -> Tensor | None:
-    return None if numbers is None else numbers.to(torch.float32).contiguous()
+    if numbers is None or (numbers.dtype is torch.float32 and numbers.is_contiguous()):
+        return numbers
+    return numbers.to(torch.float32).contiguous()
 
 
 def _open(path: Path) -> ctypes.CDLL:
