@@ -217,16 +217,25 @@ for _name in ("linear_w1", "linear_w1a8", "linear_w1a1"):
     register_flop_formula(getattr(torch.ops.proxbit, _name))(_linear_flops)
 
 
+def _call(op: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """The operator, without its gradient formula where there is nothing to differentiate: that takes half of a call."""
+    trained = x.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.compiler.is_compiling() or (trained and torch.is_grad_enabled()):
+        result: Tensor = op(x, weight, scale, bias, *rest)
+        return result
+    with torch._C._AutoDispatchBelowAutograd():
+        result = op(x, weight, scale, bias, *rest)
+    return result
+
+
 def linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """`reference.linear_w1`, on the fastest kernel there is for these tensors."""
-    result: Tensor = torch.ops.proxbit.linear_w1.default(x, weight, scale, bias, gelu)
-    return result
+    return _call(torch.ops.proxbit.linear_w1.default, x, weight, scale, bias, gelu)
 
 
 def linear_w1a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """`reference.linear_w1a8`, on the fastest kernel there is for these tensors."""
-    result: Tensor = torch.ops.proxbit.linear_w1a8.default(x, weight, scale, bias, gelu)
-    return result
+    return _call(torch.ops.proxbit.linear_w1a8.default, x, weight, scale, bias, gelu)
 
 
 def linear_w1a1(
@@ -238,8 +247,7 @@ def linear_w1a1(
     gelu: bool = False,
 ) -> Tensor:
     """`reference.linear_w1a1`, on the fastest kernel there is for these tensors."""
-    result: Tensor = torch.ops.proxbit.linear_w1a1.default(x, weight, scale, bias, threshold, gelu)
-    return result
+    return _call(torch.ops.proxbit.linear_w1a1.default, x, weight, scale, bias, threshold, gelu)
 
 
 def pack_signs(values: Tensor) -> Tensor:
