@@ -1,0 +1,33 @@
+"""`proxbit env`: what runs here, for bug reports and for whoever wonders why it is slow."""
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from proxbit.analysis.environment import environment
+
+__all__ = ["env"]
+
+
+def env() -> None:
+    """Show versions, the processor, and which kernels run."""
+    here = environment()
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = {
+        **here.versions,
+        "CPU": here.cpu,
+        "cores": str(here.cores),
+        "threads": str(here.threads),
+        "kernel library": here.library or "none",
+        "kernel level": here.level,
+        "levels available": ", ".join((*here.levels, "reference")),
+        "PROXBIT_ISA": here.isa or "not set",
+    }
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    console = Console()
+    console.print(table)
+    if here.advice is not None:
+        console.print(f"[yellow]{escape(here.advice)}[/]", highlight=False, soft_wrap=True)
