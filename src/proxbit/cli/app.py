@@ -6,6 +6,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from proxbit.cli.bench import bench
 from proxbit.cli.env import env
 from proxbit.cli.pairs import pairs
 from proxbit.cli.plot import plot
@@ -20,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(bench)
 app.command()(env)
 app.command()(pairs)
 app.command()(plot)
