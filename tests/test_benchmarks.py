@@ -1,0 +1,75 @@
+"""What the pages of the benchmarks of speed say of their goals, from made-up times."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from proxbit.analysis.environment import environment
+from proxbit.analysis.timing import Timings
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A program of the benchmarks, as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def test_a_goal_is_judged_by_the_number_that_is_printed(script):
+    goal = script("report").Goal("speed", 3, 4)
+    verdicts = [goal.verdict(value) for value in (None, 2.99, 2.996, 3.5, 4.0)]
+    assert verdicts == ["not measured", "**missed**", "met", "met", "met, stretch too"]
+
+
+def test_goals_of_linear_layers(script):
+    """Geometric means over the shapes; the best int8 peer is the fastest at each shape."""
+    linear = script("linear")
+    results = [
+        linear.Result(
+            "ViT-B",
+            shape,
+            197,
+            1,
+            Timings(
+                {
+                    "torch fp32": (8.0,),
+                    "torch.ao int8 dynamic": (torch_int8,),
+                    "onnxruntime int8 dynamic": (4.0,),
+                    "linear_w1a8": (1.0,),
+                    "linear_w1a1": (own,),
+                }
+            ),
+        )
+        for shape, torch_int8, own in (((1, 2), 2.0, 0.5), ((3, 4), 8.0, 0.125))
+    ]
+    found = {goal.what: value for goal, value in linear.against_goals(results, 6e9).items()}
+    assert found["`linear_w1a1` / torch fp32, ViT-B, M=197"] == pytest.approx((16 * 64) ** 0.5)
+    assert found["`linear_w1a8` / the best int8 peer, ViT-B, M=197"] == pytest.approx((2 * 4) ** 0.5)
+    assert found["`linear_w1` / torch fp32, ViT-B, M=197"] is None
+    assert found["`linear_w1a1` / torch fp32, ViT-S, M=197"] is None
+    assert found["`pack_signs`"] == 6
+
+
+def test_goals_of_whole_models(script):
+    vit = script("vit")
+    seconds = {"float": (8.0,), "int8 dynamic": (3.0,), "packed, sign": (1.0,), "packed, int8": (2.0,)}
+    result = vit.Result("ViT-B", 1, 1, Timings(seconds), {})
+    loads = {"cold": Timings({"float": (4.0,), "packed": (0.5,)})}
+    found = {goal.what: value for goal, value in vit.against_goals([result], loads).items()}
+    assert list(found.values()) == [8, 4, None, 1.5, 8]
+
+
+def test_the_page_and_its_numbers_are_written(script, tmp_path, capsys):
+    report, here = script("report"), environment()
+    measured = {report.Goal("fast", 2): 1.0}
+    lines = ["title", "", *report.goal_table(measured, here)]
+    report.finish("page", lines, {"goals": report.goals_data(measured)}, here, tmp_path)
+    page = (tmp_path / "page.md").read_text()
+    assert page.strip() == capsys.readouterr().out.strip()
+    assert "| fast | 2 x |  | 1.00 x | **missed** |" in page and f"`{here.level}`" in page
+    data = json.loads((tmp_path / "page.json").read_text())
+    assert data["goals"][0]["verdict"] == "missed" and data["environment"]["level"] == here.level
