@@ -132,5 +132,11 @@ def test_fusing_twice_is_fusing_once():
 
 
 def test_only_packed_models():
-    with pytest.raises(ModelStateError, match="fuse takes a packed model, this one is float"):
+    with pytest.raises(ModelStateError, match="^fuse takes a packed model, this one is float"):
         proxbit.fuse(FAMILIES["vit"]())
+
+
+def test_a_model_that_takes_no_picture_alone_needs_inputs():
+    model = packed(Block(nn.GELU()))
+    with pytest.raises(ModelStateError, match=r"Block takes no picture alone .*fuse\(model, inputs="):
+        proxbit.fuse(model)

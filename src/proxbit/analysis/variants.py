@@ -10,7 +10,7 @@ from torch.ao.quantization import quantize_dynamic
 
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ModelStateError
-from proxbit.hub import binarize, dequantize, pack
+from proxbit.hub import binarize, dequantize, fuse, pack
 from proxbit.patching import blank_picture, packed_layers, state_of
 
 __all__ = ["forward_calls", "packed_copy", "pictures", "variants"]
@@ -26,7 +26,7 @@ def int8_dynamic(model: nn.Module) -> nn.Module:
 
 
 def packed_copy(model: nn.Module, config: BinarizationConfig | None = None) -> nn.Module:
-    """A packed copy of a model.
+    """A packed copy of a model, fused as far as it goes.
 
     Args:
         model: in any state.
@@ -35,7 +35,7 @@ def packed_copy(model: nn.Module, config: BinarizationConfig | None = None) -> n
     new = copy.deepcopy(model)
     if state_of(new) == "float":
         binarize(new, config)
-    return new if state_of(new) == "packed" else pack(new)
+    return fuse(new if state_of(new) == "packed" else pack(new))
 
 
 def variants(model: nn.Module, configs: Sequence[BinarizationConfig] = ()) -> dict[str, nn.Module]:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from proxbit.config import BinarizationConfig
+from proxbit.errors import ModelStateError, ProxbitError
 from proxbit.hub.hf_quantizer import attach, detach
 from proxbit.patching import blank_picture, fuse_layers, to_float, to_latent, to_packed
 
@@ -68,9 +69,19 @@ def fuse(model: Model, inputs: dict[str, Tensor] | None = None) -> Model:
         The same model.
 
     Raises:
-        ModelStateError: if the model is not packed.
+        ModelStateError: if the model is not packed, or does not take a blank picture.
     """
-    fuse_layers(model, blank_picture(model) if inputs is None else inputs)
+    if inputs is not None:
+        fuse_layers(model, inputs)
+        return model
+    try:
+        fuse_layers(model, blank_picture(model))
+    except ProxbitError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise ModelStateError(
+            f"{type(model).__name__} takes no picture alone ({error}): say what it takes, fuse(model, inputs={{...}})."
+        ) from error
     return model
 
 
