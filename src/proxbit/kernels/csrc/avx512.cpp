@@ -7,8 +7,6 @@
 #endif
 #include <immintrin.h>
 
-#include <type_traits>
-
 #include "rows.h"
 
 namespace {
@@ -18,44 +16,16 @@ using proxbit::Call;
 bool runs() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vpopcntdq") &&
-           __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vpopcntdq");
 }
 
 inline __m512i load(const void *p) { return _mm512_loadu_si512(p); }
 inline void store(void *p, __m512i v) { _mm512_storeu_si512(p, v); }
 
-// Sums are named variables and these additions asm: gcc 12 keeps arrays of sums in memory, and regroups and spills sums
-// that it can see through. Asm on a reference would make it store sums as well.
-inline __m512i add_int16(__m512i a, __m512i b) {
-    asm("vpaddw %1, %0, %0" : "+v"(a) : "v"(b));
-    return a;
-}
-inline __m512i add_int32(__m512i a, __m512i b) {
-    asm("vpaddd %1, %0, %0" : "+v"(a) : "v"(b));
-    return a;
-}
-inline __m512i add_float(__m512i a, __m512i b) {
-    asm("vaddps %1, %0, %0" : "+v"(a) : "v"(b));
-    return a;
-}
-// The same as b * 1 + a, for processors that multiply in other units than they add in.
-inline __m512i add_float(__m512i a, __m512i b, __m512 one) {
-    asm("vfmadd231ps %2, %1, %0" : "+v"(a) : "v"(b), "v"(one));
-    return a;
-}
-
-// Calls function(integral_constant of the rows, first row) for blocks of `block` rows, then for one of the rest.
-template <int block, class Function>
-inline void in_row_blocks(int64_t begin, int64_t end, const Function &function) {
-    for (; begin + block <= end; begin += block) function(std::integral_constant<int, block>(), begin);
-    if constexpr (block > 1) in_row_blocks<block - 1>(begin, end, function);
-}
-
 // ---- layout
 //
-// A format says in its type: Word; weights in a word; columns of a tile, in one register or two; column_block, of whole
-// tiles; most_words in a chunk; word_multiple, of which the words of a column are one; is_prefix, see W1A1.
+// A format says in its type: rows of a block; columns of a tile; column_block, of whole tiles; Word;
+// weights of a word; most_words of a chunk; word_multiple, of which the words of a column are one; is_prefix, see W1A1.
 
 template <class Format>
 int64_t words_of(int64_t inputs) {
@@ -106,6 +76,9 @@ void relay(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles)
 // A group of weights is the index to a table of the sums of as many activations. A table is two registers, 128 bytes;
 // the permutation ignores the bits above the index, so the next group only has to be shifted down. A block is 4 rows by
 // 4 registers of columns; the tables of a chunk stay in the first cache while all columns pass.
+//
+// Sums are named variables and their additions asm on values: gcc 12 keeps arrays of sums in memory, regroups and
+// spills sums that it can see through, and stores sums that asm gets by reference.
 
 struct Registers {
     __m512i a, b, c, d;
@@ -119,8 +92,7 @@ struct Patterns {
     constexpr Patterns() : bytes(), signs() {
         for (int e = 0; e < 32; ++e) {
             for (int b = 0; b < 4; ++b) bytes[b / 2][2 * e + b % 2] = e >> b & 1 ? 2 : 0;
-            bytes[2][2 * e] = bytes[3][2 * e] = e >> 4 ? 2 : 0;
-            bytes[3][2 * e + 1] = 2;
+            bytes[2][2 * e] = bytes[3][2 * e] = e >> 4 ? 2 : 0, bytes[3][2 * e + 1] = 2;
         }
         for (int b = 0; b < 4; ++b)
             for (int e = 0; e < 16; ++e) signs[b][e] = e >> b & 1 ? 0 : 0x80000000u;
@@ -134,7 +106,8 @@ struct W1A8 {
     using Word = uint16_t;
     using Activation = int8_t;
     using Sum = int32_t;
-    static constexpr int weights = 12, group = 6, columns = 32, column_block = 64, most_words = 21, word_multiple = 1;
+    static constexpr int rows = 4, columns = 32, column_block = 64;
+    static constexpr int weights = 12, group = 6, most_words = 21, word_multiple = 1;
     static constexpr bool is_prefix = false;
 
     static const int8_t *load_row_of(const Call &call, int64_t row, int64_t width, float *buffer, float &factor) {
@@ -158,21 +131,16 @@ struct W1A8 {
         return _mm512_set1_epi16(static_cast<int16_t>(-sum));
     }
     static __m512i next(__m512i indices) { return _mm512_srli_epi16(indices, group); }
-    template <int registers>
-    static void look_up(Registers &sums, const uint8_t *table, const Registers &indices) {
-        const __m512i low = load(table), high = load(table + 64);
-        sums.a = add_int16(sums.a, _mm512_permutex2var_epi16(low, indices.a, high));
-        sums.b = add_int16(sums.b, _mm512_permutex2var_epi16(low, indices.b, high));
-        if constexpr (registers > 2) {
-            sums.c = add_int16(sums.c, _mm512_permutex2var_epi16(low, indices.c, high));
-            sums.d = add_int16(sums.d, _mm512_permutex2var_epi16(low, indices.d, high));
-        }
+    template <bool>
+    static __m512i look_up(__m512i sum, __m512i low, __m512i index, __m512i high) {
+        const __m512i entry = _mm512_permutex2var_epi16(low, index, high);
+        asm("vpaddw %1, %0, %0" : "+v"(sum) : "v"(entry));
+        return sum;
     }
     static void add_to(int32_t *to, __m512i sums) {
-        const __m512i first = _mm512_cvtepi16_epi32(_mm512_castsi512_si256(sums));
-        const __m512i second = _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(sums, 1));
-        store(to, _mm512_add_epi32(load(to), first));
-        store(to + 16, _mm512_add_epi32(load(to + 16), second));
+        const __m256i first = _mm512_castsi512_si256(sums), second = _mm512_extracti64x4_epi64(sums, 1);
+        store(to, _mm512_add_epi32(load(to), _mm512_cvtepi16_epi32(first)));
+        store(to + 16, _mm512_add_epi32(load(to + 16), _mm512_cvtepi16_epi32(second)));
     }
 };
 
@@ -181,7 +149,8 @@ struct W1 {
     using Word = uint32_t;
     using Activation = float;
     using Sum = float;
-    static constexpr int weights = 30, group = 5, columns = 16, column_block = 32, most_words = 6, word_multiple = 1;
+    static constexpr int rows = 4, columns = 16, column_block = 32;
+    static constexpr int weights = 30, group = 5, most_words = 6, word_multiple = 1;
     static constexpr bool is_prefix = false;
 
     static const float *load_row_of(const Call &call, int64_t row, int64_t width, float *buffer, float &factor) {
@@ -199,22 +168,29 @@ struct W1 {
     }
     static __m512i start(const float *, int64_t) { return _mm512_setzero_si512(); }
     static __m512i next(__m512i indices) { return _mm512_srli_epi32(indices, group); }
-    template <int registers>
-    static void look_up(Registers &sums, const uint8_t *table, const Registers &indices) {
-        const __m512i low = load(table), high = load(table + 64);
-        const __m512 one = _mm512_set1_ps(1.0f);
-        // vpermi2ps and vpermi2d do the same; the latter's types need no casts.
-        sums.a = add_float(sums.a, _mm512_permutex2var_epi32(low, indices.a, high));
-        sums.b = add_float(sums.b, _mm512_permutex2var_epi32(low, indices.b, high), one);
-        if constexpr (registers > 2) {
-            sums.c = add_float(sums.c, _mm512_permutex2var_epi32(low, indices.c, high));
-            sums.d = add_float(sums.d, _mm512_permutex2var_epi32(low, indices.d, high), one);
-        }
+    // Adds by multiplying with 1 if told so, for processors that multiply in other units than they add and permute in.
+    template <bool multiply>
+    static __m512i look_up(__m512i sum, __m512i low, __m512i index, __m512i high) {
+        const __m512i entry = _mm512_permutex2var_epi32(low, index, high);  // vpermi2ps is the same
+        if constexpr (multiply) asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(entry), "v"(_mm512_set1_ps(1.0f)));
+        else asm("vaddps %1, %0, %0" : "+v"(sum) : "v"(entry));
+        return sum;
     }
     static void add_to(float *to, __m512i sums) {
         _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_castsi512_ps(sums)));
     }
 };
+
+template <class Format, int registers>
+inline void look_up(Registers &sums, const uint8_t *table, const Registers &indices) {
+    const __m512i low = load(table), high = load(table + 64);
+    sums.a = Format::template look_up<false>(sums.a, low, indices.a, high);
+    sums.b = Format::template look_up<true>(sums.b, low, indices.b, high);
+    if constexpr (registers > 2) {
+        sums.c = Format::template look_up<false>(sums.c, low, indices.c, high);
+        sums.d = Format::template look_up<true>(sums.d, low, indices.d, high);
+    }
+}
 
 template <class Format, int registers>
 inline void add_registers_to(typename Format::Sum *to, const Registers &sums) {
@@ -230,20 +206,17 @@ inline void add_registers_to(typename Format::Sum *to, const Registers &sums) {
 template <class Format, int rows, int registers>
 inline void add_chunk(const uint8_t *tile, const uint8_t *tables, const __m512i *starts, int64_t words,
                       typename Format::Sum *sums, int64_t stride) {
-    const auto start = [starts](int r) {
-        const __m512i value = starts[r < rows ? r : 0];
-        return Registers{value, value, value, value};
-    };
+    const auto start = [starts](int r) { return Registers{starts[r], starts[r], starts[r], starts[r]}; };
     Registers p = start(0), q = start(1), r = start(2), s = start(3), indices = p;
     for (int64_t j = 0; j < words; ++j, tile += 64) {
         indices.a = load(tile);
         indices.b = load(tile + 64 * words);
         if constexpr (registers > 2) indices.c = load(tile + 128 * words), indices.d = load(tile + 192 * words);
         for (int i = 0; i < Format::weights / Format::group; ++i, tables += 128 * rows) {
-            Format::template look_up<registers>(p, tables, indices);
-            if constexpr (rows > 1) Format::template look_up<registers>(q, tables + 128, indices);
-            if constexpr (rows > 2) Format::template look_up<registers>(r, tables + 256, indices);
-            if constexpr (rows > 3) Format::template look_up<registers>(s, tables + 384, indices);
+            look_up<Format, registers>(p, tables, indices);
+            if constexpr (rows > 1) look_up<Format, registers>(q, tables + 128, indices);
+            if constexpr (rows > 2) look_up<Format, registers>(r, tables + 256, indices);
+            if constexpr (rows > 3) look_up<Format, registers>(s, tables + 384, indices);
             indices.a = Format::next(indices.a), indices.b = Format::next(indices.b);
             if constexpr (registers > 2) indices.c = Format::next(indices.c), indices.d = Format::next(indices.d);
         }
@@ -254,35 +227,32 @@ inline void add_chunk(const uint8_t *tile, const uint8_t *tables, const __m512i 
     if constexpr (rows > 3) add_registers_to<Format, registers>(sums + 3 * stride, s);
 }
 
-constexpr int look_up_rows = 4;
-
 template <class Format, int rows>
 void look_up_block(const Call &call, int64_t row, int64_t begin, int64_t end) {
-    using Activation = typename Format::Activation;
     using Sum = typename Format::Sum;
     constexpr int64_t groups = Format::weights / Format::group, block = Format::column_block;
-    const int64_t words = words_of<Format>(call.inputs), chunk = chunk_of<Format>(words);
-    const int64_t width = words * Format::weights;
-    const int64_t columns = round_up(end - begin, block), padded = round_up(call.outputs, block);
+    const int64_t words = words_of<Format>(call.inputs), chunk = chunk_of<Format>(words), weights = Format::weights;
+    const int64_t width = words * weights, columns = round_up(end - begin, block);
     const int64_t row_floats = round_up(width + ceil_div(width, 4), 16), table_bytes = rows * 128 * groups * chunk;
     Workspace workspace(4 * rows * (row_floats + columns) + table_bytes + 192);
     float *buffer = workspace.take<float>(rows * row_floats);
     Sum *sums = workspace.take<Sum>(rows * columns);
     uint8_t *tables = workspace.take<uint8_t>(table_bytes);
-    const Activation *a[rows];
+    const typename Format::Activation *a[rows];
     float factor[rows];
     for (int r = 0; r < rows; ++r) a[r] = Format::load_row_of(call, row + r, width, buffer + r * row_floats, factor[r]);
     std::memset(sums, 0, rows * columns * sizeof(Sum));
     for (int64_t first = 0; first < words; first += chunk) {
         const int64_t count = std::min(chunk, words - first);
-        __m512i starts[rows];
+        __m512i starts[Format::rows] = {};
         for (int r = 0; r < rows; ++r) {
-            const Activation *part = a[r] + first * Format::weights;
-            starts[r] = Format::start(part, count * Format::weights);
+            const auto *part = a[r] + first * weights;
+            starts[r] = Format::start(part, count * weights);
             for (int64_t i = 0; i < groups * count; ++i)
                 Format::fill_table(part + i * Format::group, tables + (i * rows + r) * 128);
         }
-        const uint8_t *tile = call.tiles + (first * padded + begin * count) * sizeof(typename Format::Word);
+        const int64_t words_before = first * round_up(call.outputs, block) + begin * count;
+        const uint8_t *tile = call.tiles + words_before * sizeof(typename Format::Word);
         int64_t n = 0;
         for (; n + 2 * block <= columns; n += 2 * block, tile += 256 * count)
             add_chunk<Format, rows, 4>(tile, tables, starts, count, sums + n, columns);
@@ -291,33 +261,26 @@ void look_up_block(const Call &call, int64_t row, int64_t begin, int64_t end) {
     for (int r = 0; r < rows; ++r) store_row(call, row + r, begin, end, factor[r], sums + r * columns);
 }
 
-template <class Format>
-void look_up_run(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
-    in_row_blocks<look_up_rows>(row_begin, row_end, [&](auto rows, int64_t row) {
-        look_up_block<Format, decltype(rows)::value>(call, row, begin, end);
-    });
-}
-
 // ---- signs to bits and back
 
-inline __m512 load_floats(const float *x) { return _mm512_loadu_ps(x); }
-inline __m512 load_floats(const uint16_t *x) {
+inline uint32_t signs_of(__m512 x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ); }
+inline uint32_t signs_of(const float *x) { return signs_of(_mm512_loadu_ps(x)); }
+inline uint32_t signs_of(const uint16_t *x) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    return signs_of(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
 }
 
 template <class Value>
 void pack_signs_of(const Value *x, int64_t columns, uint8_t *bits) {
-    const auto pack = [](const Value *x) { return _mm512_cmp_ps_mask(load_floats(x), _mm512_setzero_ps(), _CMP_GE_OQ); };
     int64_t k = 0;
     for (; k + 16 <= columns; k += 16) {
-        const uint16_t mask = pack(x + k);
+        const uint32_t mask = signs_of(x + k);
         std::memcpy(bits + k / 8, &mask, 2);
     }
     if (k == columns) return;
     Value last[16] = {};
     std::copy(x + k, x + columns, last);
-    const uint16_t mask = pack(last) & ((1 << (columns - k)) - 1);
+    const uint32_t mask = signs_of(last) & ((1u << (columns - k)) - 1);
     std::memcpy(bits + k / 8, &mask, ceil_div(columns - k, 8));
 }
 
@@ -327,12 +290,11 @@ void pack_signs(int64_t dtype, const void *values, int64_t columns, uint8_t *bit
 }
 
 void unpack_signs(const uint8_t *bits, int64_t columns, float *values) {
-    const __m512 plus = _mm512_set1_ps(1.0f), minus = _mm512_set1_ps(-1.0f);
     int64_t k = 0;
     for (; k + 16 <= columns; k += 16) {
         __mmask16 mask;
         std::memcpy(&mask, bits + k / 8, 2);
-        _mm512_storeu_ps(values + k, _mm512_mask_blend_ps(mask, minus, plus));
+        _mm512_storeu_ps(values + k, _mm512_mask_blend_ps(mask, _mm512_set1_ps(-1.0f), _mm512_set1_ps(1.0f)));
     }
     for (; k < columns; ++k) values[k] = (bits[k / 8] >> (k % 8)) & 1 ? 1.0f : -1.0f;
 }
@@ -341,12 +303,11 @@ void unpack_signs(const uint8_t *bits, int64_t columns, float *values) {
 //
 // Words of tiles and of activations are prefix xors: y_j, the xor of both, is the parity of the differences x_0 .. x_j
 // in each bit. Of a pair of words, y_2j-1 + x_2j + x_2j+1 = 2 * majority + y_2j+1, and the majority is one ternary
-// operation on the three y. So there are 2 * sum popcount(majority) + popcount(last y) differences: one popcount for two
-// words.
+// operation on the three y. The differences are 2 * sum popcount(majority) + popcount(last y).
 
 struct W1A1 {
     using Word = uint32_t;
-    static constexpr int weights = 32, columns = 32, column_block = 32, word_multiple = 2;
+    static constexpr int rows = 5, columns = 32, column_block = 32, weights = 32, word_multiple = 2;
     static constexpr int64_t most_words = int64_t(1) << 62;
     static constexpr bool is_prefix = true;
 };
@@ -355,16 +316,18 @@ struct Counter {
     __m512i left, right, last_left, last_right;
 };
 
-inline void count_majority(__m512i &sum, __m512i &last, __m512i even, __m512i odd) {
+inline __m512i count_majority(__m512i sum, __m512i last, __m512i even, __m512i odd) {
     asm("vpternlogd $0x5c, %2, %1, %0" : "+v"(even) : "v"(last), "v"(odd));
-    sum = add_int32(sum, _mm512_popcnt_epi32(even));
-    last = odd;
+    asm("vpaddd %1, %0, %0" : "+v"(sum) : "v"(_mm512_popcnt_epi32(even)));
+    return sum;
 }
 
 inline void count_pair(Counter &counter, uint32_t even, uint32_t odd, const Registers &words) {
     const __m512i first = _mm512_set1_epi32(static_cast<int>(even)), second = _mm512_set1_epi32(static_cast<int>(odd));
-    count_majority(counter.left, counter.last_left, words.a ^ first, words.c ^ second);
-    count_majority(counter.right, counter.last_right, words.b ^ first, words.d ^ second);
+    const __m512i left = words.c ^ second, right = words.d ^ second;
+    counter.left = count_majority(counter.left, counter.last_left, words.a ^ first, left);
+    counter.right = count_majority(counter.right, counter.last_right, words.b ^ first, right);
+    counter.last_left = left, counter.last_right = right;
 }
 
 inline void store_counts(int32_t *to, const Counter &counter, int64_t inputs) {
@@ -375,8 +338,6 @@ inline void store_counts(int32_t *to, const Counter &counter, int64_t inputs) {
     store(to, sum(counter.left, counter.last_left));
     store(to + 16, sum(counter.right, counter.last_right));
 }
-
-constexpr int w1a1_rows = 5;
 
 // sums[r][32 columns]; words of activations come with their rows side by side.
 template <int rows>
@@ -400,7 +361,7 @@ inline void count_columns(const uint8_t *tile, const uint32_t *signs, int64_t wo
 }
 
 template <int rows>
-void w1a1_block(const Call &call, int64_t row, int64_t begin, int64_t end) {
+void count_block(const Call &call, int64_t row, int64_t begin, int64_t end) {
     const int64_t words = words_of<W1A1>(call.inputs), columns = round_up(end - begin, W1A1::columns);
     Workspace workspace(4 * call.inputs + 4 * words * (rows + 1) + 4 * rows * columns + 256);
     float *buffer = workspace.take<float>(call.inputs);
@@ -419,20 +380,21 @@ void w1a1_block(const Call &call, int64_t row, int64_t begin, int64_t end) {
     for (int r = 0; r < rows; ++r) store_row(call, row + r, begin, end, 1.0f, sums + r * columns);
 }
 
-void w1a1_run(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
-    in_row_blocks<w1a1_rows>(row_begin, row_end, [&](auto rows, int64_t row) {
-        w1a1_block<decltype(rows)::value>(call, row, begin, end);
-    });
+// y for blocks of `rows` rows, then for one of the rest.
+template <class Format, int rows = Format::rows>
+void run(const Call &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
+    for (; row + rows <= row_end; row += rows) {
+        if constexpr (Format::is_prefix) count_block<rows>(call, row, begin, end);
+        else look_up_block<Format, rows>(call, row, begin, end);
+    }
+    if constexpr (rows > 1) run<Format, rows - 1>(call, row, row_end, begin, end);
 }
+
+template <class T>
+constexpr proxbit::Format kernels = {T::rows, T::column_block, tile_bytes<T>, relay<T>, run<T>};
 
 }  // namespace
 
 const proxbit::Level proxbit::avx512_level = {
-    "avx512",
-    runs,
-    {{look_up_rows, W1::column_block, tile_bytes<W1>, relay<W1>, look_up_run<W1>},
-     {look_up_rows, W1A8::column_block, tile_bytes<W1A8>, relay<W1A8>, look_up_run<W1A8>},
-     {w1a1_rows, W1A1::column_block, tile_bytes<W1A1>, relay<W1A1>, w1a1_run}},
-    pack_signs,
-    unpack_signs,
+    "avx512", runs, {kernels<W1>, kernels<W1A8>, kernels<W1A1>}, pack_signs, unpack_signs,
 };

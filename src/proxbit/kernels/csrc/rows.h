@@ -120,7 +120,7 @@ inline float gelu(float x) {
         power = power * rest + c;
     int32_t bits;
     std::memcpy(&bits, &power, 4);
-    bits += static_cast<int32_t>(whole) << 23;
+    bits += static_cast<int32_t>(whole) * (1 << 23);
     std::memcpy(&power, &bits, 4);
     return x * (x < 0 ? power : 1.0f - power);
 }
