@@ -1,11 +1,10 @@
 // AVX2: tables of 16 entries in registers, looked up with a byte shuffle, 32 columns at once.
 //
-// Tiles are read from front to back. Bytes of weights come in chunks; in a chunk, one block of columns after the other;
-// in a block, byte j (or word j) of its columns side by side. Of W1A8 and W1A1 32 bytes are 8 weights of 32 columns: the
-// low half of a byte is the index for 4 activations, the high half the one for the next 4.
+// Tiles (see tiles.h): of W1A8 and W1A1 32 bytes are 8 weights of 32 columns; the low half of a byte is the index for 4
+// activations, the high half the one for the next 4. Of W1 they are words of 32 weights, of 8 columns.
 #include <immintrin.h>
 
-#include "rows.h"
+#include "tiles.h"
 
 namespace {
 
@@ -14,11 +13,6 @@ using proxbit::Call;
 bool runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 // ---- layout
-
-template <int columns, int multiple>
-int64_t tile_bytes(int64_t outputs, int64_t inputs) {
-    return round_up(outputs, columns) * round_up(ceil_div(inputs, 8), multiple);
-}
 
 // to[32 * c + r] = from[r * stride + c] for 16 rows of 8 bytes: every round moves one bit of r into the place of one of c.
 inline void transpose(const uint8_t *from, int64_t stride, uint8_t *to) {
@@ -37,30 +31,6 @@ inline void transpose(const uint8_t *from, int64_t stride, uint8_t *to) {
     shuffle(b, a);
     shuffle(a, b);
     for (int i = 0; i < 8; ++i) _mm_storeu_si128(reinterpret_cast<__m128i *>(to + 32 * i), b[i]);
-}
-
-template <int columns, int padded_columns, int word, int multiple, int chunk>
-void relay(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles) {
-    const int64_t width = ceil_div(inputs, 8), padded = round_up(width, multiple), rows = round_up(outputs, padded_columns);
-    std::memset(tiles, 0, rows * padded);
-    for (int64_t first = 0; first < width; first += chunk) {
-        const int64_t count = std::min<int64_t>(chunk, padded - first), used = std::min<int64_t>(chunk, width - first);
-        for (int64_t n = 0; n < outputs; ++n) {
-            uint8_t *tile = tiles + first * rows + n / columns * columns * count + n % columns * word;
-            const uint8_t *row = bits + n * width + first;
-            int64_t j = 0;
-            if constexpr (word == 1) {
-                const int64_t whole = used / 8 * 8;
-                if (n % 16 == 0 && n + 16 <= outputs)
-                    for (int64_t c = 0; c < whole; c += 8) transpose(row + c, width, tile + c * columns);
-                if (n / 16 * 16 + 16 <= outputs) j = whole;
-                for (; j < used; ++j) tile[j * columns] = row[j];
-            } else {
-                for (; j + word <= used; j += word) std::memcpy(tile + j * columns, row + j, word);
-                if (j < used) std::memcpy(tile + j * columns, row + j, used - j);
-            }
-        }
-    }
 }
 
 inline __m256i load(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
@@ -445,8 +415,8 @@ const proxbit::Level proxbit::avx2_level = {
     "avx2",
     runs,
     {{w1_rows, 64, tile_bytes<16, 4>, relay<8, 16, 4, 4, w1_chunk>, run_w1},
-     {w1a8_rows, 64, tile_bytes<64, 4>, relay<32, 64, 1, 4, w1a8_chunk>, run_w1a8},
-     {w1a1_rows, 64, tile_bytes<64, 1>, relay<32, 64, 1, 1, w1a1_chunk>, run_w1a1}},
+     {w1a8_rows, 64, tile_bytes<64, 4>, relay<32, 64, 1, 4, w1a8_chunk, transpose>, run_w1a8},
+     {w1a1_rows, 64, tile_bytes<64, 1>, relay<32, 64, 1, 1, w1a1_chunk, transpose>, run_w1a1}},
     pack_signs,
     unpack_signs,
 };
