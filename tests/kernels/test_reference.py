@@ -116,3 +116,14 @@ def test_negative_and_zero_scales():
     weight = pack_signs(torch.ones(2, 3))
     result = reference.linear_w1(torch.ones(1, 3), weight, torch.tensor([-1.0, 0.0]), None)
     assert result.tolist() == [[-3.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_quantized_activations_are_those_of_single_precision(dtype):
+    """One division, one product, one rounding: short mantissas meet halves often, where another rounding shows."""
+    x = torch.randn(3000, 40).to(dtype)
+    q, step = reference.quantize_activations(x)
+    numbers, top = x.float().numpy(), np.float32(127)
+    peak = np.abs(numbers).max(axis=1, keepdims=True)
+    np.testing.assert_array_equal(q.numpy(), np.rint(numbers * (top / peak)))
+    np.testing.assert_array_equal(step.numpy(), peak / top)

@@ -72,8 +72,10 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     # Of no inputs at all the largest is 0.
     peak = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
     valid = torch.isfinite(peak) & (peak >= _SMALLEST_PEAK)
-    q = torch.where(valid, (x * (INT8_PEAK / peak)).round(), 0.0)
-    step = torch.where(valid, peak / INT8_PEAK, torch.where(torch.isfinite(peak), 0.0, torch.nan))
+    # As a tensor: with a number, torch divides through reciprocals, which round once more.
+    top = torch.full_like(peak, INT8_PEAK)
+    q = torch.where(valid, (x * (top / peak)).round(), 0.0)
+    step = torch.where(valid, peak / top, torch.where(torch.isfinite(peak), 0.0, torch.nan))
     return q, step
 
 
