@@ -12,6 +12,11 @@ from proxbit.kernels import reference
 from proxbit.kernels.native import Native, native
 from proxbit.packing import packed_columns
 
+try:
+    from proxbit.kernels import triton_linear
+except ImportError:  # Triton is optional: without it CUDA runs on the reference.
+    triton_linear = None  # type: ignore[assignment]
+
 __all__ = ["linear_kernel", "linear_w1", "linear_w1a1", "linear_w1a8", "pack_signs", "unpack_signs", "unpack_weight"]
 
 _LIBRARY = torch.library.Library("proxbit", "DEF")
@@ -75,6 +80,9 @@ def _linear(
     gelu: bool = False,
 ) -> Tensor:
     _check_shapes(x, weight, scale, bias, threshold)
+    if triton_linear is not None and triton_linear.takes(x):
+        result = triton_linear.linear(activations, x, weight, scale, bias, threshold)
+        return torch.nn.functional.gelu(result) if gelu else result
     compiled = _native_for(x)
     few = x.numel() < _PORTABLE_ROWS * max(1, x.shape[-1])
     if compiled is not None and (few or not compiled.is_portable):
@@ -270,6 +278,8 @@ def unpack_weight(weight: Tensor, scale: Tensor, columns: int) -> Tensor:
 
 def linear_kernel(weight: Tensor, scale: Tensor) -> str:
     """The name of the kernel that runs a packed linear layer on inputs of the dtype of its scales: an instruction level
-    of the compiled kernels, or 'reference'."""
+    of the compiled kernels, 'triton', or 'reference'."""
+    if triton_linear is not None and weight.device == scale.device and triton_linear.takes(scale):
+        return "triton"
     compiled = native() if weight.device.type == "cpu" and Native.takes(scale) else None
     return "reference" if compiled is None else compiled.name
