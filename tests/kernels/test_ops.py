@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from proxbit.errors import PackedFormatError
@@ -257,3 +258,22 @@ def test_flops_of_the_backward():
     with FlopCounterMode(display=False) as counter:
         linear_w1(x, weight, scale, bias).sum().backward()
     assert counter.get_total_flops() == 2 * (2 * 3 * 11 * 5)
+
+
+def test_whoever_watches_sees_the_operator():
+    """Outside of training a call goes past torch's dispatcher, unless somebody would miss it."""
+    weight, scale, bias, _ = layer(5, 11, torch.float32)
+    x = torch.randn(3, 11)
+    expected = linear_w1(x, weight, scale, bias)
+    with torch.profiler.profile() as profile:
+        linear_w1(x, weight, scale, bias)
+    assert "proxbit::linear_w1" in {event.key for event in profile.key_averages()}
+    with FlopCounterMode(display=False) as counter:
+        linear_w1(x, weight, scale, bias)
+    assert counter.get_total_flops() == 2 * 3 * 11 * 5
+    graph = make_fx(lambda x: linear_w1(x, weight, scale, bias))(x)
+    assert torch.ops.proxbit.linear_w1.default in [node.target for node in graph.graph.nodes]
+    mapped = torch.vmap(lambda row: linear_w1(row, weight, scale, bias))(x)
+    torch.testing.assert_close(mapped, expected, rtol=1e-6, atol=1e-6)
+    with torch.inference_mode():
+        assert torch.equal(linear_w1(x, weight, scale, bias), expected)

@@ -225,25 +225,53 @@ for _name in ("linear_w1", "linear_w1a8", "linear_w1a1"):
     register_flop_formula(getattr(torch.ops.proxbit, _name))(_linear_flops)
 
 
-def _call(op: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    """The operator, without its gradient formula where there is nothing to differentiate: that takes half of a call."""
+_OPS = {
+    "float": torch.ops.proxbit.linear_w1.default,
+    "int8": torch.ops.proxbit.linear_w1a8.default,
+    "sign": torch.ops.proxbit.linear_w1a1.default,
+}
+
+
+def _nobody_watches(x: Tensor) -> bool:
+    """Whether a call may go past torch's dispatcher, which takes longer than the sums of a few tokens do: an ordinary
+    tensor on the CPU, and no compiler, tracer, profiler, transform or mode that would have to see the operator."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.autograd.profiler._is_profiler_enabled
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and torch._C._functorch.maybe_current_level() is None
+    )
+
+
+def _call(
+    activations: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor | None,
+    gelu: bool,
+) -> Tensor:
     trained = x.requires_grad or (bias is not None and bias.requires_grad)
-    if torch.compiler.is_compiling() or (trained and torch.is_grad_enabled()):
-        result: Tensor = op(x, weight, scale, bias, *rest)
+    if (trained and torch.is_grad_enabled()) or not _nobody_watches(x):
+        arguments = (bias, threshold, gelu) if activations == "sign" else (bias, gelu)
+        result: Tensor = _OPS[activations](x, weight, scale, *arguments)
         return result
-    with torch._C._AutoDispatchBelowAutograd():
-        result = op(x, weight, scale, bias, *rest)
-    return result
+    return _linear(activations, x, weight, scale, bias, threshold, gelu)
 
 
 def linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """`reference.linear_w1`, on the fastest kernel there is for these tensors."""
-    return _call(torch.ops.proxbit.linear_w1.default, x, weight, scale, bias, gelu)
+    return _call("float", x, weight, scale, bias, None, gelu)
 
 
 def linear_w1a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """`reference.linear_w1a8`, on the fastest kernel there is for these tensors."""
-    return _call(torch.ops.proxbit.linear_w1a8.default, x, weight, scale, bias, gelu)
+    return _call("int8", x, weight, scale, bias, None, gelu)
 
 
 def linear_w1a1(
@@ -255,7 +283,7 @@ def linear_w1a1(
     gelu: bool = False,
 ) -> Tensor:
     """`reference.linear_w1a1`, on the fastest kernel there is for these tensors."""
-    return _call(torch.ops.proxbit.linear_w1a1.default, x, weight, scale, bias, threshold, gelu)
+    return _call("sign", x, weight, scale, bias, threshold, gelu)
 
 
 def pack_signs(values: Tensor) -> Tensor:
