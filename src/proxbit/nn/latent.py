@@ -50,6 +50,11 @@ class LatentWeight(nn.Module):
         self.hardened = False
         self.soft_eval = False
 
+    def reset_parameters(self) -> None:
+        """Initialise as the float layer does; on the meta device there is nothing to do, and doing it takes time."""
+        if not self.weight.is_meta:
+            super().reset_parameters()  # type: ignore[misc]
+
     @property
     def is_hard(self) -> bool:
         """Whether the next forward uses the sign."""
