@@ -22,7 +22,8 @@ from proxbit.packing import pack_signs
 SIZES = [(1, 1, 1), (3, 7, 5), (16, 8, 64), (33, 9, 70), (1, 63, 70), (3, 64, 64), (16, 65, 5), (33, 193, 70)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-activations = pytest.mark.parametrize("activations", list(reference.LINEAR))
+REFERENCE = {"float": reference.linear_w1, "int8": reference.linear_w1a8, "sign": reference.linear_w1a1}
+activations = pytest.mark.parametrize("activations", list(REFERENCE))
 
 
 def _teach_bf16():
@@ -63,7 +64,7 @@ def assert_as_reference(result, activations, x, weight, scale, bias, threshold=N
     rest = (threshold,) if activations == "sign" else ()
     assert (result.shape, result.dtype) == ((*x.shape[:-1], len(weight)), x.dtype)
     if activations != "float":
-        expected = reference.LINEAR[activations](x, weight, scale, bias, *rest)
+        expected = REFERENCE[activations](x, weight, scale, bias, *rest)
         torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
         return
     exact = reference.linear_w1(x.double(), weight, scale.double(), None if bias is None else bias.double())
@@ -210,7 +211,7 @@ def test_the_operators_use_them_on_a_gpu(gpu, monkeypatch):
 
 def test_without_triton_a_gpu_runs_the_reference(gpu, monkeypatch):
     monkeypatch.setattr(ops, "triton_linear", None)
-    monkeypatch.setitem(reference.LINEAR, "float", lambda *arguments: "the reference ran")
+    monkeypatch.setattr(reference, "linear_w1", lambda *arguments: "the reference ran")
     weight, scale = gpu(5, 8, dtype=torch.uint8), gpu(5)
     assert linear_kernel(weight, scale) == "reference"
     assert ops._linear_w1(gpu(3, 64), weight, scale, None) == "the reference ran"

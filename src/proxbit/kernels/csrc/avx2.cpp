@@ -1,9 +1,10 @@
 // AVX2: tables of 16 entries in registers, looked up with a byte shuffle, 32 columns at once.
 //
 // Tiles (see tiles.h): of W1A8 and W1A1 32 bytes are 8 weights of 32 columns; the low half of a byte is the index for 4
-// activations, the high half the one for the next 4. Of W1 they are words of 32 weights, of 8 columns.
+// activations, the high half the one for the next 4.
 #include <immintrin.h>
 
+#include "avx2_w1.h"
 #include "tiles.h"
 
 namespace {
@@ -14,7 +15,7 @@ bool runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f
 
 // ---- layout
 
-// to[32 * c + r] = from[r * stride + c] for 16 rows of 8 bytes: every round moves one bit of r into the place of one of c.
+// to[32 * c + r] = from[r * stride + c] for 16 rows of 8 bytes: every round moves one bit of r to where one of c was.
 inline void transpose(const uint8_t *from, int64_t stride, uint8_t *to) {
     __m128i a[8], b[8];
     for (int i = 0; i < 8; ++i) {
@@ -35,12 +36,13 @@ inline void transpose(const uint8_t *from, int64_t stride, uint8_t *to) {
 
 inline __m256i load(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
 inline void store(void *p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i *>(p), v); }
-inline __m256i table(const void *p) { return _mm256_broadcastsi128_si256(_mm_load_si128(static_cast<const __m128i *>(p))); }
+inline __m256i table(const void *p) {
+    return _mm256_broadcastsi128_si256(_mm_load_si128(static_cast<const __m128i *>(p)));
+}
 
 // Sums are named variables and these additions asm: gcc 12 keeps arrays of sums in memory, and regroups and spills sums
 // that it can see through.
 inline void add_bytes(__m256i &sum, __m256i v) { asm("vpaddb %1, %0, %0" : "+x"(sum) : "x"(v)); }
-inline void add_floats(__m256 &sum, __m256 v) { asm("vaddps %1, %0, %0" : "+x"(sum) : "x"(v)); }
 
 // Indices for the first or the second 4 of 8 weights, of 64 columns.
 struct Indices {
@@ -92,7 +94,8 @@ void unpack_signs(const uint8_t *bits, int64_t columns, float *values) {
     const __m256 minus = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1.0f);
     int64_t j = 0;
     for (; 8 * j + 8 <= columns; ++j) {
-        const __m256i absent = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits[j]), bit), _mm256_setzero_si256());
+        const __m256i present = _mm256_and_si256(_mm256_set1_epi32(bits[j]), bit);
+        const __m256i absent = _mm256_cmpeq_epi32(present, _mm256_setzero_si256());
         _mm256_storeu_ps(values + 8 * j, _mm256_or_ps(one, _mm256_and_ps(minus, _mm256_castsi256_ps(absent))));
     }
     for (int64_t i = 8 * j; i < columns; ++i) values[i] = (bits[j] >> (i % 8)) & 1 ? 1.0f : -1.0f;
@@ -100,18 +103,18 @@ void unpack_signs(const uint8_t *bits, int64_t columns, float *values) {
 
 // ---- W1A8
 //
-// Of 4 activations all 16 sums are at most 508 in size. A table holds sum + 512 in two bytes, the 5 low bits and the rest;
+// Of 4 activations all 16 sums are at most 508 in size. A table holds sum + 512 in two bytes, 5 low bits and the rest;
 // 8 of each can be added in a byte before lo + 32 * hi goes to 16 bits, where 256 weights fit.
 
 constexpr int w1a8_chunk = 32;  // bytes
 
 // Tables for 8 activations: [low of the first 4, low of the next 4, high of ..., high of ...], 16 bytes each.
 inline void fill_tables(const int8_t *q, uint8_t *tables) {
-    const __m256i ab = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 4, 5, 4, 5, 4, 5, 4, 5, 4, 5, 4, 5, 4, 5, 4, 5);
+    const __m256i ab = _mm256_setr_m128i(_mm_set1_epi16(0x0100), _mm_set1_epi16(0x0504));
     const __m256i cd = _mm256_add_epi8(ab, _mm256_set1_epi8(2));
     // For entries 0..7, then 8..15: which of a and b, of c and d, are in the sum.
-    const __m256i low_ab = _mm256_setr_epi8(0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1);
-    const __m256i low_cd = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 0, 1, 0);
+    const __m256i low_ab = _mm256_set1_epi64x(0x0101010000010000);
+    const __m256i low_cd = _mm256_broadcastsi128_si256(_mm_set_epi64x(0x0001000100010001, 0));
     const __m256i high_cd = _mm256_or_si256(low_cd, _mm256_set1_epi16(0x0100));
     const __m256i activations = _mm256_set1_epi64x(*reinterpret_cast<const int64_t *>(q));
     const __m256i first = _mm256_shuffle_epi8(activations, ab), second = _mm256_shuffle_epi8(activations, cd);
@@ -208,7 +211,8 @@ void run_rows_w1a8(const Call &call, int64_t row, int64_t begin, int64_t end) {
         for (int64_t j = 0; j < count; ++j)
             for (int r = 0; r < rows; ++r) fill_tables(q + r * width + 8 * (first + j), tables + (j * rows + r) * 64);
         const uint8_t *tile = call.tiles + first * round_up(call.outputs, 64) + begin * count;
-        for (int64_t n = 0; n < columns; n += 64) add_chunk_w1a8<rows>(tile + n * count, tables, count, sums + n, columns);
+        for (int64_t n = 0; n < columns; n += 64)
+            add_chunk_w1a8<rows>(tile + n * count, tables, count, sums + n, columns);
     }
     for (int r = 0; r < rows; ++r) {
         int32_t *of_row = sums + r * columns;
@@ -303,7 +307,8 @@ void run_rows_w1a1(const Call &call, int64_t row, int64_t begin, int64_t end) {
     uint8_t *signs = workspace.take<uint8_t>(rows * bytes);
     int32_t *sums = workspace.take<int32_t>(rows * columns);
     uint8_t *tables = workspace.take<uint8_t>(rows * 32 * w1a1_chunk);
-    for (int r = 0; r < rows; ++r) pack_signs_of(load_centred_row(call, row + r, buffer), call.inputs, signs + r * bytes);
+    for (int r = 0; r < rows; ++r)
+        pack_signs_of(load_centred_row(call, row + r, buffer), call.inputs, signs + r * bytes);
     std::memset(sums, 0, rows * columns * sizeof(int32_t));
     for (int64_t first = 0; first < bytes; first += w1a1_chunk) {
         const int64_t count = std::min<int64_t>(w1a1_chunk, bytes - first);
@@ -316,7 +321,8 @@ void run_rows_w1a1(const Call &call, int64_t row, int64_t begin, int64_t end) {
             }
         }
         const uint8_t *tile = call.tiles + first * round_up(call.outputs, 64) + begin * count;
-        for (int64_t n = 0; n < columns; n += 64) add_chunk_w1a1<rows>(tile + n * count, tables, count, sums + n, columns);
+        for (int64_t n = 0; n < columns; n += 64)
+            add_chunk_w1a1<rows>(tile + n * count, tables, count, sums + n, columns);
     }
     for (int r = 0; r < rows; ++r) {
         int32_t *of_row = sums + r * columns;
@@ -331,90 +337,12 @@ void run_w1a1(const Call &call, int64_t row_begin, int64_t row_end, int64_t begi
     for (; row < row_end; ++row) run_rows_w1a1<1>(call, row, begin, end);
 }
 
-// ---- W1
-//
-// A table holds the 4 signed sums of 2 activations; words of 32 weights are shifted by 2 from one table to the next.
-
-constexpr int w1_chunk = 32, w1_rows = 4;
-
-struct Sums {
-    __m256 left, right;
-};
-
-inline void look_up(Sums &sums, const float *tables, const Indices &indices) {
-    const __m256 entry = _mm256_broadcast_ps(reinterpret_cast<const __m128 *>(tables));
-    add_floats(sums.left, _mm256_permutevar_ps(entry, indices.left));
-    add_floats(sums.right, _mm256_permutevar_ps(entry, indices.right));
-}
-
-inline void add_sums(float *to, const Sums &sums) {
-    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sums.left));
-    _mm256_storeu_ps(to + 8, _mm256_add_ps(_mm256_loadu_ps(to + 8), sums.right));
-}
-
-// sums[r][16 columns] += sum_k s a for a chunk; 4 floats of tables for each row and 2 weights.
-template <int rows>
-inline void add_chunk_w1(const uint8_t *tile, const float *tables, int64_t words, float *sums, int64_t stride) {
-    const __m256 zero = _mm256_setzero_ps();
-    const uint8_t *right = tile + 32 * words;
-    Sums a = {zero, zero}, b = a, c = a, d = a;
-    for (int64_t i = 0; i < words; ++i) {
-        Indices indices = {load(tile + 32 * i), load(right + 32 * i)};
-        for (int group = 0; group < 16; ++group, tables += 4 * rows) {
-            look_up(a, tables, indices);
-            if constexpr (rows > 1) {
-                look_up(b, tables + 4, indices);
-                look_up(c, tables + 8, indices);
-                look_up(d, tables + 12, indices);
-            }
-            indices = {_mm256_srli_epi32(indices.left, 2), _mm256_srli_epi32(indices.right, 2)};
-        }
-    }
-    add_sums(sums, a);
-    if constexpr (rows > 1) {
-        add_sums(sums + stride, b);
-        add_sums(sums + 2 * stride, c);
-        add_sums(sums + 3 * stride, d);
-    }
-}
-
-template <int rows>
-void run_rows_w1(const Call &call, int64_t row, int64_t begin, int64_t end) {
-    const int64_t bytes = round_up(ceil_div(call.inputs, 8), 4), width = bytes * 8, columns = round_up(end - begin, 16);
-    Workspace workspace(4 * rows * (width + columns + 2 * 8 * w1_chunk) + 256);
-    float *buffer = workspace.take<float>(rows * width);
-    float *sums = workspace.take<float>(rows * columns);
-    float *tables = workspace.take<float>(rows * 2 * 8 * w1_chunk);
-    const float *x[rows];
-    for (int r = 0; r < rows; ++r) x[r] = load_row(call, row + r, width, buffer + r * width);
-    std::memset(sums, 0, rows * columns * sizeof(float));
-    for (int64_t first = 0; first < bytes; first += w1_chunk) {
-        const int64_t count = std::min<int64_t>(w1_chunk, bytes - first);
-        for (int64_t k = 0; k < 8 * count; k += 2) {
-            for (int r = 0; r < rows; ++r) {
-                const float a = x[r][8 * first + k], b = x[r][8 * first + k + 1];
-                float *to = tables + (k / 2 * rows + r) * 4;
-                to[0] = -a - b, to[1] = a - b, to[2] = b - a, to[3] = a + b;
-            }
-        }
-        const uint8_t *tile = call.tiles + first * round_up(call.outputs, 16) + begin * count;
-        for (int64_t n = 0; n < columns; n += 16) add_chunk_w1<rows>(tile + n * count, tables, count / 4, sums + n, columns);
-    }
-    for (int r = 0; r < rows; ++r) store_row(call, row + r, begin, end, 1.0f, sums + r * columns);
-}
-
-void run_w1(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
-    int64_t row = row_begin;
-    for (; row + w1_rows <= row_end; row += w1_rows) run_rows_w1<w1_rows>(call, row, begin, end);
-    for (; row < row_end; ++row) run_rows_w1<1>(call, row, begin, end);
-}
-
 }  // namespace
 
 const proxbit::Level proxbit::avx2_level = {
     "avx2",
     runs,
-    {{w1_rows, 64, tile_bytes<16, 4>, relay<8, 16, 4, 4, w1_chunk>, run_w1},
+    {{lanes, 64, tile_bytes_w1, relay_w1, run_w1},
      {w1a8_rows, 64, tile_bytes<64, 4>, relay<32, 64, 1, 4, w1a8_chunk, transpose>, run_w1a8},
      {w1a1_rows, 64, tile_bytes<64, 1>, relay<32, 64, 1, 1, w1a1_chunk, transpose>, run_w1a1}},
     pack_signs,

@@ -1,0 +1,159 @@
+// W1 with AVX2: sums of floats, looked up in registers or in memory. A part of avx2.cpp.
+#pragma once
+
+#include <immintrin.h>
+
+#include "tiles.h"
+
+namespace {
+
+using proxbit::Call;
+
+inline void add_floats(__m256 &sum, __m256 v) { asm("vaddps %1, %0, %0" : "+x"(sum) : "x"(v)); }
+
+// Narrow layers and single rows: a table of the 4 signed sums of 2 activations in a register. Words of 32 weights are
+// shifted by 2 from one table to the next.
+
+constexpr int w1_chunk = 32, w1_rows = 4;
+
+inline __m256i load_words(const uint8_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
+
+struct WordIndices {
+    __m256i left, right;
+};
+
+struct Sums {
+    __m256 left, right;
+};
+
+inline void look_up(Sums &sums, const float *tables, const WordIndices &indices) {
+    const __m256 entry = _mm256_broadcast_ps(reinterpret_cast<const __m128 *>(tables));
+    add_floats(sums.left, _mm256_permutevar_ps(entry, indices.left));
+    add_floats(sums.right, _mm256_permutevar_ps(entry, indices.right));
+}
+
+inline void add_sums(float *to, const Sums &sums) {
+    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sums.left));
+    _mm256_storeu_ps(to + 8, _mm256_add_ps(_mm256_loadu_ps(to + 8), sums.right));
+}
+
+// sums[r][16 columns] += sum_k s a for a chunk; 4 floats of tables for each row and 2 weights.
+template <int rows>
+inline void add_chunk_w1(const uint8_t *tile, const float *tables, int64_t words, float *sums, int64_t stride) {
+    const __m256 zero = _mm256_setzero_ps();
+    const uint8_t *right = tile + 32 * words;
+    Sums a = {zero, zero}, b = a, c = a, d = a;
+    for (int64_t i = 0; i < words; ++i) {
+        WordIndices indices = {load_words(tile + 32 * i), load_words(right + 32 * i)};
+        for (int group = 0; group < 16; ++group, tables += 4 * rows) {
+            look_up(a, tables, indices);
+            if constexpr (rows > 1) {
+                look_up(b, tables + 4, indices);
+                look_up(c, tables + 8, indices);
+                look_up(d, tables + 12, indices);
+            }
+            indices = {_mm256_srli_epi32(indices.left, 2), _mm256_srli_epi32(indices.right, 2)};
+        }
+    }
+    add_sums(sums, a);
+    if constexpr (rows > 1) {
+        add_sums(sums + stride, b);
+        add_sums(sums + 2 * stride, c);
+        add_sums(sums + 3 * stride, d);
+    }
+}
+
+template <int rows>
+void run_rows_w1(const Call &call, int64_t row, int64_t begin, int64_t end) {
+    const int64_t bytes = round_up(ceil_div(call.inputs, 8), 4), width = bytes * 8, columns = round_up(end - begin, 16);
+    Workspace workspace(4 * rows * (width + columns + 2 * 8 * w1_chunk) + 256);
+    float *buffer = workspace.take<float>(rows * width);
+    float *sums = workspace.take<float>(rows * columns);
+    float *tables = workspace.take<float>(rows * 2 * 8 * w1_chunk);
+    const float *x[rows];
+    for (int r = 0; r < rows; ++r) x[r] = load_row(call, row + r, width, buffer + r * width);
+    std::memset(sums, 0, rows * columns * sizeof(float));
+    for (int64_t first = 0; first < bytes; first += w1_chunk) {
+        const int64_t count = std::min<int64_t>(w1_chunk, bytes - first);
+        for (int64_t k = 0; k < 8 * count; k += 2) {
+            for (int r = 0; r < rows; ++r) {
+                const float a = x[r][8 * first + k], b = x[r][8 * first + k + 1];
+                float *to = tables + (k / 2 * rows + r) * 4;
+                to[0] = -a - b, to[1] = a - b, to[2] = b - a, to[3] = a + b;
+            }
+        }
+        const uint8_t *tile = call.tiles + first * round_up(call.outputs, 16) + begin * count;
+        for (int64_t n = 0; n < columns; n += 16)
+            add_chunk_w1<rows>(tile + n * count, tables, count / 4, sums + n, columns);
+    }
+    for (int r = 0; r < rows; ++r) store_row(call, row + r, begin, end, 1.0f, sums + r * columns);
+}
+
+// Wide layers: 8 rows in the lanes of a register, and the 256 sums of 8 activations in memory: one addition does
+// 64 weights. Two bytes of weights at once: their tables, 16 KB, stay in the first cache.
+
+constexpr int lanes = 8, lanes_bytes = 2;
+constexpr int64_t fewest_rows = 3, fewest_columns = 512;  // from here on filling the tables pays
+
+// table[e] = sum of +a[b] for the bits of e that are set, -a[b] for the others; a[b] of 8 rows.
+inline void fill_table(const float *a, float *table) {
+    __m256 sum = _mm256_setzero_ps();
+    for (int b = 0; b < 8; ++b) sum = _mm256_sub_ps(sum, _mm256_loadu_ps(a + lanes * b));
+    _mm256_store_ps(table, sum);
+    for (int b = 0; b < 8; ++b) {
+        const __m256 twice = _mm256_add_ps(_mm256_loadu_ps(a + lanes * b), _mm256_loadu_ps(a + lanes * b));
+        float *to = table + (lanes << b);
+        for (int e = 0; e < lanes << b; e += lanes) {
+            _mm256_store_ps(to + e, _mm256_add_ps(_mm256_load_ps(table + e), twice));
+        }
+    }
+}
+
+void run_lanes_w1(const Call &call, const uint8_t *tiles, int64_t row, int64_t rows, int64_t begin, int64_t end) {
+    const int64_t bytes = round_up(ceil_div(call.inputs, 8), lanes_bytes), width = bytes * 8, columns = end - begin;
+    Workspace workspace(4 * (width + lanes * (width + columns + lanes_bytes * 256) + columns) + 512);
+    float *buffer = workspace.take<float>(width), *x = workspace.take<float>(lanes * width);
+    float *sums = workspace.take<float>(lanes * columns), *of_row = workspace.take<float>(columns);
+    float *tables = workspace.take<float>(lanes * lanes_bytes * 256);
+    std::memset(x, 0, lanes * width * sizeof(float));
+    std::memset(sums, 0, lanes * columns * sizeof(float));
+    for (int64_t r = 0; r < rows; ++r) {
+        const float *from = load_row(call, row + r, width, buffer);
+        for (int64_t k = 0; k < width; ++k) x[lanes * k + r] = from[k];
+    }
+    for (int64_t first = 0; first < bytes; first += lanes_bytes) {
+        fill_table(x + lanes * 8 * first, tables);
+        fill_table(x + lanes * 8 * (first + 1), tables + lanes * 256);
+        const uint8_t *tile = tiles + first * round_up(call.outputs, 16) + begin * lanes_bytes;
+        for (int64_t n = 0; n < columns; ++n) {
+            const __m256 one = _mm256_load_ps(tables + lanes * tile[2 * n]);
+            const __m256 both = _mm256_add_ps(one, _mm256_load_ps(tables + lanes * (256 + tile[2 * n + 1])));
+            _mm256_store_ps(sums + lanes * n, _mm256_add_ps(_mm256_load_ps(sums + lanes * n), both));
+        }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t n = 0; n < columns; ++n) of_row[n] = sums[lanes * n + r];
+        store_row(call, row + r, begin, end, 1.0f, of_row);
+    }
+}
+
+int64_t tile_bytes_w1(int64_t outputs, int64_t inputs) {
+    return tile_bytes<16, 4>(outputs, inputs) + tile_bytes<16, lanes_bytes>(outputs, inputs);
+}
+
+void relay_w1(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles) {
+    relay<8, 16, 4, 4, w1_chunk>(bits, outputs, inputs, tiles);
+    uint8_t *in_lanes = tiles + tile_bytes<16, 4>(outputs, inputs);
+    relay<16, 16, lanes_bytes, lanes_bytes, lanes_bytes>(bits, outputs, inputs, in_lanes);
+}
+
+void run_w1(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+    const uint8_t *in_lanes = call.tiles + tile_bytes<16, 4>(call.outputs, call.inputs);
+    int64_t row = row_begin;
+    for (; call.outputs >= fewest_columns && row + fewest_rows <= row_end; row += lanes)
+        run_lanes_w1(call, in_lanes, row, std::min<int64_t>(lanes, row_end - row), begin, end);
+    for (; row + w1_rows <= row_end; row += w1_rows) run_rows_w1<w1_rows>(call, row, begin, end);
+    for (; row < row_end; ++row) run_rows_w1<1>(call, row, begin, end);
+}
+
+}  // namespace
