@@ -6,7 +6,6 @@ The interpreter is chosen when Triton is imported, hence the process of its own.
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 import triton
@@ -14,10 +13,10 @@ import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime import interpreter
 
 from proxbit.kernels import linear_kernel, linear_w1, linear_w1a1, linear_w1a8, ops, reference, triton_linear
 from proxbit.packing import pack_signs
+from triton_interpreter import teach_bf16
 
 SIZES = [(1, 1, 1), (3, 7, 5), (16, 8, 64), (33, 9, 70), (1, 63, 70), (3, 64, 64), (16, 65, 5), (33, 193, 70)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -26,32 +25,13 @@ REFERENCE = {"float": reference.linear_w1, "int8": reference.linear_w1a8, "sign"
 activations = pytest.mark.parametrize("activations", list(REFERENCE))
 
 
-def _teach_bf16():
-    """The interpreter keeps bf16 as its bits, multiplies these as if they were numbers, and cuts where GPUs round."""
-    builder, tensor = interpreter.InterpreterBuilder, interpreter.TensorHandle
-    dot, cast = builder.create_dot, builder.cast_impl
-
-    def exact(x):
-        is_bf16 = x.dtype.scalar == tl.bfloat16
-        return tensor((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if is_bf16 else x
-
-    def rounding_cast(self, x, dtype):
-        if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, x, dtype)
-        bits = torch.from_numpy(np.array(x.data, order="C")).bfloat16().view(torch.uint16).numpy()
-        return tensor(bits, tl.bfloat16)
-
-    builder.create_dot = lambda self, a, b, *rest: dot(self, exact(a), exact(b), *rest)
-    builder.cast_impl = rounding_cast
-
-
 @pytest.fixture(scope="module")
 def interpret():
     """`triton_linear.linear` on the interpreter, of tensors on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, context, initializer=_teach_bf16) as pool:
+        with ProcessPoolExecutor(1, context, initializer=teach_bf16) as pool:
             yield lambda *arguments: pool.submit(triton_linear.linear, *arguments).result()
 
 
