@@ -59,7 +59,9 @@ def finish(name: str, lines: list[str], data: dict[str, Any], here: Environment,
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.md").write_text(page, encoding="utf-8")
-        text = json.dumps({"environment": asdict(here), **data}, indent=1)
+        # Where the library lies is nobody's business but this machine's.
+        described = {name: value for name, value in asdict(here).items() if name != "library"}
+        text = json.dumps({"environment": described, **data}, indent=1)
         (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
