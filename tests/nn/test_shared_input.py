@@ -68,6 +68,19 @@ def test_changed_weights_are_seen():
     assert all(torch.equal(each(x), result) for each, result in zip(layers, together, strict=True))
 
 
+def test_changed_weights_are_seen_where_changes_are_not_counted():
+    with torch.inference_mode():
+        layers, shared = group()
+        share(layers, shared)
+        x = torch.randn(2, WIDTH)
+        [each(x) for each in layers]
+        for each in layers:
+            each.weight.copy_(pack_signs(torch.randn(each.out_features, WIDTH)))
+        together = [each(x) for each in layers]
+        share(layers, None)
+        assert all(torch.equal(each(x), result) for each, result in zip(layers, together, strict=True))
+
+
 def test_copies_and_threads():
     layers, shared = group()
     expected = {}

@@ -1,6 +1,6 @@
 """Operators on packed weights. Importing this package registers them with torch."""
 
-from proxbit.kernels.native import FORMATS, native
+from proxbit.kernels.native import FORMATS, native, version_of
 from proxbit.kernels.ops import (
     linear_kernel,
     linear_w1,
@@ -23,4 +23,5 @@ __all__ = [
     "quantize_activations",
     "unpack_signs",
     "unpack_weight",
+    "version_of",
 ]

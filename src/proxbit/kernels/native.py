@@ -17,7 +17,7 @@ from torch import Tensor
 from proxbit.errors import ConfigError
 from proxbit.packing import packed_columns
 
-__all__ = ["FORMATS", "Native", "find_library", "native"]
+__all__ = ["FORMATS", "Native", "find_library", "native", "version_of"]
 
 # What activations are multiplied as: the enum proxbit_format of csrc/proxbit.h.
 FORMATS = {"float": 0, "int8": 1, "sign": 2}
@@ -27,6 +27,11 @@ _LEVEL_VARIABLE = "PROXBIT_ISA"
 _REFERENCE = "reference"
 _IMPORTED_BY = os.getpid()
 _CALL = struct.Struct("16q")  # proxbit_linear_call
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; None if it was made in inference mode, where nobody counts."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def find_library(folders: Sequence[str]) -> Path | None:
@@ -108,11 +113,10 @@ class Native:
 
     def _tiles(self, code: int, weight: Tensor, columns: int) -> Tensor:
         """The weight in the order of the kernel, made once for each weight and kept as long as it lives."""
-        # Tensors made in inference mode do not count their changes, so that theirs cannot be kept.
-        version = -1 if weight.is_inference() else weight._version
+        version = version_of(weight)
         key = (id(weight), code)
         known = self.tiles.get(key)
-        if known is not None and known[0]() is weight and known[1:3] == (version, weight.data_ptr()) and version >= 0:
+        if known is not None and known[0]() is weight and known[1:3] == (version, weight.data_ptr()):
             return known[3]
         bits = weight.contiguous()
         size = self.library.proxbit_tile_bytes(self.level, code, len(bits), columns)
@@ -120,7 +124,8 @@ class Native:
             return bits
         tiles = torch.empty(size, dtype=torch.uint8)
         self.library.proxbit_relay(self.level, code, bits.data_ptr(), len(bits), columns, tiles.data_ptr())
-        if version >= 0:
+        # Of a weight whose changes are not counted nothing is kept.
+        if version is not None:
             forget = weakref.ref(weight, lambda _: self.tiles.pop(key, None))
             self.tiles[key] = (forget, version, weight.data_ptr(), tiles)
         return tiles

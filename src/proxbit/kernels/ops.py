@@ -307,7 +307,9 @@ def unpack_weight(weight: Tensor, scale: Tensor, columns: int) -> Tensor:
 def linear_kernel(weight: Tensor, scale: Tensor) -> str:
     """The name of the kernel that runs a packed linear layer on inputs of the dtype of its scales: an instruction level
     of the compiled kernels, 'triton', or 'reference'."""
-    if triton_linear is not None and weight.device == scale.device and triton_linear.takes(scale):
+    if weight.device != scale.device:
+        return "reference"
+    if triton_linear is not None and triton_linear.takes(scale):
         return "triton"
-    compiled = native() if weight.device.type == "cpu" and Native.takes(scale) else None
+    compiled = _native_for(scale)
     return "reference" if compiled is None else compiled.name

@@ -9,14 +9,10 @@ import torch
 from torch import Tensor
 
 from proxbit.errors import ConfigError
+from proxbit.kernels import version_of
 from proxbit.nn.packed_linear import PackedLinear
 
 __all__ = ["SharedInput"]
-
-
-def _state(tensor: Tensor | None) -> tuple[int, int] | None:
-    """What changes when the numbers of a tensor do; tensors made in inference mode only show where they are."""
-    return None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
 
 
 class SharedInput:
@@ -53,8 +49,11 @@ class SharedInput:
 
     def _joined(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Weight, scale and bias of all layers, made anew when one of them changed."""
-        states = [_state(t) for layer in self.layers for t in (layer.weight, layer.weight_scale, layer.bias)]
-        if self._tensors is None or states != self._states:
+        tensors = [t for layer in self.layers for t in (layer.weight, layer.weight_scale, layer.bias) if t is not None]
+        states = [(tensor.data_ptr(), version_of(tensor)) for tensor in tensors]
+        # Tensors whose changes nobody counts are joined at every call.
+        counted = all(version is not None for _, version in states)
+        if self._tensors is None or states != self._states or not counted:
             biases: list[Tensor] = [layer.bias for layer in self.layers if layer.bias is not None]
             self._tensors = (
                 torch.cat([layer.weight for layer in self.layers]),
