@@ -4,6 +4,7 @@
 // activations, the high half the one for the next 4.
 #include <immintrin.h>
 
+#include "avx2_lanes.h"
 #include "avx2_w1.h"
 #include "tiles.h"
 
@@ -11,27 +12,15 @@ namespace {
 
 using proxbit::Call;
 
-bool runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"); }
 
 // ---- layout
 
-// to[32 * c + r] = from[r * stride + c] for 16 rows of 8 bytes: every round moves one bit of r to where one of c was.
+// to[32 * c + r] = from[r * stride + c] for 16 rows of 8 bytes
 inline void transpose(const uint8_t *from, int64_t stride, uint8_t *to) {
-    __m128i a[8], b[8];
-    for (int i = 0; i < 8; ++i) {
-        const auto row = [&](int r) { return _mm_loadl_epi64(reinterpret_cast<const __m128i *>(from + r * stride)); };
-        a[i] = _mm_unpacklo_epi8(row(i), row(i + 8));
-    }
-    const auto shuffle = [](const __m128i *in, __m128i *out) {
-        for (int i = 0; i < 4; ++i) {
-            out[2 * i] = _mm_unpacklo_epi8(in[i], in[i + 4]);
-            out[2 * i + 1] = _mm_unpackhi_epi8(in[i], in[i + 4]);
-        }
-    };
-    shuffle(a, b);
-    shuffle(b, a);
-    shuffle(a, b);
-    for (int i = 0; i < 8; ++i) _mm_storeu_si128(reinterpret_cast<__m128i *>(to + 32 * i), b[i]);
+    __m128i columns[8];
+    transpose_bytes(from, stride, columns);
+    for (int c = 0; c < 8; ++c) _mm_storeu_si128(reinterpret_cast<__m128i *>(to + 32 * c), columns[c]);
 }
 
 inline __m256i load(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
@@ -221,8 +210,7 @@ void run_rows_w1a8(const Call &call, int64_t row, int64_t begin, int64_t end) {
     }
 }
 
-void run_w1a8(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
-    int64_t row = row_begin;
+void run_few_w1a8(const Call &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
     for (; row + w1a8_rows <= row_end; row += w1a8_rows) run_rows_w1a8<w1a8_rows>(call, row, begin, end);
     for (; row < row_end; ++row) run_rows_w1a8<1>(call, row, begin, end);
 }
@@ -331,20 +319,43 @@ void run_rows_w1a1(const Call &call, int64_t row, int64_t begin, int64_t end) {
     }
 }
 
-void run_w1a1(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
-    int64_t row = row_begin;
+void run_few_w1a1(const Call &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
     for (; row + w1a1_rows <= row_end; row += w1a1_rows) run_rows_w1a1<w1a1_rows>(call, row, begin, end);
     for (; row < row_end; ++row) run_rows_w1a1<1>(call, row, begin, end);
 }
+
+// ---- few rows and many: each has tiles of its own
+
+template <int64_t few_bytes(int64_t, int64_t)>
+int64_t both_bytes(int64_t outputs, int64_t inputs) {
+    return few_bytes(outputs, inputs) + lanes::tile_bytes(outputs, inputs);
+}
+
+template <int64_t few_bytes(int64_t, int64_t), void relay_few(const uint8_t *, int64_t, int64_t, uint8_t *)>
+void relay_both(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles) {
+    relay_few(bits, outputs, inputs, tiles);
+    lanes::relay(bits, outputs, inputs, tiles + few_bytes(outputs, inputs));
+}
+
+template <class Many, int64_t few_bytes(int64_t, int64_t), void run_few(const Call &, int64_t, int64_t, int64_t, int64_t)>
+void run_both(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+    const uint8_t *tiles = call.tiles + few_bytes(call.outputs, call.inputs);
+    run_few(call, lanes::run<Many>(call, tiles, row_begin, row_end, begin, end), row_end, begin, end);
+}
+
+template <class Many, int64_t few_bytes(int64_t, int64_t), void relay_few(const uint8_t *, int64_t, int64_t, uint8_t *),
+          void run_few(const Call &, int64_t, int64_t, int64_t, int64_t)>
+constexpr proxbit::Format format = {Many::rows, 64, both_bytes<few_bytes>, relay_both<few_bytes, relay_few>,
+                                    run_both<Many, few_bytes, run_few>};
 
 }  // namespace
 
 const proxbit::Level proxbit::avx2_level = {
     "avx2",
     runs,
-    {{lanes, 64, tile_bytes_w1, relay_w1, run_w1},
-     {w1a8_rows, 64, tile_bytes<64, 4>, relay<32, 64, 1, 4, w1a8_chunk, transpose>, run_w1a8},
-     {w1a1_rows, 64, tile_bytes<64, 1>, relay<32, 64, 1, 1, w1a1_chunk, transpose>, run_w1a1}},
+    {format<lanes::W1, tile_bytes<16, 4>, relay<8, 16, 4, 4, w1_chunk>, run_few_w1>,
+     format<lanes::W1A8, tile_bytes<64, 4>, relay<32, 64, 1, 4, w1a8_chunk, transpose>, run_few_w1a8>,
+     format<lanes::W1A1, tile_bytes<64, 1>, relay<32, 64, 1, 1, w1a1_chunk, transpose>, run_few_w1a1>},
     pack_signs,
     unpack_signs,
 };

@@ -1,4 +1,4 @@
-// W1 with AVX2: sums of floats, looked up in registers or in memory. A part of avx2.cpp.
+// W1 with AVX2, few rows: sums of floats, looked up in registers. A part of avx2.cpp.
 #pragma once
 
 #include <immintrin.h>
@@ -11,7 +11,7 @@ using proxbit::Call;
 
 inline void add_floats(__m256 &sum, __m256 v) { asm("vaddps %1, %0, %0" : "+x"(sum) : "x"(v)); }
 
-// Narrow layers and single rows: a table of the 4 signed sums of 2 activations in a register. Words of 32 weights are
+// A table of the 4 signed sums of 2 activations in a register. Words of 32 weights are
 // shifted by 2 from one table to the next.
 
 constexpr int w1_chunk = 32, w1_rows = 4;
@@ -89,69 +89,7 @@ void run_rows_w1(const Call &call, int64_t row, int64_t begin, int64_t end) {
     for (int r = 0; r < rows; ++r) store_row(call, row + r, begin, end, 1.0f, sums + r * columns);
 }
 
-// Wide layers: 8 rows in the lanes of a register, and the 256 sums of 8 activations in memory: one addition does
-// 64 weights. Two bytes of weights at once: their tables, 16 KB, stay in the first cache.
-
-constexpr int lanes = 8, lanes_bytes = 2;
-constexpr int64_t fewest_rows = 3, fewest_columns = 512;  // from here on filling the tables pays
-
-// table[e] = sum of +a[b] for the bits of e that are set, -a[b] for the others; a[b] of 8 rows.
-inline void fill_table(const float *a, float *table) {
-    __m256 sum = _mm256_setzero_ps();
-    for (int b = 0; b < 8; ++b) sum = _mm256_sub_ps(sum, _mm256_loadu_ps(a + lanes * b));
-    _mm256_store_ps(table, sum);
-    for (int b = 0; b < 8; ++b) {
-        const __m256 twice = _mm256_add_ps(_mm256_loadu_ps(a + lanes * b), _mm256_loadu_ps(a + lanes * b));
-        float *to = table + (lanes << b);
-        for (int e = 0; e < lanes << b; e += lanes) {
-            _mm256_store_ps(to + e, _mm256_add_ps(_mm256_load_ps(table + e), twice));
-        }
-    }
-}
-
-void run_lanes_w1(const Call &call, const uint8_t *tiles, int64_t row, int64_t rows, int64_t begin, int64_t end) {
-    const int64_t bytes = round_up(ceil_div(call.inputs, 8), lanes_bytes), width = bytes * 8, columns = end - begin;
-    Workspace workspace(4 * (width + lanes * (width + columns + lanes_bytes * 256) + columns) + 512);
-    float *buffer = workspace.take<float>(width), *x = workspace.take<float>(lanes * width);
-    float *sums = workspace.take<float>(lanes * columns), *of_row = workspace.take<float>(columns);
-    float *tables = workspace.take<float>(lanes * lanes_bytes * 256);
-    std::memset(x, 0, lanes * width * sizeof(float));
-    std::memset(sums, 0, lanes * columns * sizeof(float));
-    for (int64_t r = 0; r < rows; ++r) {
-        const float *from = load_row(call, row + r, width, buffer);
-        for (int64_t k = 0; k < width; ++k) x[lanes * k + r] = from[k];
-    }
-    for (int64_t first = 0; first < bytes; first += lanes_bytes) {
-        fill_table(x + lanes * 8 * first, tables);
-        fill_table(x + lanes * 8 * (first + 1), tables + lanes * 256);
-        const uint8_t *tile = tiles + first * round_up(call.outputs, 16) + begin * lanes_bytes;
-        for (int64_t n = 0; n < columns; ++n) {
-            const __m256 one = _mm256_load_ps(tables + lanes * tile[2 * n]);
-            const __m256 both = _mm256_add_ps(one, _mm256_load_ps(tables + lanes * (256 + tile[2 * n + 1])));
-            _mm256_store_ps(sums + lanes * n, _mm256_add_ps(_mm256_load_ps(sums + lanes * n), both));
-        }
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t n = 0; n < columns; ++n) of_row[n] = sums[lanes * n + r];
-        store_row(call, row + r, begin, end, 1.0f, of_row);
-    }
-}
-
-int64_t tile_bytes_w1(int64_t outputs, int64_t inputs) {
-    return tile_bytes<16, 4>(outputs, inputs) + tile_bytes<16, lanes_bytes>(outputs, inputs);
-}
-
-void relay_w1(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles) {
-    relay<8, 16, 4, 4, w1_chunk>(bits, outputs, inputs, tiles);
-    uint8_t *in_lanes = tiles + tile_bytes<16, 4>(outputs, inputs);
-    relay<16, 16, lanes_bytes, lanes_bytes, lanes_bytes>(bits, outputs, inputs, in_lanes);
-}
-
-void run_w1(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
-    const uint8_t *in_lanes = call.tiles + tile_bytes<16, 4>(call.outputs, call.inputs);
-    int64_t row = row_begin;
-    for (; call.outputs >= fewest_columns && row + fewest_rows <= row_end; row += lanes)
-        run_lanes_w1(call, in_lanes, row, std::min<int64_t>(lanes, row_end - row), begin, end);
+void run_few_w1(const Call &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
     for (; row + w1_rows <= row_end; row += w1_rows) run_rows_w1<w1_rows>(call, row, begin, end);
     for (; row < row_end; ++row) run_rows_w1<1>(call, row, begin, end);
 }

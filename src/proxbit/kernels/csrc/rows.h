@@ -128,25 +128,25 @@ inline float gelu(float x) {
 // y[row, begin..end] = sums * factor * scale + bias, and GELU of it if the call asks for that.
 template <class Sum>
 inline void store_row(const proxbit::Call &call, int64_t row, int64_t begin, int64_t end, float factor,
-                      const Sum *sums) {
+                      const Sum *__restrict sums) {
     constexpr int64_t at_once = 256;
     float part[at_once];
-    for (int64_t first = begin; first < end; first += at_once) {
-        const int64_t count = std::min(at_once, end - first);
-        const Sum *sum = sums + (first - begin);
-        const float *scale = call.scale + first;
-        for (int64_t n = 0; n < count; ++n) part[n] = static_cast<float>(sum[n]) * (factor * scale[n]);
+    for (int64_t first = begin; first < end; first += at_once, sums += at_once) {
+        const int64_t count = std::min(at_once, end - first), place = row * call.outputs + first;
+        const bool is_float = call.dtype == PROXBIT_FLOAT32;
+        const float *__restrict scale = call.scale + first;
+        float *__restrict to = is_float ? static_cast<float *>(call.y) + place : part;
         if (call.bias) {
-            const float *bias = call.bias + first;
-            for (int64_t n = 0; n < count; ++n) part[n] += bias[n];
+            const float *__restrict bias = call.bias + first;
+            for (int64_t n = 0; n < count; ++n) to[n] = static_cast<float>(sums[n]) * (factor * scale[n]) + bias[n];
+        } else {
+            for (int64_t n = 0; n < count; ++n) to[n] = static_cast<float>(sums[n]) * (factor * scale[n]);
         }
         if (call.gelu) {
-            for (int64_t n = 0; n < count; ++n) part[n] = gelu(part[n]);
+            for (int64_t n = 0; n < count; ++n) to[n] = gelu(to[n]);
         }
-        if (call.dtype == PROXBIT_FLOAT32) {
-            std::memcpy(static_cast<float *>(call.y) + row * call.outputs + first, part, count * sizeof(float));
-        } else {
-            uint16_t *y = static_cast<uint16_t *>(call.y) + row * call.outputs + first;
+        if (!is_float) {
+            uint16_t *y = static_cast<uint16_t *>(call.y) + place;
             for (int64_t n = 0; n < count; ++n) y[n] = to_bfloat16(part[n]);
         }
     }
