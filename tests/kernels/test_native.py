@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import proxbit.kernels
 from proxbit.errors import ConfigError
-from proxbit.kernels import linear_w1, linear_w1a1, linear_w1a8, native, reference
+from proxbit.kernels import Norm, linear_w1, linear_w1a1, linear_w1a8, native, reference
 from proxbit.kernels.native import FORMATS, choose, find_library, levels
 from proxbit.packing import pack_signs, unpack_signs
 
@@ -130,6 +130,27 @@ def test_a_row_that_is_not_finite_spoils_no_other_row(level, value):
     kept = [0, 1, 3, 4]
     assert torch.equal(result[kept], reference.linear_w1a8(x[kept], weight, scale, bias))
     assert_as_reference(level, "sign", x, weight, scale, bias)
+
+
+@level
+@activations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 48, 20), (3, 67, 33), (40, 100, 200), (2, 1, 3)])
+def test_layer_norm_before_the_sums(level, activations, dtype, count, columns, rows):
+    """To the rounding of fp32; of int8, to a level of a few activations that lie between two."""
+    weight, scale, bias = layer(rows, columns)
+    # No normalized value is so near zero that rounding could turn its sign.
+    x = (torch.randn(count, columns).sign() * (torch.rand(count, columns) + 1) + 0.01).to(dtype)
+    norm = Norm(torch.rand(columns) + 0.5, torch.randn(columns) * 0.01, 1e-6)
+    fused = level.linear(activations, x, weight, scale, bias, norm=norm)
+    values = norm(x)
+    apart = REFERENCE[activations](x.double(), weight, scale, bias, norm=norm)
+    assert fused.dtype == dtype
+    size = values.abs().sum(-1, keepdim=True) * scale + bias.abs()
+    rounding = {"float": 2e-6, "int8": 1e-3, "sign": 1e-6}[activations] + (0 if dtype == torch.float32 else 1 / 256)
+    assert bool(((fused.double() - apart).abs() <= rounding * size).all())
+    plain = level.linear(activations, x, weight, scale, bias)
+    assert activations == "sign" or columns == 1 or not torch.allclose(plain, fused)
 
 
 @level

@@ -7,7 +7,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from proxbit.errors import PackedFormatError
-from proxbit.kernels import linear_kernel, linear_w1, native, unpack_weight
+from proxbit.kernels import Norm, linear_kernel, linear_w1, native, unpack_weight
 from proxbit.packing import pack_signs
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -124,6 +124,41 @@ def test_opcheck_of_the_linear_op(leading, grad, with_bias, dtype):
     x = torch.randn(*leading, 11).to(dtype).requires_grad_(grad)
     bias = bias.requires_grad_(grad) if with_bias else None
     torch.library.opcheck(torch.ops.proxbit.linear_w1.default, (x, weight, scale, bias))
+
+
+@pytest.mark.parametrize("name", ["linear_w1", "linear_w1a8", "linear_w1a1"])
+def test_opcheck_with_everything_fused(name):
+    weight, scale, bias, _ = layer(4, 11, torch.float32)
+    threshold = (torch.zeros(11),) if name == "linear_w1a1" else ()
+    arguments = (torch.randn(3, 11), weight, scale, bias, *threshold, True, torch.ones(11), torch.zeros(11), 1e-6)
+    torch.library.opcheck(getattr(torch.ops.proxbit, name).default, arguments)
+
+
+def test_a_layer_norm_is_whole():
+    weight, scale, bias, _ = layer(4, 11, torch.float32)
+    x = torch.randn(3, 11)
+    with pytest.raises(PackedFormatError, match="norm_weight and norm_bias come together"):
+        torch.ops.proxbit.linear_w1(x, weight, scale, bias, norm_bias=torch.zeros(11))
+    with pytest.raises(PackedFormatError, match=r"norm_bias must be one number an input, \[11\], not \[4\]"):
+        linear_w1(x, weight, scale, bias, norm=Norm(torch.ones(11), torch.zeros(4), 1e-6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_gelu_and_layer_norm_on_every_dtype(dtype):
+    weight, scale, bias, _ = layer(4, 11, torch.float32)
+    x, norm = torch.randn(3, 11).to(dtype), Norm(torch.rand(11), torch.randn(11), 1e-5)
+    result = linear_w1(x, weight, scale, bias, gelu=True, norm=norm)
+    normalized = torch.nn.functional.layer_norm(x.double(), [11], norm.weight.double(), norm.bias.double(), norm.eps)
+    expected = torch.nn.functional.gelu(linear_w1(normalized, weight, scale.double(), bias.double()))
+    torch.testing.assert_close(result, expected.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_what_is_fused_has_no_gradient():
+    weight, scale, bias, _ = layer(4, 11, torch.float32)
+    x = torch.randn(3, 11, requires_grad=True)
+    for fused in ({"gelu": True}, {"norm": Norm(torch.ones(11), torch.zeros(11), 1e-6)}):
+        with pytest.raises(RuntimeError, match="Fused GELU and LayerNorm have no gradient"):
+            linear_w1(x, weight, scale, bias, **fused)
 
 
 def test_opcheck_of_views_and_of_the_other_ops():

@@ -1,5 +1,7 @@
 """What is fused is seen by running the model once: only where it cannot change the results."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from transformers.activations import GELUActivation
 import proxbit
 from proxbit.errors import ModelStateError
 from proxbit.nn import PackedLinear
-from proxbit.patching import FusedActivation
+from proxbit.patching import FusedActivation, FusedLayerNorm, unfuse_layers
 from tiny_models import FAMILIES, SIDE
 
 D = 24
@@ -34,7 +36,9 @@ def test_a_vision_transformer(activations, crops):
     gelus, shared = fused_layers(model)
     assert gelus == [f"vit.layers.{i}.mlp.fc1" for i in range(2)]
     assert shared == [f"vit.layers.{i}.attention.{name}_proj" for i in range(2) for name in "qkv"]
-    assert "gelu" in model.vit.layers[0].mlp.fc1.kernel
+    normed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear) and module.norm]
+    assert normed == [name for i in range(2) for name in [*shared[3 * i : 3 * i + 3], gelus[i]]]
+    assert model.vit.layers[0].mlp.fc1.kernel.endswith("norm, gelu")
     assert list(model.state_dict()) == state
     with torch.no_grad():
         after = model(pixels).logits
@@ -101,6 +105,72 @@ def test_what_is_left_alone(block):
         torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
     if not isinstance(model.act, nn.Sequential):
         assert fused_layers(model) == ([], [])
+
+
+class Normed(nn.Module):
+    """A layer normalization with something behind it."""
+
+    def __init__(self, norm, peek=False, give=False, twice=False):
+        super().__init__()
+        self.norm, self.first, self.second = norm, nn.Linear(D, D), nn.Linear(D, D, bias=False)
+        self.peek, self.give, self.twice = peek, give, twice
+
+    def forward(self, x):
+        hidden = self.norm(self.norm(x) if self.twice else x)
+        result = self.first(hidden) * self.second(hidden) + x
+        if self.peek:
+            result = result + hidden
+        return (result, hidden) if self.give else result
+
+
+def affine():
+    norm = nn.LayerNorm(D)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("block", "fused"),
+    [
+        (lambda: Normed(affine()), True),
+        (lambda: Normed(nn.LayerNorm(D, bias=False)), False),
+        (lambda: Normed(nn.LayerNorm(D, elementwise_affine=False)), False),
+        (lambda: Normed(nn.RMSNorm(D)), False),
+        (lambda: Normed(affine(), peek=True), False),
+        (lambda: Normed(affine(), give=True), False),
+        (lambda: Normed(affine(), twice=True), False),
+    ],
+    ids=["plain", "no bias", "no weight", "root mean square", "read elsewhere", "returned", "used twice"],
+)
+def test_layer_norms(block, fused):
+    model = packed(block())
+    x = torch.randn(5, D, requires_grad=True)
+    before = model(x)
+    (gradient,) = torch.autograd.grad((before[0] if model.give else before).sum(), x)
+    state = {name: id(tensor) for name, tensor in model.named_parameters()}
+    proxbit.fuse(model, {"x": x.detach()})
+    assert isinstance(model.norm, FusedLayerNorm) == fused == (model.first.norm is not None)
+    assert {name: id(tensor) for name, tensor in model.named_parameters()} == state
+    for again in (model, copy.deepcopy(model)):
+        with torch.no_grad():
+            torch.testing.assert_close(again(x), before, rtol=1e-5, atol=1e-5)
+        result = again(x)
+        torch.testing.assert_close(torch.autograd.grad((result[0] if model.give else result).sum(), x)[0], gradient)
+    unfuse_layers(model)
+    assert not isinstance(model.norm, FusedLayerNorm)
+    assert torch.equal(model(x)[0], before[0])
+
+
+def test_a_copy_has_its_own_layer_norm():
+    model = packed(Normed(affine()))
+    x = torch.randn(5, D)
+    copied = copy.deepcopy(proxbit.fuse(model, {"x": x}))
+    with torch.no_grad():
+        expected = model(x)
+        copied.norm.weight.zero_()
+        assert torch.equal(model(x), expected)
+        assert not torch.allclose(copied(x), expected)
 
 
 def test_gradients_still_flow():

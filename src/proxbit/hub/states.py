@@ -57,8 +57,10 @@ def pack(model: Model) -> Model:
 
 
 def fuse(model: Model, inputs: dict[str, Tensor] | None = None) -> Model:
-    """Make a packed model faster: its layers compute the GELU behind them, and queries, keys and values of an attention
-    read their input once. Results change by no more than the rounding of fp32.
+    """Make a packed model faster: its layers compute the layer normalization before them and the GELU behind them, and
+    queries, keys and values of an attention read their input once.
+
+    Results change by the rounding of fp32, which may tip an activation from one int8 level, or one sign, to the next.
 
     Args:
         model: a packed model; changed in place. It is saved, loaded and dequantized as before; a reloaded model is

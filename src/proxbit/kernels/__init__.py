@@ -10,10 +10,11 @@ from proxbit.kernels.ops import (
     unpack_signs,
     unpack_weight,
 )
-from proxbit.kernels.reference import quantize_activations
+from proxbit.kernels.reference import Norm, quantize_activations
 
 __all__ = [
     "FORMATS",
+    "Norm",
     "linear_kernel",
     "linear_w1",
     "linear_w1a1",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from proxbit.errors import ConfigError
+from proxbit.kernels.reference import Norm
 from proxbit.packing import packed_columns
 
 __all__ = ["FORMATS", "Native", "find_library", "native", "version_of"]
@@ -26,7 +27,7 @@ _SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 _LEVEL_VARIABLE = "PROXBIT_ISA"
 _REFERENCE = "reference"
 _IMPORTED_BY = os.getpid()
-_CALL = struct.Struct("16q")  # proxbit_linear_call
+_CALL = struct.Struct("18qd")  # proxbit_linear_call
 
 
 def version_of(tensor: Tensor) -> int | None:
@@ -79,6 +80,7 @@ class Native:
         bias: Tensor | None,
         threshold: Tensor | None = None,
         gelu: bool = False,
+        norm: Norm | None = None,
     ) -> Tensor:
         """A linear layer, see `reference`; `x` is fp32 or bf16, everything is on the CPU and of matching shapes."""
         columns, rows = x.shape[-1], weight.shape[0]
@@ -87,6 +89,7 @@ class Native:
             flat = flat.contiguous()
         # Variables, so that what is converted lives as long as the call reads it.
         scale, bias, threshold = _as_floats(scale), _as_floats(bias), _as_floats(threshold)
+        norm_weight, norm_bias = (None, None) if norm is None else (_as_floats(norm.weight), _as_floats(norm.bias))
         code = FORMATS[activations]
         tiles = self._tiles(code, weight, columns)
         result = x.new_empty((*x.shape[:-1], rows))
@@ -107,6 +110,9 @@ class Native:
             _parallel_for(),
             torch.get_num_threads(),
             gelu,
+            _address(norm_weight),
+            _address(norm_bias),
+            0.0 if norm is None else norm.eps,
         )
         self.library.proxbit_linear(call)
         return result

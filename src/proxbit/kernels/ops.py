@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 from proxbit.errors import PackedFormatError
 from proxbit.kernels import reference
 from proxbit.kernels.native import Native, native
+from proxbit.kernels.reference import Norm
 from proxbit.packing import packed_columns
 
 try:
@@ -20,10 +21,11 @@ except ImportError:  # Triton is optional: without it CUDA runs on the reference
 __all__ = ["linear_kernel", "linear_w1", "linear_w1a1", "linear_w1a8", "pack_signs", "unpack_signs", "unpack_weight"]
 
 _LIBRARY = torch.library.Library("proxbit", "DEF")
-_LIBRARY.define("linear_w1(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool gelu=False) -> Tensor")
-_LIBRARY.define("linear_w1a8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool gelu=False) -> Tensor")
+_FUSED = "bool gelu=False, Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.0"
+_LIBRARY.define(f"linear_w1(Tensor x, Tensor weight, Tensor scale, Tensor? bias, {_FUSED}) -> Tensor")
+_LIBRARY.define(f"linear_w1a8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, {_FUSED}) -> Tensor")
 _LIBRARY.define(
-    "linear_w1a1(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? threshold, bool gelu=False) -> Tensor"
+    f"linear_w1a1(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? threshold, {_FUSED}) -> Tensor"
 )
 _LIBRARY.define("linear_w1_grad_input(Tensor grad, Tensor weight, Tensor scale, int columns) -> Tensor")
 _LIBRARY.define("pack_signs(Tensor values) -> Tensor")
@@ -35,7 +37,12 @@ _PORTABLE_ROWS = 16
 
 
 def _check_shapes(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor | None = None,
+    norm: Norm | None = None,
 ) -> None:
     if (  # All is well, said as briefly as it can be: this runs before every call.
         weight.dtype is torch.uint8
@@ -45,6 +52,7 @@ def _check_shapes(
         and scale.shape == weight.shape[:1]
         and (bias is None or bias.shape == scale.shape)
         and (threshold is None or threshold.shape == x.shape[-1:])
+        and (norm is None or norm.weight.shape == norm.bias.shape == x.shape[-1:])
     ):
         return
     if weight.dtype != torch.uint8 or weight.dim() != 2:
@@ -59,9 +67,12 @@ def _check_shapes(
             f"An input of width {columns} needs {packed_columns(columns)} bytes a row, the packed weight has "
             f"{weight.shape[1]}."
         )
-    for name, numbers, size in (("scale", scale, rows), ("bias", bias, rows), ("threshold", threshold, columns)):
+    vectors = {"scale": (scale, rows), "bias": (bias, rows), "threshold": (threshold, columns)}
+    if norm is not None:
+        vectors |= {"norm_weight": (norm.weight, columns), "norm_bias": (norm.bias, columns)}
+    for name, (numbers, size) in vectors.items():
         if numbers is not None and numbers.shape != (size,):
-            axis = "an input" if name == "threshold" else "a row"
+            axis = "a row" if name in ("scale", "bias") else "an input"
             raise PackedFormatError(f"{name} must be one number {axis}, [{size}], not {list(numbers.shape)}.")
 
 
@@ -78,29 +89,55 @@ def _linear(
     bias: Tensor | None,
     threshold: Tensor | None = None,
     gelu: bool = False,
+    norm: Norm | None = None,
 ) -> Tensor:
-    _check_shapes(x, weight, scale, bias, threshold)
+    _check_shapes(x, weight, scale, bias, threshold, norm)
     if triton_linear is not None and triton_linear.takes(x):
-        result = triton_linear.linear(activations, x, weight, scale, bias, threshold)
+        values = x if norm is None else norm(x).to(x.dtype)
+        result = triton_linear.linear(activations, values, weight, scale, bias, threshold)
         return torch.nn.functional.gelu(result) if gelu else result
     compiled = _native_for(x)
     few = x.numel() < _PORTABLE_ROWS * max(1, x.shape[-1])
     if compiled is not None and (few or not compiled.is_portable):
-        return compiled.linear(activations, x, weight, scale, bias, threshold, gelu)
+        return compiled.linear(activations, x, weight, scale, bias, threshold, gelu, norm)
     # The ops have their own rule for the precision of their sums: autocast must not reach into the torch code.
     with torch.autocast(x.device.type, enabled=False):
         if activations == "sign":
-            return reference.linear_w1a1(x, weight, scale, bias, threshold, gelu)
+            return reference.linear_w1a1(x, weight, scale, bias, threshold, gelu, norm)
         linear = reference.linear_w1 if activations == "float" else reference.linear_w1a8
-        return linear(x, weight, scale, bias, gelu)
+        return linear(x, weight, scale, bias, gelu, norm)
 
 
-def _linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    return _linear("float", x, weight, scale, bias, gelu=gelu)
+def _norm_of(weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm | None:
+    if (weight is None) != (bias is None):
+        raise PackedFormatError("norm_weight and norm_bias come together.")
+    return None if weight is None or bias is None else Norm(weight, bias, eps)
 
 
-def _linear_w1a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    return _linear("int8", x, weight, scale, bias, gelu=gelu)
+def _linear_w1(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    gelu: bool = False,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> Tensor:
+    return _linear("float", x, weight, scale, bias, None, gelu, _norm_of(norm_weight, norm_bias, norm_eps))
+
+
+def _linear_w1a8(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    gelu: bool = False,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> Tensor:
+    return _linear("int8", x, weight, scale, bias, None, gelu, _norm_of(norm_weight, norm_bias, norm_eps))
 
 
 def _linear_w1a1(
@@ -110,8 +147,11 @@ def _linear_w1a1(
     bias: Tensor | None,
     threshold: Tensor | None,
     gelu: bool = False,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
 ) -> Tensor:
-    return _linear("sign", x, weight, scale, bias, threshold, gelu)
+    return _linear("sign", x, weight, scale, bias, threshold, gelu, _norm_of(norm_weight, norm_bias, norm_eps))
 
 
 def _linear_w1_grad_input(grad: Tensor, weight: Tensor, scale: Tensor, columns: int) -> Tensor:
@@ -153,22 +193,40 @@ def _fake_linear(
     scale: Tensor,
     bias: Tensor | None,
     threshold: Tensor | None = None,
+    norm: Norm | None = None,
 ) -> Tensor:
-    _check_shapes(x, weight, scale, bias, threshold)
+    _check_shapes(x, weight, scale, bias, threshold, norm)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("proxbit::linear_w1", lib=_LIBRARY)
 @torch.library.register_fake("proxbit::linear_w1a8", lib=_LIBRARY)
-def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    return _fake_linear(x, weight, scale, bias)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    gelu: bool = False,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> Tensor:
+    return _fake_linear(x, weight, scale, bias, None, _norm_of(norm_weight, norm_bias, norm_eps))
 
 
 @torch.library.register_fake("proxbit::linear_w1a1", lib=_LIBRARY)
 def _(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: Tensor | None, gelu: bool = False
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor | None,
+    gelu: bool = False,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
 ) -> Tensor:
-    return _fake_linear(x, weight, scale, bias, threshold)
+    return _fake_linear(x, weight, scale, bias, threshold, _norm_of(norm_weight, norm_bias, norm_eps))
 
 
 @torch.library.register_fake("proxbit::linear_w1_grad_input", lib=_LIBRARY)
@@ -192,9 +250,9 @@ def _(weight: Tensor, scale: Tensor, columns: int) -> Tensor:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, bias, *threshold, gelu = inputs
-    if gelu:
-        raise RuntimeError("The fused GELU has no gradient: call the linear op, then torch.nn.functional.gelu.")
+    x, weight, scale, bias, *threshold, gelu, norm_weight, _, _ = inputs
+    if gelu or norm_weight is not None:
+        raise RuntimeError("Fused GELU and LayerNorm have no gradient: call torch.nn.functional's and the linear op.")
     # Through the sign only what is near the threshold has a gradient: the box of binarized networks.
     near = (x if threshold[0] is None else x - threshold[0]).abs() <= 1 if threshold else None
     ctx.save_for_backward(weight, scale, near)
@@ -208,7 +266,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_input = torch.ops.proxbit.linear_w1_grad_input(grad, weight, scale, ctx.columns)
     if near is not None:
         grad_input = grad_input * near
-    return (grad_input, None, None, grad_bias, None, None)[: ctx.inputs]
+    return (grad_input, None, None, grad_bias, *([None] * (ctx.inputs - 4)))
 
 
 @register_flop_formula(torch.ops.proxbit.linear_w1_grad_input)
@@ -255,23 +313,38 @@ def _call(
     bias: Tensor | None,
     threshold: Tensor | None,
     gelu: bool,
+    norm: Norm | None,
 ) -> Tensor:
     trained = x.requires_grad or (bias is not None and bias.requires_grad)
     if (trained and torch.is_grad_enabled()) or not _nobody_watches(x):
         arguments = (bias, threshold, gelu) if activations == "sign" else (bias, gelu)
-        result: Tensor = _OPS[activations](x, weight, scale, *arguments)
+        result: Tensor = _OPS[activations](x, weight, scale, *arguments, *(norm or ()))
         return result
-    return _linear(activations, x, weight, scale, bias, threshold, gelu)
+    return _linear(activations, x, weight, scale, bias, threshold, gelu, norm)
 
 
-def linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+def linear_w1(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    gelu: bool = False,
+    norm: Norm | None = None,
+) -> Tensor:
     """`reference.linear_w1`, on the fastest kernel there is for these tensors."""
-    return _call("float", x, weight, scale, bias, None, gelu)
+    return _call("float", x, weight, scale, bias, None, gelu, norm)
 
 
-def linear_w1a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+def linear_w1a8(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    gelu: bool = False,
+    norm: Norm | None = None,
+) -> Tensor:
     """`reference.linear_w1a8`, on the fastest kernel there is for these tensors."""
-    return _call("int8", x, weight, scale, bias, None, gelu)
+    return _call("int8", x, weight, scale, bias, None, gelu, norm)
 
 
 def linear_w1a1(
@@ -281,9 +354,10 @@ def linear_w1a1(
     bias: Tensor | None = None,
     threshold: Tensor | None = None,
     gelu: bool = False,
+    norm: Norm | None = None,
 ) -> Tensor:
     """`reference.linear_w1a1`, on the fastest kernel there is for these tensors."""
-    return _call("sign", x, weight, scale, bias, threshold, gelu)
+    return _call("sign", x, weight, scale, bias, threshold, gelu, norm)
 
 
 def pack_signs(values: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Plain torch implementations of the ops: what every other kernel is measured against."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from proxbit.packing import pack_signs, unpack_signs
 from proxbit.sign import sign
 
 __all__ = [
+    "Norm",
     "linear_w1",
     "linear_w1_grad_input",
     "linear_w1a1",
@@ -24,6 +27,26 @@ _EXACT = 2**24
 _SMALLEST_PEAK = 1e-30
 
 
+class Norm(NamedTuple):
+    r"""A layer normalization in front of a linear layer: (x - mean) / \sqrt{variance + eps} weight + bias, row by row.
+
+    Attributes:
+        weight: `[I]`.
+        bias: `[I]`.
+        eps: added to the variance.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x`, `[..., I]`, normalized; in fp32, or fp64 if it is."""
+        dtype = _accumulation_dtype(x.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return torch.nn.functional.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, self.eps)
+
+
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
@@ -34,7 +57,9 @@ def _finish(result: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     return torch.nn.functional.gelu(result) if gelu else result
 
 
-def linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+def linear_w1(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool = False, norm: Norm | None = None
+) -> Tensor:
     r"""A linear layer with packed 1-bit weights.
 
     Formula:
@@ -46,12 +71,14 @@ def linear_w1(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gel
         scale: `[O]`, floating point.
         bias: `[O]` or None.
         gelu: return GELU(y) = y Phi(y), before it is rounded to the dtype of `x`.
+        norm: normalizes `x` first, without rounding to its dtype.
 
     Returns:
         `[..., O]`, dtype of `x`.
     """
     dtype = _accumulation_dtype(x.dtype)
-    result = torch.nn.functional.linear(x.to(dtype), unpack_signs(weight, x.shape[-1], dtype)) * scale.to(dtype)
+    values = x.to(dtype) if norm is None else norm(x)
+    result = torch.nn.functional.linear(values, unpack_signs(weight, x.shape[-1], dtype)) * scale.to(dtype)
     return _finish(result, bias, gelu).to(x.dtype)
 
 
@@ -85,7 +112,9 @@ def _integer_sums(values: Tensor, weight: Tensor, peak: int) -> Tensor:
     return torch.nn.functional.linear(values.to(dtype), unpack_signs(weight, values.shape[-1], dtype)).float()
 
 
-def linear_w1a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+def linear_w1a8(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool = False, norm: Norm | None = None
+) -> Tensor:
     r"""A linear layer with packed 1-bit weights and activations quantized to int8, token by token.
 
     Formula:
@@ -98,11 +127,12 @@ def linear_w1a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, g
         scale: `[O]`, floating point.
         bias: `[O]` or None.
         gelu: return GELU(y) = y Phi(y), before it is rounded to the dtype of `x`.
+        norm: normalizes `x` first, without rounding to its dtype.
 
     Returns:
         `[..., O]`, dtype of `x`.
     """
-    q, step = quantize_activations(x)
+    q, step = quantize_activations(x if norm is None else norm(x))
     result = _integer_sums(q, weight, INT8_PEAK) * (step * scale.float())
     return _finish(result, bias, gelu).to(x.dtype)
 
@@ -114,6 +144,7 @@ def linear_w1a1(
     bias: Tensor | None,
     threshold: Tensor | None = None,
     gelu: bool = False,
+    norm: Norm | None = None,
 ) -> Tensor:
     r"""A linear layer with packed 1-bit weights and the signs of its activations.
 
@@ -127,11 +158,13 @@ def linear_w1a1(
         bias: `[O]` or None.
         threshold: `[I]`, or None for 0.
         gelu: return GELU(y) = y Phi(y), before it is rounded to the dtype of `x`.
+        norm: normalizes `x` first, without rounding to its dtype.
 
     Returns:
         `[..., O]`, dtype of `x`.
     """
-    signs = sign(x.float()) if threshold is None else (x.float() >= threshold.float()).float() * 2 - 1
+    values = (x if norm is None else norm(x)).float()
+    signs = sign(values) if threshold is None else (values >= threshold.float()).float() * 2 - 1
     result = _integer_sums(signs, weight, 1) * scale.float()
     return _finish(result, bias, gelu).to(x.dtype)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from proxbit.errors import PackedFormatError
-from proxbit.kernels import linear_kernel, linear_w1, linear_w1a1, linear_w1a8, pack_signs, unpack_weight
+from proxbit.kernels import Norm, linear_kernel, linear_w1, linear_w1a1, linear_w1a8, pack_signs, unpack_weight
 from proxbit.nn.activations import check_activations, simulate_activations
 from proxbit.nn.binary_linear import BinaryLinear
 from proxbit.packing import check_packed, packed_columns
@@ -43,6 +43,7 @@ class PackedLinear(nn.Module):
         weight_offset: `[O]` or None.
         bias: `[O]` or None.
         gelu: the output is GELU(y); set by `fuse`.
+        norm: normalizes the input first; set by `fuse`.
         shared: computes this layer together with others that are given the same input; set by `fuse`.
     """
 
@@ -65,6 +66,7 @@ class PackedLinear(nn.Module):
         check_activations(activations)
         self.activations = activations
         self.gelu = False
+        self.norm: Callable[[], Norm] | None = None
         self.shared: Callable[[PackedLinear, Tensor, Callable[..., Tensor]], Tensor] | None = None
         self.in_features, self.out_features = in_features, out_features
         width = packed_columns(in_features)
@@ -112,8 +114,8 @@ class PackedLinear(nn.Module):
     def kernel(self) -> str:
         """The name of the kernel that runs this layer."""
         name = linear_kernel(self.weight, self.weight_scale)
-        extras = (self.activations if self.activations != "float" else "", "gelu" if self.gelu else "")
-        return ", ".join([name, *filter(None, extras)])
+        extras = {self.activations: self.activations != "float", "norm": self.norm is not None, "gelu": self.gelu}
+        return ", ".join([name, *(extra for extra, present in extras.items() if present)])
 
     def forward(self, input: Tensor) -> Tensor:
         if input.shape[-1] != self.in_features:
@@ -125,7 +127,10 @@ class PackedLinear(nn.Module):
         plain = self.weight_offset is None and not (torch.is_grad_enabled() and (trained or input.requires_grad))
         if plain and self.shared is not None and not torch.compiler.is_compiling():
             return self.shared(self, input, op)
-        result = op(input, self.weight, self.weight_scale, self.bias, gelu=self.gelu and plain)
+        norm = self.norm() if self.norm is not None else None
+        if norm is not None and not plain:
+            input, norm = nn.functional.layer_norm(input, input.shape[-1:], *norm), None
+        result = op(input, self.weight, self.weight_scale, self.bias, gelu=self.gelu and plain, norm=norm)
         if self.weight_offset is not None:
             # One offset for a whole row needs the sum of the inputs only, in the precision of the op.
             wide = torch.promote_types(input.dtype, torch.float32)

@@ -40,7 +40,7 @@ class SharedInput:
     @staticmethod
     def fits(layers: Sequence[PackedLinear]) -> bool:
         """Whether the layers can be computed together."""
-        kinds = {(layer.in_features, layer.activations, layer.bias is None, layer.gelu) for layer in layers}
+        kinds = {(layer.in_features, layer.activations, layer.bias is None, layer.gelu, layer.norm) for layer in layers}
         return len(layers) > 1 and len(kinds) == 1 and all(layer.weight_offset is None for layer in layers)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,13 +72,14 @@ class SharedInput:
             op: the operator of the layers.
         """
         thread = threading.get_ident()
+        extras = {"gelu": layer.gelu, "norm": layer.norm() if layer.norm is not None else None}
         if layer is not self.layers[0]:
             left = self._left.get(thread)
             if left is not None and left[0]() is input and id(layer) in left[1]:
                 return left[1].pop(id(layer))
-            return op(input, layer.weight, layer.weight_scale, layer.bias, gelu=layer.gelu)
+            return op(input, layer.weight, layer.weight_scale, layer.bias, **extras)
         sizes = [each.out_features for each in self.layers]
-        parts: Sequence[Tensor] = op(input, *self._joined(), gelu=layer.gelu).split(sizes, dim=-1)
+        parts: Sequence[Tensor] = op(input, *self._joined(), **extras).split(sizes, dim=-1)
         self._left[thread] = (
             weakref.ref(input),
             {id(each): part for each, part in zip(self.layers[1:], parts[1:], strict=True)},

@@ -1,6 +1,6 @@
 """Selecting the modules of a model, and changing them between the three states. Works on any `nn.Module`."""
 
-from proxbit.patching.fuse import FusedActivation, fuse_layers, unfuse_layers
+from proxbit.patching.fuse import FusedActivation, FusedLayerNorm, fuse_layers, unfuse_layers
 from proxbit.patching.pictures import blank_picture
 from proxbit.patching.replace import (
     check_latents,
@@ -16,6 +16,7 @@ from proxbit.patching.targets import matches, select, state_of
 __all__ = [
     "BinarizationReport",
     "FusedActivation",
+    "FusedLayerNorm",
     "ModuleDecision",
     "blank_picture",
     "check_latents",

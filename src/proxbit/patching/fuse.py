@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from proxbit.errors import ModelStateError
+from proxbit.kernels import Norm
 from proxbit.nn import PackedLinear, SharedInput
 from proxbit.patching.targets import state_of
 
-__all__ = ["FusedActivation", "fuse_layers", "unfuse_layers"]
+__all__ = ["FusedActivation", "FusedLayerNorm", "fuse_layers", "unfuse_layers"]
 
 GELU = torch.ops.aten.gelu.default
 
@@ -26,6 +28,17 @@ class FusedActivation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return input
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    """A layer normalization that the packed layers behind it compute now."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+def _norm_of(module: nn.LayerNorm) -> Norm:
+    return Norm(module.weight, module.bias, module.eps)
 
 
 @dataclass
@@ -57,8 +70,8 @@ class _Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[_Call], _Watch]:
-    """The calls of packed layers and of modules without children, in order, and what reads their results."""
+def _run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[_Call], _Watch, list[Any]]:
+    """The calls of modules without children, in order, what reads their results, and what the model returns."""
     calls: list[_Call] = []
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
@@ -76,12 +89,12 @@ def _run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[_Call], _Wat
     training, watch = model.training, _Watch()
     try:
         with torch.no_grad(), watch:
-            model.eval()(**inputs)
+            returned = model.eval()(**inputs)
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
-    return calls, watch
+    return calls, watch, torch.utils._pytree.tree_leaves(returned)
 
 
 def _activations_to_fuse(calls: list[_Call], watch: _Watch) -> dict[str, PackedLinear]:
@@ -107,6 +120,25 @@ def _activations_to_fuse(calls: list[_Call], watch: _Watch) -> dict[str, PackedL
     return {name: layer for name, layer in found.items() if name not in refused}
 
 
+def _norms_to_fuse(calls: list[_Call], watch: _Watch, returned: list[Any]) -> dict[str, list[PackedLinear]]:
+    """The layer normalizations, by name, whose results nothing but packed layers read, and these layers."""
+    times: dict[int, int] = {}
+    for call in calls:
+        times[id(call.module)] = times.get(id(call.module), 0) + 1
+    found: dict[str, list[PackedLinear]] = {}
+    for call in calls:
+        norm = call.module
+        if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None or len(norm.normalized_shape) > 1:
+            continue
+        readers = [each.module for each in calls if each.input is call.output]
+        layers = [reader for reader in readers if isinstance(reader, PackedLinear)]
+        alone = len(watch.uses.get(id(call.output), [])) == len(readers) == len(layers) > 0
+        once = all(times[id(module)] == 1 for module in (norm, *layers))
+        if alone and once and not any(each is call.output for each in returned):
+            found[call.name] = layers
+    return found
+
+
 def _inputs_to_share(calls: list[_Call]) -> list[list[PackedLinear]]:
     """Packed layers of one parent that are called one after the other on the same tensor, each of them once."""
     packed = [call for call in calls if isinstance(call.module, PackedLinear)]
@@ -127,7 +159,8 @@ def _inputs_to_share(calls: list[_Call]) -> list[list[PackedLinear]]:
 
 
 def fuse_layers(model: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """Let packed layers compute the GELU behind them, and let those that are given the same input share its reading.
+    """Let packed layers compute the layer normalization before them and the GELU behind them, and read together what
+    they are given together.
 
     Args:
         model: a packed model; changed in place. Its tensors and their names stay as they are.
@@ -139,7 +172,15 @@ def fuse_layers(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     if state_of(model) != "packed":
         raise ModelStateError(f"fuse takes a packed model, this one is {state_of(model)}.")
     unfuse_layers(model)
-    calls, watch = _run(model, inputs)
+    calls, watch, returned = _run(model, inputs)
+    for name, layers in _norms_to_fuse(calls, watch, returned).items():
+        module = model.get_submodule(name)
+        assert isinstance(module, nn.LayerNorm)
+        # Its class alone changes: parameters, names and hooks stay.
+        norm = partial(_norm_of, module)
+        module.__class__ = FusedLayerNorm
+        for layer in layers:
+            layer.norm = norm
     for group in _inputs_to_share(calls):
         shared = SharedInput(group)
         for layer in group:
@@ -154,5 +195,7 @@ def unfuse_layers(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, FusedActivation):
             model.set_submodule(name, module.original)
+        elif isinstance(module, FusedLayerNorm):
+            module.__class__ = nn.LayerNorm  # type: ignore[assignment]
         elif isinstance(module, PackedLinear):
-            module.gelu, module.shared = False, None
+            module.gelu, module.norm, module.shared = False, None, None

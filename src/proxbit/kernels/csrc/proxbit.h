@@ -30,6 +30,7 @@ typedef int32_t (*proxbit_parallel_for)(int64_t begin, int64_t end, int64_t grai
  *   W1     a = x, summed in fp32
  *   W1A8   a = step[m] * q[m, k], step[m] = max_k |x[m, k]| / 127, q = round(x / step) to even, summed exactly
  *   W1A1   a = +1 where x[m, k] >= threshold[k] (0 without), else -1, summed exactly
+ * With a norm_weight, x is first made (x - mean) / sqrt(variance + norm_eps) * norm_weight + norm_bias, row by row.
  * A row of W1A8 that holds NaN or infinity gives NaN; one whose largest |x| is below 1e-30 counts as zero. */
 struct proxbit_linear_call {
     int64_t level;   /* index, see proxbit_level_name */
@@ -48,6 +49,9 @@ struct proxbit_linear_call {
     proxbit_parallel_for parallel_for; /* null: one thread */
     int64_t threads;                   /* how many the pool has */
     int64_t gelu;                      /* 1: y is x Phi(x) of the above */
+    const float *norm_weight;          /* [K] or null */
+    const float *norm_bias;            /* [K], null where norm_weight is */
+    double norm_eps;
 };
 
 /* The instruction levels in this library, fastest first: their names, null past the last one, and whether this

@@ -51,15 +51,44 @@ class Workspace {
     uint8_t *next_;
 };
 
-// Row `row` of x as fp32, with zeros up to `width`; the row itself where it can be read in place.
+// Sum of f(x[k]), in 16 parts, so that every level adds in the same order.
+template <class Function>
+inline float sum_of(const float *x, int64_t count, const Function &f) {
+    constexpr int64_t parts = 16;
+    float sums[parts] = {};
+    int64_t k = 0;
+    for (; k + parts <= count; k += parts)
+        for (int64_t i = 0; i < parts; ++i) sums[i] += f(x[k + i]);
+    for (int64_t i = 0; k + i < count; ++i) sums[i] += f(x[k + i]);
+    float total = 0.0f;
+    for (int64_t i = 0; i < parts; ++i) total += sums[i];
+    return total;
+}
+
+inline void normalize(const proxbit::Call &call, const float *x, float *to) {
+    const int64_t count = call.inputs;
+    const float mean = sum_of(x, count, [](float v) { return v; }) / static_cast<float>(count);
+    const float squares = sum_of(x, count, [mean](float v) { return (v - mean) * (v - mean); });
+    const float eps = static_cast<float>(call.norm_eps);
+    const float inverse = 1.0f / std::sqrt(squares / static_cast<float>(count) + eps);
+    for (int64_t k = 0; k < count; ++k) to[k] = (x[k] - mean) * inverse * call.norm_weight[k] + call.norm_bias[k];
+}
+
+// Row `row` of x as fp32, normalized if the call asks for that, with zeros up to `width`; the row itself where it can be
+// read in place.
 inline const float *load_row(const proxbit::Call &call, int64_t row, int64_t width, float *buffer) {
+    const float *x = buffer;
     if (call.dtype == PROXBIT_FLOAT32) {
-        const float *x = static_cast<const float *>(call.x) + row * call.x_stride;
+        x = static_cast<const float *>(call.x) + row * call.x_stride;
+    } else {
+        const uint16_t *narrow = static_cast<const uint16_t *>(call.x) + row * call.x_stride;
+        for (int64_t k = 0; k < call.inputs; ++k) buffer[k] = from_bfloat16(narrow[k]);
+    }
+    if (call.norm_weight) {
+        normalize(call, x, buffer);
+    } else if (x != buffer) {
         if (width == call.inputs) return x;
         std::memcpy(buffer, x, call.inputs * sizeof(float));
-    } else {
-        const uint16_t *x = static_cast<const uint16_t *>(call.x) + row * call.x_stride;
-        for (int64_t k = 0; k < call.inputs; ++k) buffer[k] = from_bfloat16(x[k]);
     }
     std::fill(buffer + call.inputs, buffer + width, 0.0f);
     return buffer;
