@@ -78,7 +78,7 @@ def _check_shapes(
 
 def _native_for(x: Tensor) -> Native | None:
     """The compiled kernels, where they take this tensor."""
-    return native() if x.device.type == "cpu" and Native.takes(x) else None
+    return native() if x.is_cpu and Native.takes(x) else None
 
 
 def _linear(
@@ -92,7 +92,7 @@ def _linear(
     norm: Norm | None = None,
 ) -> Tensor:
     _check_shapes(x, weight, scale, bias, threshold, norm)
-    if triton_linear is not None and triton_linear.takes(x):
+    if not x.is_cpu and triton_linear is not None and triton_linear.takes(x):
         values = x if norm is None else norm(x).to(x.dtype)
         result = triton_linear.linear(activations, values, weight, scale, bias, threshold)
         return torch.nn.functional.gelu(result) if gelu else result
@@ -165,7 +165,7 @@ def _pack_signs(values: Tensor) -> Tensor:
 
 
 def _unpack_signs(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    compiled = native() if packed.device.type == "cpu" else None
+    compiled = native() if packed.is_cpu else None
     if compiled is None:
         return reference.unpack_signs(packed, columns, dtype)
     return compiled.unpack_signs(packed, columns).to(dtype)
@@ -295,7 +295,7 @@ def _nobody_watches(x: Tensor) -> bool:
     tensor on the CPU, and no compiler, tracer, profiler, transform or mode that would have to see the operator."""
     return (
         type(x) is Tensor
-        and x.device.type == "cpu"
+        and x.is_cpu
         and not torch.compiler.is_compiling()
         and not torch.autograd.profiler._is_profiler_enabled
         and torch._C._len_torch_dispatch_stack() == 0
