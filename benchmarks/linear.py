@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import FP32, INT8_PEERS, OURS, PEERS, Call, inferring, linear_peers
+from peers import FP32, INT8_PEERS, OURS, PEERS, Call, linear_peers
 from report import RESULTS, Goal, finish, goal_table, goals_data, table
 
 from proxbit.analysis.environment import environment
@@ -103,7 +103,8 @@ def hot(models: Iterable[str], rows: int, threads: int, rounds: int) -> list[Res
     for model in models:
         for shape in shapes(MODELS[model]):
             calls = calls_for(shape, rows)
-            timings = time_rounds(calls, rounds, sample_seconds=SAMPLE_SECONDS, patience=PATIENCE_SECONDS)
+            with torch.inference_mode():
+                timings = time_rounds(calls, rounds, sample_seconds=SAMPLE_SECONDS, patience=PATIENCE_SECONDS)
             results.append(Result(model, shape, rows, threads, timings))
     return results
 
@@ -113,8 +114,9 @@ def cold(rows: int, threads: int, rounds: int, blocks: int) -> list[Result]:
     square, wide, narrow = shapes(MODELS["ViT-B"])
     layers = [calls_for(shape, rows) for shape in (*[square] * 4, wide, narrow) * blocks]
     calls = {name: in_turn([layer[name] for layer in layers]) for name in layers[0]}
-    steady = time_rounds(calls, rounds, sample_seconds=10 * SAMPLE_SECONDS, patience=PATIENCE_SECONDS)
-    evicted = time_rounds(calls, rounds, cold=True, patience=PATIENCE_SECONDS)
+    with torch.inference_mode():
+        steady = time_rounds(calls, rounds, sample_seconds=10 * SAMPLE_SECONDS, patience=PATIENCE_SECONDS)
+        evicted = time_rounds(calls, rounds, cold=True, patience=PATIENCE_SECONDS)
     found = ((IN_TURN, steady), (AFTER_OTHERS, evicted))
     return [Result(title.format(len(layers)), None, rows, threads, timings) for title, timings in found]
 
@@ -123,7 +125,7 @@ def pack_rate(rounds: int) -> float:
     """Weights a second that `pack_signs` takes from memory, 1 thread."""
     weight = torch.randn(24576, 768)
     with torch_threads(1):
-        timings = time_rounds({"pack": inferring(lambda: pack_signs(weight))}, rounds)
+        timings = time_rounds({"pack": lambda: pack_signs(weight)}, rounds)
     return weight.numel() / timings.median("pack")
 
 

@@ -49,12 +49,7 @@ def linear_peers(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Call]:
     calls["linear_w1"] = lambda: linear_w1(x, bits, scale, bias)
     calls["linear_w1a8"] = lambda: linear_w1a8(x, bits, scale, bias)
     calls["linear_w1a1"] = lambda: linear_w1a1(x, bits, scale, bias)
-    return {name: inferring(call) for name, call in calls.items()}
-
-
-def inferring(call: Call) -> Call:
-    """The call without a graph for gradients, as in use."""
-    return torch.inference_mode()(call)
+    return calls
 
 
 def int8_dynamic(weight: Tensor, bias: Tensor) -> nn.Module:

@@ -135,18 +135,34 @@ inline void pack_signs_row(const float *x, int64_t count, uint8_t *bits) {
     }
 }
 
+// a b + c, rounded once where the processor does that at no cost
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 // x Phi(x), Phi the normal distribution, to 7e-8 |x|. Phi(-|x|) = 2^-q, where q is fitted by a polynomial up to |x| = 9;
 // the same loop without calls for every level, so that it is vectorised.
+// The coefficients from the constant up.
+template <class... Rest>
+inline float polynomial(float x, float first, Rest... rest) {
+    if constexpr (sizeof...(Rest) == 0) {
+        return first;
+    } else {
+        return multiply_add(polynomial(x, rest...), x, first);
+    }
+}
+
 inline float gelu(float x) {
     const float a = std::min(std::fabs(x), 9.0f);
-    float q = 2.45096224e-06f;
-    for (const float c : {-3.5303185e-05f, 1.69092234e-04f, 1.73261746e-04f, -7.10516849e-03f, 5.25217847e-02f,
-                          4.59200473e-01f, 1.15110615f, 0.999999972f})
-        q = q * a + c;
+    const float q = polynomial(a, 0.999999972f, 1.15110615f, 4.59200473e-01f, 5.25217847e-02f, -7.10516849e-03f,
+                               1.73261746e-04f, 1.69092234e-04f, -3.5303185e-05f, 2.45096224e-06f);
     const float whole = __builtin_rintf(-q), rest = -q - whole;
-    float power = 1.53324388e-04f;
-    for (const float c : {1.3394761e-03f, 9.61849172e-03f, 5.55034215e-02f, 2.40226474e-01f, 6.93147199e-01f, 1.0f})
-        power = power * rest + c;
+    float power = polynomial(rest, 1.0f, 6.93147199e-01f, 2.40226474e-01f, 5.55034215e-02f, 9.61849172e-03f,
+                             1.3394761e-03f, 1.53324388e-04f);
     int32_t bits;
     std::memcpy(&bits, &power, 4);
     bits += static_cast<int32_t>(whole) * (1 << 23);
