@@ -20,6 +20,7 @@ __version__ = version("proxbit")
 _LAZY = {
     "ProxConnectArguments": "proxbit.training.arguments",
     "ProxConnectTrainer": "proxbit.training.trainer",
+    "calibrate": "proxbit.training.calibration",
     "summary": "proxbit.analysis.summary",
 }
 
@@ -31,6 +32,7 @@ __all__ = [
     "ProxbitError",
     "QuantizerPair",
     "binarize",
+    "calibrate",
     "compose",
     "decompose",
     "dequantize",

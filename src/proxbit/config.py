@@ -8,7 +8,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from proxbit.errors import CheckpointError, ConfigError, UnknownNameError
-from proxbit.nn import check_activations
+from proxbit.nn import DEFAULT_ACTIVATION_PAIR, check_activations
 from proxbit.quantizers import PAIRS, QuantizerPair, check_scaling, get_pair, pair_key
 
 __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "STATES", "BinarizationConfig"]
@@ -16,6 +16,7 @@ __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "STATES", "BinarizationConfig"]
 QUANT_METHOD = "proxbit"
 FORMAT_VERSION = 1
 STATES = ("latent", "packed")
+SITE = ("activations", "activation_pair", "rprelu", "residual")
 OF_THE_PAIR = ("pair_parameters", "normalize", "scale", "center")
 
 
@@ -54,8 +55,29 @@ class BinarizationConfig(QuantizationConfigMixin):
     activations: str = field(
         default="float",
         metadata={
-            "help": "What the activations of binarized linear layers are multiplied as: 'float'; 'int8', rounded token "
-            "by token; 'sign'. Convolutions keep floats."
+            "help": "What the activations of binarized linear layers are multiplied as: 'float' (or None); 'int8', "
+            "rounded token by token; 'int4', with a learned step; 'sign', around learned thresholds. A layer behind a "
+            "GELU or ReLU, whose input has one sign, gets 'uint4' for 'int4' and 'elastic', zero or a learned scale, "
+            "for 'sign': see the overrides of model.config.quantization_config. Convolutions keep floats."
+        },
+    )
+    activation_pair: str = field(
+        default=DEFAULT_ACTIVATION_PAIR,
+        metadata={"help": "The quantizer pair of 'sign' and 'elastic' activations: a registered name."},
+    )
+    rprelu: bool = field(
+        default=False, metadata={"help": "Whether an RPReLU, with three learned numbers a channel, follows each layer."}
+    )
+    residual: bool = field(
+        default=False,
+        metadata={"help": "Whether the input of a layer is added to its output, where both are equally wide."},
+    )
+    overrides: dict[str, dict[str, Any]] | None = field(
+        default=None,
+        metadata={
+            "help": "Other choices for some linear layers, by pattern (fnmatch) of module names: {'*.mlp.fc2': "
+            "{'activations': 'int8'}}. Fields: activations, activation_pair, rprelu, residual. Of two patterns the "
+            "later one wins."
         },
     )
     include: list[str] | None = field(
@@ -109,7 +131,9 @@ class BinarizationConfig(QuantizationConfigMixin):
             raise ConfigError(f"quant_method must be {QUANT_METHOD!r}, not {self.quant_method!r}.")
         if self.state not in STATES:
             raise ConfigError(f"state must be one of {', '.join(STATES)}; not {self.state!r}.")
-        check_activations(self.activations)
+        self.activations = "float" if self.activations is None else self.activations
+        self._check_site("", {name: getattr(self, name) for name in SITE})
+        self._check_overrides()
         self._resolve_pair()
         for name in ("include", "modules_to_not_convert"):
             self._check_patterns(name)
@@ -153,6 +177,43 @@ class BinarizationConfig(QuantizationConfigMixin):
             ConfigError: for parameters that the pair does not take.
         """
         return get_pair("bc") if self.state == "packed" else get_pair(self.weights, self.pair_parameters)
+
+    def activation_quantizer_pair(self, name: str) -> QuantizerPair:
+        """The pair of activations with two levels that has this name. The packed state needs none, and takes any name.
+
+        Raises:
+            UnknownNameError: for a name that is not registered.
+        """
+        return get_pair(DEFAULT_ACTIVATION_PAIR if self.state == "packed" else name)
+
+    def _check_site(self, where: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if name in ("rprelu", "residual"):
+                if not isinstance(value, bool):
+                    raise ConfigError(f"{where}{name} must be True or False, not {value!r}.")
+            elif not isinstance(value, str):
+                raise ConfigError(f"{where}{name} must be a name, not {value!r}.")
+            elif name == "activations":
+                check_activations(value)
+            elif not (pair := self.activation_quantizer_pair(value)).binary:
+                raise ConfigError(
+                    f"{where}{name} must be a pair with the levels -1 and +1; {value!r} has {list(pair.levels)}."
+                )
+
+    def _check_overrides(self) -> None:
+        example = "such as {'*.mlp.fc2': {'activations': 'int8'}}"
+        if self.overrides is None:
+            return
+        if not isinstance(self.overrides, dict):
+            raise ConfigError(f"overrides must be a dict of patterns, {example}; not {self.overrides!r}.")
+        for pattern, changes in self.overrides.items():
+            if not isinstance(pattern, str) or not isinstance(changes, dict) or not set(changes) <= set(SITE):
+                raise ConfigError(
+                    f"overrides must give each pattern a dict with fields of {', '.join(SITE)}, {example}; "
+                    f"not {pattern!r}: {changes!r}."
+                )
+            self._check_site(f"overrides[{pattern!r}]: ", changes)
+        self.overrides = copy.deepcopy(self.overrides) or None
 
     def _check_patterns(self, name: str) -> None:
         patterns = getattr(self, name)

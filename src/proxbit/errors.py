@@ -1,6 +1,7 @@
 """The errors a user of proxbit can meet. Each says what is wrong, where, and what would be valid."""
 
 __all__ = [
+    "ActivationError",
     "CheckpointError",
     "ConfigError",
     "LatentError",
@@ -35,6 +36,10 @@ class ModelStateError(ProxbitError):
 
 class LatentError(ProxbitError):
     """Latent weights that cannot be binarized: NaN, infinite, or a row that is all zero."""
+
+
+class ActivationError(ProxbitError):
+    """Activations that cannot be quantized: NaN, infinite, or one constant."""
 
 
 class MuRangeError(ProxbitError):

@@ -33,7 +33,7 @@ def share(layers, shared):
         each.shared = shared
 
 
-@pytest.mark.parametrize("activations", ["float", "int8", "sign"])
+@pytest.mark.parametrize("activations", ["float", "int8"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_the_same_results(activations, bias):
     layers, shared = group(activations, bias)

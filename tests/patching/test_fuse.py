@@ -35,9 +35,11 @@ def test_a_vision_transformer(activations, crops):
     assert proxbit.fuse(model) is model
     gelus, shared = fused_layers(model)
     assert gelus == [f"vit.layers.{i}.mlp.fc1" for i in range(2)]
-    assert shared == [f"vit.layers.{i}.attention.{name}_proj" for i in range(2) for name in "qkv"]
+    projections = [f"vit.layers.{i}.attention.{name}_proj" for i in range(2) for name in "qkv"]
+    # Each layer has learned thresholds of its own: their signs are no longer the same.
+    assert shared == ([] if activations == "sign" else projections)
     normed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear) and module.norm]
-    assert normed == [name for i in range(2) for name in [*shared[3 * i : 3 * i + 3], gelus[i]]]
+    assert normed == [name for i in range(2) for name in [*projections[3 * i : 3 * i + 3], gelus[i]]]
     assert model.vit.layers[0].mlp.fc1.kernel.endswith("norm, gelu")
     assert list(model.state_dict()) == state
     with torch.no_grad():

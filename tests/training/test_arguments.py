@@ -9,6 +9,7 @@ from proxbit.errors import ConfigError, UnknownNameError
 from proxbit.training import DistillationArguments, ProxConnectArguments
 
 OWN = {
+    "detect_anomalies",
     "distillation_weight",
     "distillation_temperature",
     "mu_schedule",

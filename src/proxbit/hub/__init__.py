@@ -1,5 +1,6 @@
 """What touches transformers' quantizers and the Hub. Importing this package registers the plug-in."""
 
+import proxbit.hub.attention  # noqa: F401
 from proxbit.hub.hf_quantizer import ProxbitHfQuantizer
 from proxbit.hub.states import binarize, dequantize, fuse, pack
 

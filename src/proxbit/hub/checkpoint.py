@@ -1,16 +1,22 @@
 """Checks of packed checkpoint files, from their headers, before any weight is loaded."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from proxbit.errors import CheckpointError
+from proxbit.nn import ActivationQuantizer, RPReLU
 from proxbit.packing import packed_columns
 from proxbit.patching.replace import PackedLayer
 
-__all__ = ["check_loaded", "check_packed_files"]
+__all__ = ["LEARNED", "check_learned", "check_loaded", "check_packed_files", "reset_learned"]
+
+# Submodules of a binarized layer that hold what it learned beside its weight.
+LEARNED = ("activation", "rprelu")
 
 
 def _header(file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -89,3 +95,31 @@ def check_loaded(layers: Sequence[tuple[str, PackedLayer]]) -> None:
                 raise CheckpointError(
                     f"{name}.{key} is not in the checkpoint, or has another shape there: the layer was not loaded."
                 )
+
+
+def _learned(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer | RPReLU]]:
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer | RPReLU):
+            yield name, module
+
+
+def check_learned(model: nn.Module) -> None:
+    """Check that what activation quantizers and RPReLUs learned came from the checkpoint, and is finite.
+
+    Raises:
+        CheckpointError: naming the layer and the tensor.
+    """
+    for name, module in _learned(model):
+        for key, parameter in module.named_parameters():
+            if not getattr(parameter, "_is_hf_initialized", False):
+                raise CheckpointError(f"{name}.{key} is not in the checkpoint, or has another shape there.")
+            if not bool(torch.isfinite(parameter).all()):
+                raise CheckpointError(f"{name}.{key} holds NaN or infinite values.")
+        if isinstance(module, ActivationQuantizer):
+            module.calibrated = True
+
+
+def reset_learned(model: nn.Module) -> None:
+    """Set what activation quantizers and RPReLUs learn to where it starts."""
+    for _, module in _learned(model):
+        module.reset_parameters()

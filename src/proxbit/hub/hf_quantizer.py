@@ -8,7 +8,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 
 from proxbit.config import QUANT_METHOD, BinarizationConfig
 from proxbit.errors import ConfigError
-from proxbit.hub.checkpoint import check_loaded, check_packed_files
+from proxbit.hub.checkpoint import LEARNED, check_learned, check_loaded, check_packed_files, reset_learned
 from proxbit.patching import check_latents, check_packed_layers, matches, packed_layers, to_float, to_latent, to_packed
 
 __all__ = ["ProxbitHfQuantizer", "attach", "detach"]
@@ -41,6 +41,10 @@ class ProxbitHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self.quantization_config = _fit_patterns(model, self.quantization_config)
         _, self.quantization_config = to_latent(model, self.quantization_config)
+        if not self.pre_quantized:
+            # What the activation quantizers learn is in no float checkpoint: it starts at its defaults.
+            ignored = list(model._keys_to_ignore_on_load_missing or ())
+            model._keys_to_ignore_on_load_missing = [*ignored, rf"\.({'|'.join(LEARNED)})\."]
         if state == "packed":
             to_packed(model)
             check_packed_files(checkpoint_files or [], packed_layers(model))
@@ -48,6 +52,10 @@ class ProxbitHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_loaded(packed_layers(model))
+        if self.pre_quantized:
+            check_learned(model)
+        else:
+            reset_learned(model)
         check_latents(model)
         check_packed_layers(model)
         return model
@@ -82,11 +90,13 @@ def _fit_patterns(model: PreTrainedModel, config: BinarizationConfig) -> Binariz
         return config
     prefix = f"{model.base_model_prefix}."
     names = [name for name, _ in model.named_modules()]
-    fitted = []
-    for pattern in config.include:
+
+    def fitted(pattern: str) -> str:
         spellings = (pattern, pattern.removeprefix(prefix), prefix + pattern)
-        fitted.append(next((s for s in spellings if any(matches(name, s) for name in names)), pattern))
-    return config.replace(include=fitted)
+        return next((s for s in spellings if any(matches(name, s) for name in names)), pattern)
+
+    overrides = {fitted(pattern): changes for pattern, changes in (config.overrides or {}).items()}
+    return config.replace(include=[fitted(pattern) for pattern in config.include], overrides=overrides or None)
 
 
 def attach(model: PreTrainedModel, config: BinarizationConfig) -> None:

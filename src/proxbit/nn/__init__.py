@@ -1,24 +1,29 @@
 """Layers: latent (`BinaryLinear`, `BinaryConv2d`) and packed (`PackedLinear`, `PackedConv2d`)."""
 
-from proxbit.nn.activations import check_activations, simulate_activations
+from proxbit.nn.activations import ACTIVATIONS, DEFAULT_ACTIVATION_PAIR, ActivationQuantizer, check_activations
 from proxbit.nn.binary_conv import BinaryConv2d
 from proxbit.nn.binary_linear import BinaryLinear
-from proxbit.nn.latent import LatentWeight, latent_layers, set_mu, soft_evaluation, start_update
+from proxbit.nn.latent import LatentWeight, binary_activations, latent_layers, set_mu, soft_evaluation, start_update
 from proxbit.nn.packed_conv import PackedConv2d
 from proxbit.nn.packed_linear import PackedLinear
+from proxbit.nn.rprelu import RPReLU
 from proxbit.nn.shared_input import SharedInput
 
 __all__ = [
+    "ACTIVATIONS",
+    "DEFAULT_ACTIVATION_PAIR",
+    "ActivationQuantizer",
     "BinaryConv2d",
     "BinaryLinear",
     "LatentWeight",
     "PackedConv2d",
     "PackedLinear",
+    "RPReLU",
     "SharedInput",
+    "binary_activations",
     "check_activations",
     "latent_layers",
     "set_mu",
-    "simulate_activations",
     "soft_evaluation",
     "start_update",
 ]

@@ -1,53 +1,383 @@
-"""What a linear layer makes of its activations before it multiplies them, as a float layer can simulate it."""
+"""Activation quantizers: what a binarized linear layer makes of its input before it multiplies.
 
-from collections.abc import Callable
+Each is a module with the numbers that it learns. It says the same thing twice: `forward` simulates it on floats, with a
+gradient; `prepare` and `fold` say what an operator on packed weights is called with to compute it.
+"""
 
-from torch import Tensor
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
 
 from proxbit.errors import ConfigError
-from proxbit.kernels import FORMATS, quantize_activations
-from proxbit.sign import sign
+from proxbit.kernels import quantize_activations
+from proxbit.quantizers import QuantizerPair, get_pair
 
-__all__ = ["check_activations", "simulate_activations"]
+__all__ = [
+    "ACTIVATIONS",
+    "DEFAULT_ACTIVATION_PAIR",
+    "ActivationQuantizer",
+    "Folded",
+    "RowSums",
+    "binarize_units",
+    "check_activations",
+    "make_activation",
+]
 
-
-def _float(x: Tensor) -> Tensor:
-    return x
-
-
-def _int8(x: Tensor) -> Tensor:
-    q, step = quantize_activations(x.detach())
-    return x + ((q * step).to(x.dtype) - x).detach()
-
-
-def _sign(x: Tensor) -> Tensor:
-    box = x.clamp(-1, 1)
-    return box + (sign(x) - box).detach()
+DEFAULT_ACTIVATION_PAIR = "bireal"
+_SMALLEST = 1e-8
 
 
-_SIMULATED: dict[str, Callable[[Tensor], Tensor]] = {"float": _float, "int8": _int8, "sign": _sign}
-assert set(_SIMULATED) == set(FORMATS)
+class Folded(NamedTuple):
+    """What the learned numbers of a quantizer make of the numbers of a packed layer.
+
+    Attributes:
+        scale: `[O]`.
+        bias: `[O]` or None.
+        threshold: `[I]` or None.
+    """
+
+    scale: Tensor
+    bias: Tensor | None
+    threshold: Tensor | None = None
+
+
+class _Binarize(torch.autograd.Function):
+    """F of a pair, or +1 and -1 by a mask; backward: B of the pair."""
+
+    @staticmethod
+    def forward(ctx: Any, units: Tensor, is_plus: Tensor, mu: Tensor, pair: QuantizerPair, hard: bool) -> Tensor:
+        ctx.save_for_backward(units, mu.clone())
+        ctx.pair = pair
+        return is_plus.to(units.dtype) * 2 - 1 if hard else pair.forward(units, mu).to(units.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        units, mu = ctx.saved_tensors
+        return (ctx.pair.backward(units, mu) * grads[0]).to(units.dtype), None, None, None, None
+
+
+def binarize_units(units: Tensor, is_plus: Tensor, mu: Tensor, pair: QuantizerPair, hard: bool = True) -> Tensor:
+    """Two levels with the gradient of a pair.
+
+    Args:
+        units: numbers whose levels are -1 and +1; any shape.
+        is_plus: where the upper level is taken, same shape.
+        mu: sharpness.
+        pair: F and B.
+        hard: levels; without, F of the units.
+
+    Returns:
+        Same shape and dtype as `units`; backward: B of the units.
+    """
+    result: Tensor = _Binarize.apply(units, is_plus, mu, pair, hard)
+    return result
+
+
+class RowSums:
+    """The sums of the signs of a packed weight, made when they are asked for.
+
+    Args:
+        weight: `[O, ceil(I / 8)]`, uint8.
+        columns: `I`.
+    """
+
+    def __init__(self, weight: Tensor, columns: int) -> None:
+        self.weight, self.columns = weight, columns
+
+    def __call__(self) -> Tensor:
+        """`[O]`, int64."""
+        bits = torch.arange(8, device=self.weight.device, dtype=torch.uint8)
+        ones = ((self.weight.unsqueeze(-1) >> bits) & 1).sum(dim=(1, 2))
+        return 2 * ones - self.columns
+
+
+class ActivationQuantizer(nn.Module):
+    """Floats, as they are: what the others differ from.
+
+    Args:
+        columns: `I`, the width of the input.
+        pair: F and B of the binary ones; for the others there is nothing to choose.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        kernel: the format of activations that the operator multiplies: "float", "int8" or "sign".
+        learns: whether there are parameters, and `calibrate` has something to set.
+        direct: whether `prepare` leaves the input as it is.
+        binary: whether there are two levels, and a pair.
+        mu: sharpness of the pair, see `LatentWeight.mu`.
+        calibrated: whether the parameters come from data: from `calibrate`, or a checkpoint.
+    """
+
+    kernel = "float"
+    learns = False
+    direct = True
+    binary = False
+
+    def __init__(
+        self,
+        columns: int,
+        pair: QuantizerPair | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.columns = columns
+        self.pair = get_pair(DEFAULT_ACTIVATION_PAIR) if pair is None else pair
+        self.mu = torch.tensor(self.pair.schedule[1], dtype=torch.float64, device="cpu")
+        self.calibrated = False
+        self.make_parameters({"device": device, "dtype": dtype})
+
+    def make_parameters(self, kind: dict[str, Any]) -> None:
+        """Make the parameters, on a device and of a dtype."""
+
+    def reset_parameters(self) -> None:
+        """Set the parameters to what suits inputs of mean 0 and variance 1."""
+
+    def calibrate(self, x: Tensor, may_shift: bool = True) -> Tensor | None:
+        """Set the parameters by inputs.
+
+        Args:
+            x: `[..., I]`.
+            may_shift: whether a constant may be taken off the input.
+
+        Returns:
+            What was taken off, `[I]`, for the bias of the layer to give back; None for nothing.
+        """
+        return None
+
+    def forward(self, x: Tensor, hard: bool = True) -> Tensor:
+        """What the layer multiplies, as floats, with a gradient.
+
+        Args:
+            x: `[..., I]`.
+            hard: levels; without, F of the pair, where there is one.
+
+        Returns:
+            Same shape and dtype.
+        """
+        return x
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """The input of an operator on packed weights, `[..., I]`."""
+        return x
+
+    def fold(self, scale: Tensor, bias: Tensor | None, signs: RowSums) -> Folded:
+        """The other arguments of that operator: with them it computes what `forward` simulates.
+
+        Args:
+            scale: `[O]`, of the weights.
+            bias: `[O]` or None.
+            signs: gives the sum of the signs of every row.
+        """
+        return Folded(scale, bias)
+
+    def extra_repr(self) -> str:
+        return f"columns={self.columns}"
+
+
+class Int8Activation(ActivationQuantizer):
+    r"""Symmetric int8, each token by its own largest value: q = round(x / step), step = max |x| / 127; a = step q.
+
+    Backward: straight through.
+    """
+
+    kernel = "int8"
+
+    def forward(self, x: Tensor, hard: bool = True) -> Tensor:
+        q, step = quantize_activations(x.detach())
+        return x + ((q * step).to(x.dtype) - x).detach()
+
+
+class Int4Activation(ActivationQuantizer):
+    r"""Four bits with a learned step: q = clip(round(x / step), -8, 7); a = step q.
+
+    Backward: to x straight through where it is not clipped; to the step q - x / step there, and q where it is.
+
+    Source:
+        LSQ: Esser, McKinstry, Bablani, Appuswamy, Modha, Learned Step Size Quantization, ICLR 2020, equations 1 to 3.
+    """
+
+    learns = True
+    direct = False
+    low, high = -8, 7
+    step: nn.Parameter
+
+    def make_parameters(self, kind: dict[str, Any]) -> None:
+        self.step = nn.Parameter(torch.empty((), **kind))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self._set_step(math.sqrt(2 / math.pi))
+
+    def calibrate(self, x: Tensor, may_shift: bool = True) -> Tensor | None:
+        self._set_step(float(x.float().abs().mean()))
+        return None
+
+    def _set_step(self, mean: float) -> None:
+        with torch.no_grad():
+            self.step.fill_(max(2 * mean / math.sqrt(self.high), _SMALLEST))
+
+    def _codes(self, x: Tensor, step: Tensor) -> Tensor:
+        clipped = (x / step).clamp(self.low, self.high)
+        return clipped + (clipped.round() - clipped).detach()
+
+    def _step(self) -> Tensor:
+        """Positive, with the gradient scale of LSQ."""
+        step = self.step.abs() + _SMALLEST
+        share = 1 / math.sqrt(self.columns * self.high)
+        return step.detach() + (step - step.detach()) * share
+
+    def forward(self, x: Tensor, hard: bool = True) -> Tensor:
+        step = self._step().to(torch.promote_types(x.dtype, torch.float32))
+        return (self._codes(x.to(step.dtype), step) * step).to(x.dtype)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        # Whole numbers up to 15: their sums are exact in fp32, and no dtype of x rounds them.
+        step = self._step().to(torch.promote_types(x.dtype, torch.float32))
+        return self._codes(x.to(step.dtype), step).to(x.dtype)
+
+    def fold(self, scale: Tensor, bias: Tensor | None, signs: RowSums) -> Folded:
+        return Folded(scale * self._step().to(scale.dtype), bias)
+
+
+class UInt4Activation(Int4Activation):
+    """`Int4Activation` for inputs that are not negative, or hardly: the levels are 0 to 15 steps."""
+
+    low, high = 0, 15
+
+
+class SignActivation(ActivationQuantizer):
+    r"""Signs around a learned threshold for every channel, times one learned scale.
+
+    Formula:
+        a = scale F((x - threshold) / scale),   F = sign: +1 where x \ge threshold, else -1
+
+    Backward: to x the B of the pair; to the threshold minus that, summed; to the scale the sum of F.
+
+    Source:
+        threshold: RSign, Liu, Shen, Savvides, Cheng, ReActNet, ECCV 2020, section 4.2; scale: Liu et al., BiT, NeurIPS
+        2022, section 2.2.
+    """
+
+    kernel = "sign"
+    learns = True
+    binary = True
+    threshold: nn.Parameter
+    scale: nn.Parameter
+
+    def make_parameters(self, kind: dict[str, Any]) -> None:
+        self.threshold = nn.Parameter(torch.empty(self.columns, **kind))
+        self.scale = nn.Parameter(torch.empty((), **kind))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.threshold.zero_()
+            self.scale.fill_(math.sqrt(2 / math.pi))
+
+    def calibrate(self, x: Tensor, may_shift: bool = True) -> Tensor | None:
+        x = x.float()
+        with torch.no_grad():
+            self.threshold.copy_(x.mean(dim=tuple(range(x.dim() - 1)))) if may_shift else self.threshold.zero_()
+            self.scale.fill_(max(float((x - self.threshold.float().cpu()).abs().mean()), _SMALLEST))
+        return self.threshold.detach() if may_shift else None
+
+    def _positive_scale(self) -> Tensor:
+        scale = self.scale.abs() + _SMALLEST
+        share = 1 / math.sqrt(self.columns)
+        return scale.detach() + (scale - scale.detach()) * share
+
+    def _boundary(self) -> Tensor:
+        """From where on the upper level is taken, `[I]`."""
+        return self.threshold
+
+    def _binarize(self, units: Tensor, x: Tensor, hard: bool) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        is_plus = x.to(wide) >= self._boundary().to(wide)
+        return binarize_units(units, is_plus, self.mu, self.pair, hard)
+
+    def forward(self, x: Tensor, hard: bool = True) -> Tensor:
+        scale = self._positive_scale()
+        units = (x - self.threshold) / scale.detach()
+        return (scale * self._binarize(units, x, hard)).to(x.dtype)
+
+    def fold(self, scale: Tensor, bias: Tensor | None, signs: RowSums) -> Folded:
+        return Folded(scale * self._positive_scale().to(scale.dtype), bias, self._boundary())
+
+
+class ElasticActivation(SignActivation):
+    r"""Zero or a learned scale, for inputs that are not negative, or hardly: there a sign around 0 would be constant.
+
+    Formula:
+        a = scale (1 + F(2 (x - threshold) / scale - 1)) / 2,   F = sign: a = scale where x \ge threshold + scale / 2
+
+    Backward: to x the B of the pair; to the scale what the chain rule gives, for the box 1[|u| \le 1] that is LSQ.
+
+    Source:
+        Liu et al., BiT: Robustly Binarized Multi-distilled Transformer, NeurIPS 2022, section 2.2, equation of the
+        elastic binarization of non-negative activations.
+    """
+
+    def calibrate(self, x: Tensor, may_shift: bool = True) -> Tensor | None:
+        # Of the two levels 0 and s the best s is the mean of what lies above s / 2.
+        values = x.float()
+        scale = values.clamp(min=0).mean() * 2
+        for _ in range(10):
+            above = values[values >= scale / 2]
+            scale = above.mean() if above.numel() else scale / 2
+        with torch.no_grad():
+            self.threshold.zero_()
+            self.scale.fill_(max(float(scale), _SMALLEST))
+        return None
+
+    def _boundary(self) -> Tensor:
+        return self.threshold + self._positive_scale() / 2
+
+    def forward(self, x: Tensor, hard: bool = True) -> Tensor:
+        scale = self._positive_scale()
+        units = (x - self.threshold) / (scale / 2) - 1
+        return (scale * (self._binarize(units, x, hard) + 1) / 2).to(x.dtype)
+
+    def fold(self, scale: Tensor, bias: Tensor | None, signs: RowSums) -> Folded:
+        half = scale * (self._positive_scale() / 2).to(scale.dtype)
+        constant = half * signs().to(half.dtype)
+        return Folded(half, constant if bias is None else bias + constant, self._boundary())
+
+
+ACTIVATIONS: dict[str, type[ActivationQuantizer]] = {
+    "float": ActivationQuantizer,
+    "int8": Int8Activation,
+    "int4": Int4Activation,
+    "uint4": UInt4Activation,
+    "sign": SignActivation,
+    "elastic": ElasticActivation,
+}
 
 
 def check_activations(activations: str) -> None:
     """Raise ConfigError for a format that does not exist."""
-    if activations not in _SIMULATED:
-        raise ConfigError(f"activations must be one of {', '.join(_SIMULATED)}; not {activations!r}.")
+    if activations not in ACTIVATIONS:
+        raise ConfigError(f"activations must be one of {', '.join(ACTIVATIONS)}; not {activations!r}.")
 
 
-def simulate_activations(x: Tensor, activations: str) -> Tensor:
-    r"""The activations as a packed layer multiplies them, in float.
+def make_activation(
+    activations: str,
+    columns: int,
+    pair: QuantizerPair | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> ActivationQuantizer:
+    """The quantizer of that name, see `ActivationQuantizer`.
 
-    Formula:
-        float: x
-        int8:  step round(x / step), step = max |x| / 127 of each token; backward: straight through
-        sign:  +1 where x \ge 0, else -1; backward: 1[|x| \le 1], as in binarized networks
-
-    Args:
-        x: `[..., I]`, floating point.
-        activations: "float", "int8" or "sign".
-
-    Returns:
-        Same shape and dtype.
+    Raises:
+        ConfigError: for a format that does not exist, or a pair that has other levels than -1 and +1.
     """
-    return _SIMULATED[activations](x)
+    check_activations(activations)
+    if pair is not None and ACTIVATIONS[activations].binary and not pair.binary:
+        raise ConfigError(f"Activations with two levels need a pair with the levels -1 and +1, not {pair.levels}.")
+    return ACTIVATIONS[activations](columns, pair, device=device, dtype=dtype)

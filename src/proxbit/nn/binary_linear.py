@@ -1,20 +1,28 @@
 """A linear layer with latent weights."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from proxbit.nn.activations import check_activations, simulate_activations
+from proxbit.kernels import pack_signs
+from proxbit.nn.activations import RowSums
 from proxbit.nn.latent import LatentWeight
+from proxbit.nn.surroundings import Surroundings, add_offset, packed_product
 from proxbit.quantizers import QuantizerPair
 
 __all__ = ["BinaryLinear"]
 
 
-class BinaryLinear(LatentWeight, nn.Linear):
+class BinaryLinear(LatentWeight, Surroundings, nn.Linear):
     r"""An `nn.Linear` that computes with F_mu of its weight.
 
     Forward:
-        y = A(x) w^T + bias,   w = a F_mu(W / s), see `quantizers.quantize`; A: see `simulate_activations`
+        y = A(x) w^T + bias,   w = a F_mu(W / s), see `quantizers.quantize`; A: see `nn.activations`
+        and then, where asked for, RPReLU(y), and + x
+
+    Without gradients and with the sign as F, activations that are no floats are multiplied as a packed layer does it,
+    with the same rounding.
 
     Args:
         in_features: `I`.
@@ -24,7 +32,10 @@ class BinaryLinear(LatentWeight, nn.Linear):
         normalize: "row", "tensor", "std" or "none".
         scale: "ls" or "fixed".
         center: "none", "remove" or "restore".
-        activations: "float", "int8" or "sign".
+        activations: a key of `ACTIVATIONS`.
+        activation_pair: forward and backward quantizer of activations with two levels.
+        rprelu: whether an `RPReLU` follows.
+        residual: whether the input is added to the output.
         device: of the parameters.
         dtype: of the parameters.
     """
@@ -40,36 +51,26 @@ class BinaryLinear(LatentWeight, nn.Linear):
         scale: str = "ls",
         center: str = "none",
         activations: str = "float",
+        activation_pair: QuantizerPair | None = None,
+        rprelu: bool = False,
+        residual: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
-        check_activations(activations)
-        self.activations = activations
+        self.surround(activations, activation_pair, rprelu, residual, device=device, dtype=dtype)
         self.init_latent(pair, normalize, scale, center)
 
     @classmethod
     def from_float(
-        cls,
-        layer: nn.Linear,
-        pair: QuantizerPair,
-        normalize: str,
-        scale: str,
-        center: str = "none",
-        activations: str = "float",
+        cls, layer: nn.Linear, pair: QuantizerPair, normalize: str, scale: str, center: str = "none", **options: Any
     ) -> "BinaryLinear":
         """A latent layer that owns the parameters of `layer`; its weight becomes the latent weight."""
-        new = cls(
-            layer.in_features,
-            layer.out_features,
-            layer.bias is not None,
-            pair=pair,
-            normalize=normalize,
-            scale=scale,
-            center=center,
-            activations=activations,
-            device="meta",
-        )
+        sizes, units = (layer.in_features, layer.out_features, layer.bias is not None), (normalize, scale, center)
+        options |= dict(zip(("normalize", "scale", "center"), units, strict=True))
+        new = cls(*sizes, pair=pair, device="meta", **options)
+        kind = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        new.surround(new.activations, new.activation.pair, new.rprelu is not None, new.residual, **kind)
         new.weight, new.bias = layer.weight, layer.bias
         return new.train(layer.training)
 
@@ -80,7 +81,20 @@ class BinaryLinear(LatentWeight, nn.Linear):
             hard = self.effective_weight(hard=True)
         layer.weight = nn.Parameter(hard, requires_grad=self.weight.requires_grad)
         layer.bias = self.bias
-        return layer.train(self.training)
+        return self.without_surroundings(layer)
 
     def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(simulate_activations(input, self.activations), self.effective_weight(), self.bias)
+        if self.is_hard and self.pair.binary and self.activations != "float" and not torch.is_grad_enabled():
+            values, scale, offset = self.hard_rows()
+            weight = pack_signs(values)
+            folded = self.activation.fold(scale, self.bias, RowSums(weight, self.in_features))
+            result = packed_product(self.activation, input, weight, folded)
+            if offset is not None:
+                result = add_offset(result, self.activation(input), offset)
+        else:
+            simulated = self.activation(input, self.is_hard)
+            result = nn.functional.linear(simulated, self.effective_weight(), self.bias)
+        return self.finish(result, input)
+
+    def extra_repr(self) -> str:
+        return nn.Linear.extra_repr(self) + self.describe_surroundings()

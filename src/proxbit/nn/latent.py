@@ -6,9 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from proxbit.nn.activations import ActivationQuantizer
 from proxbit.quantizers import HardRows, QuantizerPair, check_rows, check_scaling, hard_rows, quantize, update_start
 
-__all__ = ["LatentWeight", "latent_layers", "set_mu", "soft_evaluation", "start_update"]
+__all__ = ["LatentWeight", "binary_activations", "latent_layers", "set_mu", "soft_evaluation", "start_update"]
 
 
 class LatentWeight(nn.Module):
@@ -122,6 +123,14 @@ def set_mu(model: nn.Module, mu: float, hard: bool = False) -> None:
     for layer in layers:
         layer.mu.fill_(mu)
         layer.hardened = hard
+
+
+def binary_activations(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:
+    """The quantizers of activations with two levels, with the names of their layers."""
+    for name, layer in latent_layers(model):
+        activation = getattr(layer, "activation", None)
+        if isinstance(activation, ActivationQuantizer) and activation.binary:
+            yield name, activation
 
 
 def start_update(model: nn.Module) -> None:

@@ -1,40 +1,39 @@
 """A linear layer with packed 1-bit weights."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from proxbit.errors import PackedFormatError
-from proxbit.kernels import Norm, linear_kernel, linear_w1, linear_w1a1, linear_w1a8, pack_signs, unpack_weight
-from proxbit.nn.activations import check_activations, simulate_activations
+from proxbit.kernels import Norm, linear_kernel, linear_w1, pack_signs, unpack_weight, version_of
+from proxbit.nn.activations import Folded, RowSums
 from proxbit.nn.binary_linear import BinaryLinear
+from proxbit.nn.surroundings import Surroundings, add_offset, packed_product
 from proxbit.packing import check_packed, packed_columns
 
 __all__ = ["PackedLinear"]
 
-_OPS: dict[str, Callable[..., Tensor]] = {
-    "float": linear_w1,
-    "int8": linear_w1a8,
-    "sign": linear_w1a1,
-}
 
-
-class PackedLinear(nn.Module):
+class PackedLinear(Surroundings):
     r"""A linear layer that holds one bit a weight. It cannot be trained; gradients flow through it to its input.
 
     Forward:
         y[..., o] = weight_scale[o] \sum_i (+-1)[o, i] a[..., i] + bias[o]  (+ weight_offset[o] \sum_i a[..., i])
-        a = A(x): see `simulate_activations`
+        a = A(x): see `nn.activations`
+        and then, where asked for, RPReLU(y), and + x
 
     Args:
         in_features: `I`.
         out_features: `O`.
         bias: whether there is a bias, `[O]`.
         offset: whether the levels are offset - scale and offset + scale, with one offset a row.
-        activations: "float", "int8" or "sign".
-        device: of the buffers and the bias.
-        dtype: of the scales, the offsets and the bias.
+        activations: a key of `ACTIVATIONS`.
+        rprelu: whether an `RPReLU` follows.
+        residual: whether the input is added to the output.
+        device: of the buffers and the parameters.
+        dtype: of the scales, the offsets and the parameters.
 
     Attributes:
         weight: `[O, ceil(I / 8)]`, uint8, see `packing.layout`. It keeps the key of the float weight, so that a
@@ -59,31 +58,32 @@ class PackedLinear(nn.Module):
         *,
         offset: bool = False,
         activations: str = "float",
+        rprelu: bool = False,
+        residual: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_activations(activations)
-        self.activations = activations
         self.gelu = False
         self.norm: Callable[[], Norm] | None = None
-        self.shared: Callable[[PackedLinear, Tensor, Callable[..., Tensor]], Tensor] | None = None
+        self.shared: Callable[[PackedLinear, Tensor], Tensor] | None = None
         self.in_features, self.out_features = in_features, out_features
+        self.surround(activations, None, rprelu, residual, device=device, dtype=dtype)
         width = packed_columns(in_features)
         self.weight = nn.Buffer(torch.zeros(out_features, width, dtype=torch.uint8, device=device))
         self.weight_scale = nn.Buffer(torch.ones(out_features, device=device, dtype=dtype))
         self.register_buffer("weight_offset", torch.zeros(out_features, device=device, dtype=dtype) if offset else None)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self._folded: tuple[list[Any], Folded] | None = None
 
     @classmethod
     def from_latent(cls, layer: BinaryLinear) -> "PackedLinear":
-        """Pack a latent layer; the bias is shared with it."""
+        """Pack a latent layer; bias, activation quantizer and RPReLU are shared with it."""
         new = cls(
             layer.in_features,
             layer.out_features,
             layer.bias is not None,
             offset=layer.center == "restore",
-            activations=layer.activations,
             device="meta",
             dtype=layer.weight.dtype,
         )
@@ -91,7 +91,12 @@ class PackedLinear(nn.Module):
             values, new.weight_scale, new.weight_offset = layer.hard_rows()
             new.weight = pack_signs(values)
         new.bias = layer.bias
+        new.take_surroundings(layer)
         return new.train(layer.training)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy folds anew."""
+        return {**self.__dict__, "_folded": None}
 
     @property
     def columns(self) -> int:
@@ -108,7 +113,7 @@ class PackedLinear(nn.Module):
         weight = unpack_weight(self.weight, self.weight_scale, self.columns)
         layer.weight = nn.Parameter(weight if self.weight_offset is None else weight + self.weight_offset[:, None])
         layer.register_parameter("bias", self.bias)
-        return layer.train(self.training)
+        return self.without_surroundings(layer)
 
     @property
     def kernel(self) -> str:
@@ -117,27 +122,54 @@ class PackedLinear(nn.Module):
         extras = {self.activations: self.activations != "float", "norm": self.norm is not None, "gelu": self.gelu}
         return ", ".join([name, *(extra for extra, present in extras.items() if present)])
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether the operator is all there is to the layer, so that its neighbours can be fused into it."""
+        return self.weight_offset is None and self.activation.direct and self.rprelu is None and not self.residual
+
+    def folded(self) -> Folded:
+        """Scale, bias and threshold with what the activation quantizer learned; kept while none of them changes."""
+        signs = RowSums(self.weight, self.columns)
+        if not self.activation.learns or torch.compiler.is_compiling():
+            return self.activation.fold(self.weight_scale, self.bias, signs)
+        tensors = (self.weight, self.weight_scale, self.bias, *self.activation.parameters())
+        states = [None if tensor is None else (tensor.data_ptr(), version_of(tensor)) for tensor in tensors]
+        # Of a tensor whose changes nobody counts nothing is kept.
+        counted = all(state is None or state[1] is not None for state in states)
+        if self._folded is None or states != self._folded[0] or not counted:
+            with torch.no_grad():
+                self._folded = states, self.activation.fold(self.weight_scale, self.bias, signs)
+        return self._folded[1]
+
     def forward(self, input: Tensor) -> Tensor:
         if input.shape[-1] != self.in_features:
             raise PackedFormatError(
                 f"An input of width {input.shape[-1]} came to a layer of {self.in_features} inputs."
             )
-        op = _OPS[self.activations]
         trained = self.bias is not None and self.bias.requires_grad
-        plain = self.weight_offset is None and not (torch.is_grad_enabled() and (trained or input.requires_grad))
-        if plain and self.shared is not None and not torch.compiler.is_compiling():
-            return self.shared(self, input, op)
-        norm = self.norm() if self.norm is not None else None
-        if norm is not None and not plain:
-            input, norm = nn.functional.layer_norm(input, input.shape[-1:], *norm), None
-        result = op(input, self.weight, self.weight_scale, self.bias, gelu=self.gelu and plain, norm=norm)
+        if torch.is_grad_enabled() and (trained or input.requires_grad):
+            return self._with_gradient(input)
+        if self.shared is not None and not torch.compiler.is_compiling():
+            return self.finish(self.shared(self, input), input)
+        # Where something is added to the product, nothing is fused.
+        fused = {"gelu": self.gelu, "norm": None if self.norm is None else self.norm()}
+        result = packed_product(self.activation, input, self.weight, self.folded(), **fused)
         if self.weight_offset is not None:
-            # One offset for a whole row needs the sum of the inputs only, in the precision of the op.
-            wide = torch.promote_types(input.dtype, torch.float32)
-            total = simulate_activations(input, self.activations).sum(dim=-1, keepdim=True, dtype=wide)
-            result = (result + total * self.weight_offset.to(wide)).to(result.dtype)
-        return nn.functional.gelu(result) if self.gelu and not plain else result
+            result = add_offset(result, self.activation(input), self.weight_offset)
+        return self.finish(result, input)
+
+    def _with_gradient(self, input: Tensor) -> Tensor:
+        """The same, of operators that have one."""
+        x = input if self.norm is None else nn.functional.layer_norm(input, input.shape[-1:], *self.norm())
+        if self.activation.learns:
+            # The levels as floats: their gradient is that of the simulation.
+            result = linear_w1(self.activation(x), self.weight, self.weight_scale, self.bias)
+        else:
+            result = packed_product(self.activation, x, self.weight, Folded(self.weight_scale, self.bias))
+        if self.weight_offset is not None:
+            result = add_offset(result, self.activation(x), self.weight_offset)
+        return self.finish(nn.functional.gelu(result) if self.gelu else result, input)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return sizes if self.activations == "float" else f"{sizes}, activations={self.activations!r}"
+        return sizes + self.describe_surroundings()

@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from proxbit.errors import ConfigError
 from proxbit.kernels import version_of
+from proxbit.nn.activations import Folded
 from proxbit.nn.packed_linear import PackedLinear
+from proxbit.nn.surroundings import packed_product
 
 __all__ = ["SharedInput"]
 
@@ -22,8 +24,8 @@ class SharedInput:
     return what it left; given anything else they compute alone.
 
     Args:
-        layers: in the order in which they are called; of one input width and one format of activations, all or none
-            of them with a bias, none with an offset.
+        layers: in the order in which they are called; of one input width and one format of activations that learns
+            nothing, all or none of them with a bias, with nothing around their product.
 
     Raises:
         ConfigError: if the layers cannot be computed together.
@@ -31,7 +33,9 @@ class SharedInput:
 
     def __init__(self, layers: Sequence[PackedLinear]) -> None:
         if not self.fits(layers):
-            raise ConfigError("Layers that share an input have the same width, activations and bias, and no offset.")
+            raise ConfigError(
+                "Layers that share an input have the same width, activations and bias, and nothing learned around them."
+            )
         self.layers = list(layers)
         self._states: list[Any] = []
         self._tensors: tuple[Tensor, Tensor, Tensor | None] | None = None
@@ -41,7 +45,8 @@ class SharedInput:
     def fits(layers: Sequence[PackedLinear]) -> bool:
         """Whether the layers can be computed together."""
         kinds = {(layer.in_features, layer.activations, layer.bias is None, layer.gelu, layer.norm) for layer in layers}
-        return len(layers) > 1 and len(kinds) == 1 and all(layer.weight_offset is None for layer in layers)
+        bare = all(layer.is_bare and not layer.activation.learns for layer in layers)
+        return len(layers) > 1 and len(kinds) == 1 and bare
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts without results and without joined tensors."""
@@ -63,13 +68,12 @@ class SharedInput:
             self._states = states
         return self._tensors
 
-    def __call__(self, layer: PackedLinear, input: Tensor, op: Callable[..., Tensor]) -> Tensor:
+    def __call__(self, layer: PackedLinear, input: Tensor) -> Tensor:
         """The output of one of the layers.
 
         Args:
             layer: one of `layers`.
             input: `[..., I]`.
-            op: the operator of the layers.
         """
         thread = threading.get_ident()
         extras = {"gelu": layer.gelu, "norm": layer.norm() if layer.norm is not None else None}
@@ -77,9 +81,11 @@ class SharedInput:
             left = self._left.get(thread)
             if left is not None and left[0]() is input and id(layer) in left[1]:
                 return left[1].pop(id(layer))
-            return op(input, layer.weight, layer.weight_scale, layer.bias, **extras)
+            return packed_product(layer.activation, input, layer.weight, layer.folded(), **extras)
         sizes = [each.out_features for each in self.layers]
-        parts: Sequence[Tensor] = op(input, *self._joined(), **extras).split(sizes, dim=-1)
+        weight, scale, bias = self._joined()
+        joined = packed_product(layer.activation, input, weight, Folded(scale, bias), **extras)
+        parts: Sequence[Tensor] = joined.split(sizes, dim=-1)
         self._left[thread] = (
             weakref.ref(input),
             {id(each): part for each, part in zip(self.layers[1:], parts[1:], strict=True)},

@@ -71,7 +71,8 @@ class _Watch(TorchDispatchMode):
 
 
 def _run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[_Call], _Watch, list[Any]]:
-    """The calls of modules without children, in order, what reads their results, and what the model returns."""
+    """The calls of packed layers and of modules without children, in order; what reads their results; what the model
+    returns."""
     calls: list[_Call] = []
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
@@ -84,7 +85,7 @@ def _run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[_Call], _Wat
     handles = [
         module.register_forward_hook(note(name))
         for name, module in model.named_modules()
-        if not any(True for _ in module.children())
+        if isinstance(module, PackedLinear) or not any(True for _ in module.children())
     ]
     training, watch = model.training, _Watch()
     try:
@@ -110,7 +111,8 @@ def _activations_to_fuse(calls: list[_Call], watch: _Watch) -> dict[str, PackedL
         alone = before is not None and watch.uses.get(id(call.input)) == [(GELU, True)]
         plain = not any(True for _ in call.module.parameters()) and not any(True for _ in call.module.buffers())
         once = before is not None and sum(each.module is before.module for each in calls) == 1
-        if alone and plain and once and torch.equal(nn.functional.gelu(call.input), call.output):
+        bare = before is not None and isinstance(before.module, PackedLinear) and before.module.is_bare
+        if alone and plain and once and bare and torch.equal(nn.functional.gelu(call.input), call.output):
             assert before is not None and isinstance(before.module, PackedLinear)
             if call.name in found:
                 refused.add(call.name)
@@ -133,6 +135,7 @@ def _norms_to_fuse(calls: list[_Call], watch: _Watch, returned: list[Any]) -> di
         readers = [each.module for each in calls if each.input is call.output]
         layers = [reader for reader in readers if isinstance(reader, PackedLinear)]
         alone = len(watch.uses.get(id(call.output), [])) == len(readers) == len(layers) > 0
+        alone = alone and all(layer.is_bare for layer in layers)
         once = all(times[id(module)] == 1 for module in (norm, *layers))
         if alone and once and not any(each is call.output for each in returned):
             found[call.name] = layers

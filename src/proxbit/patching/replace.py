@@ -9,6 +9,7 @@ from proxbit.errors import ConfigError, ModelStateError
 from proxbit.nn import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear, latent_layers
 from proxbit.patching.fuse import unfuse_layers
 from proxbit.patching.report import BinarizationReport, ModuleDecision
+from proxbit.patching.sites import surroundings
 from proxbit.patching.targets import CONVERTIBLE, explicit_patterns, select, state_of
 
 __all__ = ["check_latents", "check_packed_layers", "packed_layers", "to_float", "to_latent", "to_packed"]
@@ -56,17 +57,18 @@ def to_latent(model: nn.Module, config: BinarizationConfig) -> tuple[Binarizatio
         )
     decisions = select(model, config)
     pair = config.quantizer_pair()
+    around, overrides = surroundings(model, decisions, config)
     replacements: dict[str, BinaryLinear | BinaryConv2d] = {}
     for decision in decisions:
         if not decision.converted:
             continue
         layer = model.get_submodule(decision.name)
-        units = (config.normalize, config.scale, config.center)
+        units = {"normalize": config.normalize, "scale": config.scale, "center": config.center}
         latent: BinaryLinear | BinaryConv2d
         if isinstance(layer, nn.Linear):
-            latent = BinaryLinear.from_float(layer, pair, *units, config.activations)  # type: ignore[arg-type]
+            latent = BinaryLinear.from_float(layer, pair, **units, **around[decision.name])  # type: ignore[arg-type]
         else:
-            latent = BinaryConv2d.from_float(layer, pair, *units)  # type: ignore[arg-type]
+            latent = BinaryConv2d.from_float(layer, pair, **units)  # type: ignore[arg-type]
         if not latent.weight.is_meta:
             latent.check_latent(decision.name)
         replacements[decision.name] = latent
@@ -74,7 +76,8 @@ def to_latent(model: nn.Module, config: BinarizationConfig) -> tuple[Binarizatio
         model.set_submodule(name, latent)
     report = BinarizationReport("binarized", tuple(decisions))
     report.attach(model)
-    return report, config.replace(include=explicit_patterns(replacements, report.left), modules_to_not_convert=None)
+    include = explicit_patterns(replacements, report.left)
+    return report, config.replace(include=include, modules_to_not_convert=None, overrides=overrides)
 
 
 def _convert(model: nn.Module, action: str, convert: Callable[[nn.Module], nn.Module | None]) -> None:

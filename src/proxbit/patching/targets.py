@@ -13,7 +13,7 @@ from proxbit.errors import PatternError
 from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear
 from proxbit.patching.report import ModuleDecision
 
-__all__ = ["CONVERTIBLE", "DEFAULT_SKIPS", "explicit_patterns", "matches", "select"]
+__all__ = ["CONVERTIBLE", "DEFAULT_SKIPS", "check_patterns", "explicit_patterns", "matches", "select"]
 
 CONVERTIBLE = (nn.Linear, nn.Conv2d)
 PIXEL_CHANNELS = 4
@@ -54,7 +54,8 @@ def _default_reason(name: str, module: nn.Module, backbone: str) -> str | None:
     return None
 
 
-def _check_patterns(field: str, patterns: Iterable[str], names: list[str]) -> None:
+def check_patterns(field: str, patterns: Iterable[str], names: list[str]) -> None:
+    """Raise PatternError, with near misses, for a pattern that matches none of the names."""
     for pattern in patterns:
         if any(matches(name, pattern) for name in names):
             continue
@@ -88,8 +89,8 @@ def select(model: nn.Module, config: BinarizationConfig) -> list[ModuleDecision]
     """
     modules = {name: module for name, module in model.named_modules() if name}
     candidates = {name: module for name, module in modules.items() if isinstance(module, CONVERTIBLE)}
-    _check_patterns("include", config.include or (), [n for n, m in candidates.items() if type(m) in CONVERTIBLE])
-    _check_patterns("modules_to_not_convert", config.modules_to_not_convert or (), list(modules))
+    check_patterns("include", config.include or (), [n for n, m in candidates.items() if type(m) in CONVERTIBLE])
+    check_patterns("modules_to_not_convert", config.modules_to_not_convert or (), list(modules))
     backbone = _backbone(model)
     decisions = []
     for name, module in candidates.items():

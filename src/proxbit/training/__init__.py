@@ -1,6 +1,8 @@
 """Training latent models with the Trainer of transformers."""
 
+from proxbit.training.anomalies import watch_activations
 from proxbit.training.arguments import DistillationArguments, ProxConnectArguments
+from proxbit.training.calibration import calibrate
 from proxbit.training.callbacks import MuCallback
 from proxbit.training.distillation import DistillationTrainer
 from proxbit.training.losses import distillation_loss
@@ -14,6 +16,8 @@ __all__ = [
     "MuCallback",
     "ProxConnectArguments",
     "ProxConnectTrainer",
+    "calibrate",
     "distillation_loss",
     "hardening_gap",
+    "watch_activations",
 ]

@@ -70,6 +70,10 @@ class ProxConnectArguments(DistillationArguments):
     latent_learning_rate_factor: float = field(
         default=1.0, metadata={"help": "The learning rate of latent weights, as a multiple of learning_rate."}
     )
+    detect_anomalies: bool = field(
+        default=False,
+        metadata={"help": "Stop with the name of the layer when its input holds NaN or infinity, or is one constant."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

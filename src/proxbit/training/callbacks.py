@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from proxbit.nn import latent_layers, set_mu, start_update
+from proxbit.nn import ActivationQuantizer, binary_activations, latent_layers, set_mu, start_update
 from proxbit.quantizers import MuSchedule
 from proxbit.training.monitor import hardening_gap
 
@@ -29,12 +29,18 @@ class MuCallback(TrainerCallback):
         self.model = model
         self.begin = begin
         self.schedule: MuSchedule | None = None
+        self.activations: list[tuple[ActivationQuantizer, MuSchedule]] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the schedule and go to where training starts or resumes."""
         self.schedule = self.begin(state.max_steps)
+        # Activations have units of their own: their pairs go their own default ways.
+        rest = {"steps": state.max_steps, "hard_fraction": self.schedule.hard_fraction}
+        self.activations = [
+            (quantizer, MuSchedule(*quantizer.pair.schedule, **rest)) for _, quantizer in binary_activations(self.model)
+        ]
         self._apply(state.global_step)
 
     def on_step_begin(
@@ -66,3 +72,5 @@ class MuCallback(TrainerCallback):
     def _apply(self, step: int) -> None:
         assert self.schedule is not None
         set_mu(self.model, self.schedule.mu(step), hard=self.schedule.is_hard(step))
+        for quantizer, schedule in self.activations:
+            quantizer.mu.fill_(schedule.mu(step))

@@ -2,16 +2,20 @@
 
 from typing import Any
 
+import datasets
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from proxbit.errors import ConfigError, ModelStateError, MuRangeError
-from proxbit.nn import latent_layers, soft_evaluation
+from proxbit.nn import ActivationQuantizer, RPReLU, latent_layers, soft_evaluation
 from proxbit.patching import check_latents, state_of
 from proxbit.quantizers import AGGREGATE, MuSchedule
+from proxbit.training.anomalies import watch_activations
 from proxbit.training.arguments import ProxConnectArguments
+from proxbit.training.calibration import calibrate
 from proxbit.training.callbacks import MuCallback
 from proxbit.training.distillation import DistillationTrainer
 from proxbit.training.monitor import FlipCounter, hardening_gap
@@ -26,6 +30,7 @@ class ProxConnectTrainer(DistillationTrainer):
     - latent weights are a parameter group of their own: no weight decay, a learning rate factor of their own;
     - with a teacher, the loss is mixed with distillation, see `DistillationTrainer`;
     - `evaluate` reports the hard model, which is what ships, with soft values and their gap beside it;
+    - activation quantizers that have not been calibrated start from the first training examples, see `calibrate`;
     - logs hold `mu`, `flip_ratio` (since the log before) and `hardening_gap`.
 
     Args:
@@ -65,9 +70,13 @@ class ProxConnectTrainer(DistillationTrainer):
         super().__init__(model=model, args=args or ProxConnectArguments(), teacher=teacher, **kwargs)
         self.add_callback(MuCallback(self.model, self._begin))
         self._flips = FlipCounter(self.model)
+        if self.args.detect_anomalies:
+            watch_activations(self.model)
 
     def _begin(self, steps: int) -> MuSchedule:
         """Count flips from here on; return the schedule of this run, checked against the range of every pair in use."""
+        if self.state.global_step == 0:
+            self._calibrate()
         self._flips = FlipCounter(self.model)
         layers = [layer for _, layer in latent_layers(self.model)]
         kind, start, end = layers[0].pair.schedule
@@ -89,6 +98,19 @@ class ProxConnectTrainer(DistillationTrainer):
             for step in (0, steps):
                 layer.pair.check_mu(schedule.mu(step))
         return schedule
+
+    def _calibrate(self) -> None:
+        """Start what nobody has calibrated yet from the first examples, which are the same in every process."""
+        quantizers = [module for module in self.model.modules() if isinstance(module, ActivationQuantizer)]
+        if self.train_dataset is None or all(each.calibrated or not each.learns for each in quantizers):
+            return
+        dataset, collator = self.train_dataset, self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="training")
+        with torch.random.fork_rng():
+            calibrate(self.model, DataLoader(dataset, self.args.per_device_train_batch_size, collate_fn=collator))
 
     def _learning_rates(self, steps: int) -> list[float]:
         """The learning rate of the latents at every step, from the scheduler's own formula."""
@@ -119,6 +141,13 @@ class ProxConnectTrainer(DistillationTrainer):
         learning_rate = self.args.learning_rate * self.args.latent_learning_rate_factor
         optimizer.add_param_group({"params": moved, "weight_decay": 0.0, "lr": learning_rate})
         return optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As the Trainer's, without what activation quantizers and RPReLUs learn: it does not decay."""
+        kinds = (ActivationQuantizer, RPReLU)
+        learned = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if name.rpartition(".")[0] not in learned]
 
     def evaluation_loop(
         self,

@@ -1,0 +1,166 @@
+"""Attention on int8 and on binary operands, as functions that transformers calls instead of its own.
+
+They take what its attention functions take, and treat masks, dropout and grouped keys like `sdpa`. Products are sums of
+whole numbers; softmax is that of floats. Gradients pass the rounding straight, and signs with the B of a pair.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from proxbit.nn.activations import DEFAULT_ACTIVATION_PAIR, binarize_units
+from proxbit.quantizers import get_pair
+
+__all__ = ["ATTENTIONS", "binary_attention", "int8_attention"]
+
+_SMALLEST = 1e-30
+
+
+def _rounded(x: Tensor, step: Tensor, peak: int) -> Tensor:
+    """x / step as a whole number up to `peak`; the gradient passes straight."""
+    units = x / step.clamp(min=_SMALLEST)
+    return units + (units.round().clamp(-peak, peak) - units).detach()
+
+
+def _int8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Symmetric codes and their step, by the largest along `dim`."""
+    step = x.detach().abs().amax(dim=dim, keepdim=True) / 127
+    return _rounded(x, step, 127), step
+
+
+def _signs(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Signs, and the mean size along `dim`."""
+    size = x.abs().mean(dim=dim, keepdim=True)
+    pair = get_pair(DEFAULT_ACTIVATION_PAIR)
+    units = x / size.detach().clamp(min=_SMALLEST)
+    return binarize_units(units, x >= 0, torch.tensor(pair.schedule[1], dtype=torch.float64), pair), size
+
+
+def _masked_softmax(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    if is_causal:
+        length, keys = scores.shape[-2:]
+        future = torch.ones(length, keys, dtype=torch.bool, device=scores.device).triu(keys - length + 1)
+        scores = scores.masked_fill(future, -torch.inf)
+    if mask is not None:
+        mask = mask[..., : scores.shape[-1]]
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+    probabilities = scores.softmax(dim=-1)
+    # Of a query that may look at nothing, sdpa gives zeros.
+    nothing = (scores == -torch.inf).all(dim=-1, keepdim=True)
+    return probabilities.masked_fill(nothing, 0.0)
+
+
+def _attend(
+    quantize: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    quantize_probabilities: Callable[[Tensor], tuple[Tensor, Tensor]],
+    module: nn.Module,
+    operands: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    is_causal: bool | None,
+    position_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    groups = int(getattr(module, "num_key_value_groups", 1))
+    dtype = operands[0].dtype
+    # In fp32 sums of whole numbers are exact up to 2^24: int8 rows of 1,040, and 518 keys.
+    query, key, value = (x if dtype == torch.float64 else x.float() for x in operands)
+    key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+    is_causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    is_causal = query.shape[2] > 1 and mask is None and is_causal
+    with torch.autocast(query.device.type, enabled=False):
+        (q, q_step), (k, k_step) = quantize(query, -1), quantize(key, -1)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = (q @ k.transpose(-1, -2)) * (q_step * scaling) * k_step.transpose(-1, -2)
+        scores = scores if position_bias is None else scores + position_bias.to(scores.dtype)
+        p, p_step = quantize_probabilities(_masked_softmax(scores, mask, is_causal))
+        p = nn.functional.dropout(p, dropout, module.training)
+        v, v_step = quantize(value, -2)
+        result = (p @ v) * p_step * v_step
+    return result.transpose(1, 2).contiguous().to(dtype), (p * p_step).to(dtype)
+
+
+def _uint8(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    step = probabilities.detach().amax(dim=-1, keepdim=True) / 255
+    return _rounded(probabilities, step, 255), step
+
+
+def _zero_or_one(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """1 where a key has more than its even share of the probability, and the mean of those that do."""
+    share = 1 / (probabilities > 0).sum(dim=-1, keepdim=True).clamp(min=1)
+    is_one = (probabilities >= share) & (probabilities > 0)
+    # Units of an elastic quantizer whose upper level is twice the even share.
+    inside = probabilities * (probabilities <= 2 * share) / (2 * share)
+    codes = inside + (is_one.to(inside.dtype) - inside).detach()
+    size = (probabilities * is_one).sum(dim=-1, keepdim=True) / is_one.sum(dim=-1, keepdim=True).clamp(min=1)
+    return codes, size
+
+
+def int8_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    r"""Attention with int8 queries, keys and values, and probabilities in 256 levels.
+
+    Formula:
+        S = (q k^T) s_q s_k scaling,   P = softmax(S + mask),   O = (p v) s_p s_v
+        q, k rounded token by token to -127..127, v channel by channel, p = round(255 P / max P) row by row
+
+    Args:
+        module: of the attention; its `training`, `is_causal` and `num_key_value_groups` are read.
+        query: `[B, H, L, D]`.
+        key: `[B, H / groups, K, D]`.
+        value: `[B, H / groups, K, D]`.
+        attention_mask: `[B or 1, H or 1, L or 1, K]`, boolean (True may be looked at) or added to the scores; or None.
+        dropout: share of the probabilities that are dropped in training.
+        scaling: of the scores; None for 1 / sqrt(D).
+        is_causal: whether later keys are masked where there is no mask; None for what the module says.
+        position_bias: added to the scores, `[B or 1, H, L, K]`; or None.
+        **kwargs: not used.
+
+    Returns:
+        `[B, L, H, D]`, and the quantized probabilities, `[B, H, L, K]`.
+    """
+    rest = (attention_mask, scaling, dropout, is_causal, position_bias)
+    return _attend(_int8, _uint8, module, (query, key, value), *rest)
+
+
+def binary_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    r"""Attention with the signs of queries, keys and values, and probabilities that are zero or one.
+
+    Formula:
+        as `int8_attention`, with q = sign(query), s_q = mean |query| of the token, k likewise, v by channels;
+        p = 1 where P is at least the even share of the keys that can be seen, s_p = the mean of these P
+
+    Args and Returns: as of `int8_attention`.
+
+    Source:
+        scales: XNOR-Net (Rastegari et al., ECCV 2016), section 3.2; unsigned probabilities: BiT (Liu et al., NeurIPS
+        2022), section 2.2. Differs from BiT in the scale of the probabilities, which is that of the row.
+    """
+    rest = (attention_mask, scaling, dropout, is_causal, position_bias)
+    return _attend(_signs, _zero_or_one, module, (query, key, value), *rest)
+
+
+ATTENTIONS = {"proxbit_int8": int8_attention, "proxbit_binary": binary_attention}

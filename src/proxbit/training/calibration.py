@@ -1,0 +1,115 @@
+"""Calibration: where the activation quantizers of a latent model start, seen from a few batches."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import default_data_collator
+
+from proxbit.errors import ConfigError, ModelStateError
+from proxbit.nn import ActivationQuantizer, BinaryLinear, soft_evaluation
+from proxbit.patching import state_of
+
+__all__ = ["calibrate"]
+
+# Tokens a layer is shown. Means over more of them do not differ by what matters.
+TOKENS = 8192
+
+
+def calibrate(model: nn.Module, data: Iterable[Any], *, batches: int = 4, batch_size: int = 16) -> nn.Module:
+    """Set thresholds, steps and scales of activation quantizers from a few batches, which run with float activations.
+
+    The threshold of a sign is the mean of its channel, and the bias takes over what that mean contributed; scales and
+    steps are least-squares or LSQ's. `ProxConnectTrainer` does this by itself before a first training.
+
+    Args:
+        model: a latent model; changed in place.
+        data: batches (dicts of keyword arguments, or tensors), such as a DataLoader; or a map-style dataset, from whose
+            examples batches are made.
+        batches: how many to look at, >= 1.
+        batch_size: of batches that are made.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ModelStateError: if the model is not latent.
+        ConfigError: if `data` is empty, or a layer was not reached.
+    """
+    if state_of(model) != "latent":
+        raise ModelStateError(f"calibrate takes a latent model, this one is {state_of(model)}.")
+    if batches < 1:
+        raise ConfigError(f"batches must be at least 1, not {batches}.")
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BinaryLinear)}
+    layers = {name: layer for name, layer in layers.items() if layer.activation.learns}
+    if not layers:
+        return model
+    seen = _inputs(model, layers, islice(_batches(data, batch_size), batches), batches)
+    for name, layer in layers.items():
+        if not seen[name]:
+            raise ConfigError(f"{name} was not called with these batches: nothing is known about its activations.")
+        values = torch.cat(seen[name])
+        if not bool(torch.isfinite(values).all()):
+            raise ConfigError(f"{name} was given NaN or infinite activations.")
+        shift = layer.activation.calibrate(values, may_shift=layer.bias is not None)
+        layer.activation.calibrated = True
+        if shift is not None:
+            with torch.no_grad():
+                weight = layer.effective_weight(hard=False).float()
+                layer.bias.add_((weight @ shift.float()).to(layer.bias.dtype))
+    return model
+
+
+def _batches(data: Iterable[Any], batch_size: int) -> Iterator[dict[str, Any]]:
+    if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not isinstance(data, list | tuple)):
+        data = DataLoader(data, batch_size=batch_size, collate_fn=default_data_collator)  # type: ignore[arg-type]
+    for batch in data:
+        yield {"pixel_values": batch} if isinstance(batch, Tensor) else dict(batch)
+
+
+@contextmanager
+def _as_float(layer: BinaryLinear) -> Iterator[None]:
+    """Within the context, the layer multiplies its input as it is."""
+    name, before = layer.activations, layer.activation
+    layer.set_activation("float", ActivationQuantizer(layer.in_features))
+    try:
+        yield
+    finally:
+        layer.set_activation(name, before)
+
+
+def _inputs(
+    model: nn.Module, layers: dict[str, BinaryLinear], batches: Iterable[dict[str, Any]], count: int
+) -> dict[str, list[Tensor]]:
+    """A sample of the tokens that each layer is given."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    share = max(1, TOKENS // count)
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            tokens = arguments[0].detach().flatten(0, -2)
+            seen[name].append(tokens[:: -(-len(tokens) // share)].float().cpu())
+
+        return hook
+
+    training, device = model.training, next(model.parameters()).device
+    some = False
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.enter_context(_as_float(layer))
+            stack.callback(layer.register_forward_pre_hook(watch(name)).remove)
+        stack.callback(model.train, training)
+        stack.enter_context(soft_evaluation(model.eval()))
+        stack.enter_context(torch.no_grad())
+        for batch in batches:
+            some = True
+            inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            inputs.pop("labels", None)
+            model(**inputs)
+    if not some:
+        raise ConfigError("There is nothing to calibrate with: the data is empty.")
+    return seen

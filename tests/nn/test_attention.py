@@ -1,0 +1,163 @@
+"""Attention on int8 and binary operands: against plain re-writes, and against sdpa where it says how things behave."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from proxbit.nn.attention import ATTENTIONS, binary_attention, int8_attention
+
+both = pytest.mark.parametrize("attention", [int8_attention, binary_attention], ids=["int8", "binary"])
+B, H, L, D = 2, 4, 9, 8
+
+
+def operands(keys=L, heads=H, dtype=torch.float32):
+    torch.manual_seed(0)
+    return tuple(torch.randn(B, h, length, D, dtype=dtype) for h, length in ((H, L), (heads, keys), (heads, keys)))
+
+
+def module(training=False, **attributes):
+    made = nn.Identity().train(training)
+    made.__dict__.update({"is_causal": False} | attributes)
+    return made
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def test_int8_is_what_its_formula_says():
+    """In Python integers, with exact sums."""
+    q, k, v = (x.double() for x in operands())
+    output, weights = int8_attention(module(), q, k, v, None)
+    codes = {}
+    for name, x, axis in (("q", q, -1), ("k", k, -1), ("v", v, -2)):
+        step = np.abs(x.numpy()).max(axis, keepdims=True) / 127
+        codes[name] = (np.rint(x.numpy() / step).astype(np.int64), step)
+    (qi, qs), (ki, ks), (vi, vs) = (codes[name] for name in "qkv")
+    p = softmax(np.einsum("bhld,bhkd->bhlk", qi, ki) * qs * np.swapaxes(ks, -1, -2) / np.sqrt(D))
+    ps = p.max(-1, keepdims=True) / 255
+    pi = np.rint(p / ps).astype(np.int64)
+    expected = np.einsum("bhlk,bhkd->bhld", pi, vi) * ps * vs
+    np.testing.assert_allclose(output.numpy(), expected.swapaxes(1, 2), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(weights.numpy(), pi * ps, rtol=1e-9)
+    assert pi.max() == 255 and np.abs(qi).max() == 127
+
+
+def test_binary_is_what_its_formula_says():
+    q, k, v = (x.double() for x in operands())
+    output, weights = binary_attention(module(), q, k, v, None)
+    signs = [np.where(x.numpy() >= 0, 1, -1) for x in (q, k, v)]
+    size = [np.abs(x.numpy()).mean(axis, keepdims=True) for x, axis in ((q, -1), (k, -1), (v, -2))]
+    scores = np.einsum("bhld,bhkd->bhlk", signs[0], signs[1]) * size[0] * np.swapaxes(size[1], -1, -2)
+    p = softmax(scores / np.sqrt(D))
+    b = (p >= 1 / L).astype(np.int64)
+    ps = (p * b).sum(-1, keepdims=True) / b.sum(-1, keepdims=True)
+    np.testing.assert_allclose(weights.numpy(), b * ps, rtol=1e-9)
+    np.testing.assert_allclose(
+        output.numpy(), (np.einsum("bhlk,bhkd->bhld", b, signs[2]) * ps * size[2]).swapaxes(1, 2), rtol=1e-9
+    )
+
+
+def test_int8_is_near_sdpa_and_binary_follows_it():
+    q, k, v = operands()
+    exact = sdpa(q, k, v).transpose(1, 2)
+    assert float((int8_attention(module(), q, k, v, None)[0] - exact).norm() / exact.norm()) < 0.02
+    binary = binary_attention(module(), q, k, v, None)[0]
+    assert float(torch.corrcoef(torch.stack([binary.flatten(), exact.flatten()]))[0, 1]) > 0.5
+
+
+@both
+@pytest.mark.parametrize("form", ["boolean", "added"])
+def test_masked_keys_are_not_seen(attention, form):
+    q, k, v = operands()
+    seen = torch.ones(B, 1, 1, L, dtype=torch.bool)
+    seen[1, ..., 6:] = False
+    mask = seen if form == "boolean" else torch.zeros(B, 1, 1, L).masked_fill(~seen, torch.finfo(torch.float32).min)
+    masked, weights = attention(module(), q, k, v, mask)
+    alone, _ = attention(module(), q[1:], k[1:, :, :6], v[1:, :, :6], None)
+    assert float(weights[1, ..., 6:].abs().max()) == 0
+    if attention is int8_attention:  # Steps of channels are taken over all keys.
+        torch.testing.assert_close(masked[1:], alone, rtol=0.1, atol=0.05)
+    plain, _ = attention(module(), q, k, v, None)
+    torch.testing.assert_close(masked[0], plain[0])
+
+
+@both
+def test_a_query_that_may_see_nothing_gets_zeros(attention):
+    q, k, v = operands()
+    mask = torch.ones(B, 1, L, L, dtype=torch.bool)
+    mask[:, :, 3] = False
+    result, weights = attention(module(), q, k, v, mask)
+    assert torch.equal(result[:, 3], torch.zeros(B, H, D)) and torch.equal(weights[:, :, 3], torch.zeros(B, H, L))
+    assert bool(torch.isfinite(result).all())
+
+
+@both
+def test_causal_without_a_mask(attention):
+    q, k, v = operands()
+    lower = torch.ones(L, L, dtype=torch.bool).tril()[None, None]
+    expected = attention(module(), q, k, v, lower)[0]
+    torch.testing.assert_close(attention(module(is_causal=True), q, k, v, None)[0], expected)
+    torch.testing.assert_close(attention(module(), q, k, v, None, is_causal=True)[0], expected)
+
+
+@both
+def test_grouped_keys_scaling_and_a_bias_of_positions(attention):
+    q, k, v = operands(heads=2)
+    result = attention(module(num_key_value_groups=2), q, k, v, None, scaling=0.7)[0]
+    wide = [x.repeat_interleave(2, dim=1) for x in (k, v)]
+    torch.testing.assert_close(result, attention(module(), q, *wide, None, scaling=0.7)[0])
+    bias = torch.randn(1, H, L, L)
+    result = attention(module(), q, *wide, None, position_bias=bias)[0]
+    torch.testing.assert_close(result, attention(module(), q, *wide, bias.expand(B, H, L, L))[0])
+
+
+@both
+def test_dropout_in_training_only(attention):
+    q, k, v = operands()
+    plain = attention(module(), q, k, v, None)[0]
+    assert torch.equal(attention(module(), q, k, v, None, dropout=0.5)[0], plain)
+    assert not torch.equal(attention(module(training=True), q, k, v, None, dropout=0.5)[0], plain)
+    torch.manual_seed(1)
+    many = torch.stack([attention(module(training=True), q, k, v, None, dropout=0.5)[0] for _ in range(400)])
+    torch.testing.assert_close(many.mean(0), plain, rtol=0.3, atol=0.15)
+
+
+def test_gradients_of_int8_pass_straight():
+    """Those of attention on the rounded numbers."""
+    q, k, v = (x.requires_grad_() for x in operands(dtype=torch.float64))
+    grad = torch.randn(B, L, H, D, dtype=torch.float64)
+    found = torch.autograd.grad(int8_attention(module(), q, k, v, None)[0], (q, k, v), grad)
+    expected = torch.autograd.grad(sdpa(q, k, v).transpose(1, 2), (q, k, v), grad)
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).norm() / b.norm()) < 0.05
+
+
+def test_gradients_of_binary_reach_every_operand():
+    q, k, v = (x.requires_grad_() for x in operands())
+    binary_attention(module(), q, k, v, None)[0].square().sum().backward()
+    assert all(bool(torch.isfinite(x.grad).all()) and float(x.grad.abs().sum()) > 0 for x in (q, k, v))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_dtypes_and_empty_batches(attention, dtype):
+    q, k, v = operands(dtype=dtype)
+    result, weights = attention(module(), q, k, v, None)
+    assert result.dtype == weights.dtype == dtype and result.shape == (B, L, H, D)
+    empty, _ = attention(module(), q[:0], k[:0], v[:0], None)
+    assert empty.shape == (0, L, H, D)
+    zeros, _ = attention(module(), *(torch.zeros_like(x) for x in (q, k, v)), None)
+    assert torch.equal(zeros, torch.zeros_like(zeros))
+
+
+@pytest.mark.parametrize("name", list(ATTENTIONS))
+def test_compiled_in_one_graph(name):
+    torch._dynamo.reset()
+    q, k, v = operands()
+    made, attention = module(), ATTENTIONS[name]
+    compiled = torch.compile(lambda q, k, v: attention(made, q, k, v, None)[0], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), attention(made, q, k, v, None)[0])

@@ -1,0 +1,133 @@
+"""Calibration: parameters that fit the data, a function that stays near, and what is refused."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import proxbit
+from proxbit.errors import ConfigError, ModelStateError
+from proxbit.nn import BinaryLinear
+from proxbit.training import ProxConnectArguments, ProxConnectTrainer
+from tiny_models import FAMILIES, LABELS, SIDE
+
+
+def latent(activations, **options):
+    return proxbit.binarize(FAMILIES["vit"](), proxbit.BinarizationConfig(activations=activations, **options))
+
+
+def examples(crops, count=12):
+    return [{"pixel_values": pixels, "labels": i % LABELS} for i, pixels in enumerate(crops(count, SIDE))]
+
+
+def parameters(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if ".activation." in n or n.endswith("bias")}
+
+
+@pytest.mark.parametrize("activations", ["sign", "int4"])
+def test_it_lowers_the_error_of_every_layer(activations):
+    """Against the start that suits variance 1, on inputs of another size with means of their own."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": nn.Linear(40, 30), "fc2": nn.Linear(30, 40)})})
+    model.forward = lambda x: model.mlp.fc2(torch.relu(model.mlp.fc1(x)))
+    x = torch.randn(200, 40) * 3 + torch.randn(40) * 2
+    expected = model.forward(x)
+    proxbit.binarize(model, proxbit.BinarizationConfig(weights="fp", activations=activations, include=["*"]))
+    with torch.no_grad(), proxbit.soft_evaluation(model.eval()):
+        before = float((model.forward(x) - expected).square().mean())
+        assert proxbit.calibrate(model, [{"x": x}]) is model if False else True
+    model.__class__.forward = lambda self, x: self.mlp.fc2(torch.relu(self.mlp.fc1(x)))
+    proxbit.calibrate(model, [{"x": x}])
+    with torch.no_grad(), proxbit.soft_evaluation(model.eval()):
+        after = float((model(x) - expected).square().mean())
+    assert after < 0.7 * before
+
+
+def test_scales_and_thresholds():
+    layer = BinaryLinear(3, 2, pair=proxbit.quantizers.get_pair("bnn"), activations="sign")
+    x = torch.tensor([[1.0, 2.0, 3.0], [3.0, 6.0, -3.0]])
+    shift = layer.activation.calibrate(x)
+    assert shift.tolist() == layer.activation.threshold.tolist() == [2.0, 4.0, 0.0]
+    assert float(layer.activation.scale) == pytest.approx(2.0)
+    assert layer.activation.calibrate(x, may_shift=False) is None
+    assert layer.activation.threshold.tolist() == [0, 0, 0]
+    elastic = BinaryLinear(2, 2, pair=layer.pair, activations="elastic").activation
+    elastic.calibrate(torch.tensor([[0.0, 2.0], [-0.1, 4.0], [0.1, 3.0]]))
+    assert float(elastic.scale) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("form", ["batches", "loader", "dataset"])
+def test_batches_or_a_dataset(form, crops):
+    data = examples(crops)
+    loader = DataLoader(data, batch_size=4)
+    given = {"batches": list(loader), "loader": loader, "dataset": torch.utils.data.Subset(data, range(12))}[form]
+    model = latent("sign")
+    before = parameters(model)
+    mode = model.training
+    proxbit.calibrate(model, given, batch_size=4)
+    after = parameters(model)
+    assert all(not torch.equal(after[name], before[name]) for name in before if ".activation.scale" in name)
+    assert model.training == mode and type(model.vit.layers[0].mlp.fc1.activation).__name__ == "SignActivation"
+    torch.manual_seed(0)
+
+
+def test_what_learns_nothing_is_left_alone(crops):
+    model = latent("int8")
+    before = parameters(model)
+    proxbit.calibrate(model, [])
+    assert all(torch.equal(value, before[name]) for name, value in parameters(model).items())
+
+
+def test_what_is_refused(crops):
+    with pytest.raises(ModelStateError, match="calibrate takes a latent model, this one is float"):
+        proxbit.calibrate(FAMILIES["vit"](), [])
+    model = latent("sign")
+    with pytest.raises(ConfigError, match="batches must be at least 1, not 0"):
+        proxbit.calibrate(model, [], batches=0)
+    with pytest.raises(ConfigError, match="the data is empty"):
+        proxbit.calibrate(model, [])
+    with pytest.raises(ConfigError, match=r"vit.layers.0.*NaN or infinite activations"):
+        proxbit.calibrate(model, [torch.full((1, 3, SIDE, SIDE), torch.nan)])
+    assert type(model.vit.layers[0].mlp.fc1.activation).__name__ == "SignActivation"
+
+
+def trainer(model, crops, tmp_path, **arguments):
+    arguments = ProxConnectArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to="none", save_strategy="no", **arguments
+    )
+    return ProxConnectTrainer(model=model, args=arguments, train_dataset=examples(crops))
+
+
+def test_the_trainer_calibrates_what_nobody_has(crops, tmp_path):
+    model = latent("sign")
+    before = parameters(model)
+    run = trainer(model, crops, tmp_path, learning_rate=1e-12)
+    run.train()
+    after = parameters(model)
+    moved = [name for name in before if not torch.allclose(after[name], before[name], atol=1e-6)]
+    assert {name.rpartition(".")[2] for name in moved} == {"bias", "scale", "threshold"}
+    proxbit.calibrate(model, DataLoader(examples(crops), batch_size=2), batches=1)
+    mine = parameters(model)
+    trainer(model, crops, tmp_path, learning_rate=1e-12).train()
+    assert all(torch.allclose(value, mine[name], atol=1e-6) for name, value in parameters(model).items())
+
+
+def test_what_is_learned_does_not_decay(crops, tmp_path):
+    run = trainer(latent("sign", rprelu=True), crops, tmp_path, weight_decay=0.1)
+    names = run.get_decay_parameter_names(run.model)
+    assert names and not any(".activation." in name or ".rprelu." in name for name in names)
+
+
+def test_pairs_of_activations_have_their_own_mu(crops, tmp_path):
+    model = latent("sign", activation_pair="bnn++", weights="bc")
+    run = trainer(model, crops, tmp_path)
+    seen = []
+    layer = model.vit.layers[0].mlp.fc1
+    layer.register_forward_pre_hook(lambda *_: seen.append((float(layer.activation.mu), layer.is_hard)))
+    run.args.max_steps = 10
+    run.args.hard_fraction = 0.2
+    run.train()
+    schedule = layer.activation.pair.schedule
+    trained = seen[-10:]
+    assert trained[0] == (pytest.approx(schedule[1]), False)
+    assert trained[-1] == (pytest.approx(schedule[2]), True)
