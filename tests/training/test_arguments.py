@@ -10,6 +10,11 @@ from proxbit.training import DistillationArguments, ProxConnectArguments
 
 OWN = {
     "detect_anomalies",
+    "activations_first",
+    "distillation_gram",
+    "distillation_tokens",
+    "progression",
+    "recipe",
     "distillation_weight",
     "distillation_temperature",
     "mu_schedule",

@@ -92,7 +92,8 @@ class BinaryLinear(LatentWeight, Surroundings, nn.Linear):
             if offset is not None:
                 result = add_offset(result, self.activation(input), offset)
         else:
-            simulated = self.activation(input, self.is_hard)
+            waits = "activation" in self.waits and not self.is_hard
+            simulated = input if waits else self.activation(input, self.is_hard)
             result = nn.functional.linear(simulated, self.effective_weight(), self.bias)
         return self.finish(result, input)
 

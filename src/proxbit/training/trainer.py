@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from proxbit.errors import ConfigError, ModelStateError, MuRangeError
+from proxbit.hub import binarize
 from proxbit.nn import ActivationQuantizer, RPReLU, latent_layers, soft_evaluation
 from proxbit.patching import check_latents, state_of
 from proxbit.quantizers import AGGREGATE, MuSchedule
@@ -19,6 +20,8 @@ from proxbit.training.calibration import calibrate
 from proxbit.training.callbacks import MuCallback
 from proxbit.training.distillation import DistillationTrainer
 from proxbit.training.monitor import FlipCounter, hardening_gap
+from proxbit.training.recipes import get_recipe
+from proxbit.training.stages import Stage, stages
 
 __all__ = ["ProxConnectTrainer"]
 
@@ -34,13 +37,14 @@ class ProxConnectTrainer(DistillationTrainer):
     - logs hold `mu`, `flip_ratio` (since the log before) and `hardening_gap`.
 
     Args:
-        model: a latent model, from `proxbit.binarize` or `from_pretrained(..., quantization_config=...)`.
+        model: a latent model, from `proxbit.binarize` or `from_pretrained(..., quantization_config=...)`; or, with
+            `args.recipe`, a float model, which is made latent by the recipe.
         args: with the fields of the ProxConnect step.
         teacher: any model with the same labels, for distillation; it is put in evaluation mode.
         **kwargs: as in `transformers.Trainer`.
 
     Raises:
-        ModelStateError: if the model is float or packed.
+        ModelStateError: if the model is packed, or float and there is no recipe.
         ConfigError: if the teacher has another number of labels; by `train`, for the schedule "aggregate" and a pair
             with `update_from`.
         LatentError: if a latent weight cannot be binarized.
@@ -58,17 +62,21 @@ class ProxConnectTrainer(DistillationTrainer):
     ) -> None:
         if model is None:
             raise ConfigError("ProxConnectTrainer needs a model; model_init is not supported.")
+        args = args or ProxConnectArguments()
         state = state_of(model)
+        if state == "float" and args.recipe is not None:
+            model = binarize(model, get_recipe(args.recipe).binarization())
+            state = "latent"
         if state != "latent":
             hint = (
                 "A packed model cannot be trained; load its latent checkpoint instead."
                 if state == "packed"
-                else "Call proxbit.binarize(model, config) first."
+                else "Call proxbit.binarize(model, config) first, or name a recipe: ProxConnectArguments(recipe=...)."
             )
             raise ModelStateError(f"ProxConnectTrainer trains latent models, this one is {state}. {hint}")
         check_latents(model)
-        super().__init__(model=model, args=args or ProxConnectArguments(), teacher=teacher, **kwargs)
-        self.add_callback(MuCallback(self.model, self._begin))
+        super().__init__(model=model, args=args, teacher=teacher, **kwargs)
+        self.add_callback(MuCallback(self.model, self._begin, self._stages))
         self._flips = FlipCounter(self.model)
         if self.args.detect_anomalies:
             watch_activations(self.model)
@@ -98,6 +106,14 @@ class ProxConnectTrainer(DistillationTrainer):
             for step in (0, steps):
                 layer.pair.check_mu(schedule.mu(step))
         return schedule
+
+    def _stages(self, steps: int) -> list[Stage]:
+        return stages(
+            self.model,
+            steps,
+            activations_first=self.args.activations_first,
+            progression=self.args.progression,
+        )
 
     def _calibrate(self) -> None:
         """Start what nobody has calibrated yet from the first examples, which are the same in every process."""
