@@ -13,6 +13,7 @@ OWN = {
     "activations_first",
     "distillation_gram",
     "distillation_tokens",
+    "overflow_penalty",
     "progression",
     "recipe",
     "distillation_weight",

@@ -6,7 +6,7 @@ from proxbit.training.calibration import calibrate
 from proxbit.training.callbacks import MuCallback
 from proxbit.training.distillation import DistillationTrainer
 from proxbit.training.losses import distillation_loss, gram_loss, token_loss
-from proxbit.training.monitor import FlipCounter, hardening_gap
+from proxbit.training.monitor import FlipCounter, hardening_gap, overflow_shares
 from proxbit.training.recipes import RECIPES, Recipe, get_recipe, register_recipe
 from proxbit.training.stages import PROGRESSIONS, Stage, stages
 from proxbit.training.trainer import ProxConnectTrainer
@@ -27,6 +27,7 @@ __all__ = [
     "get_recipe",
     "gram_loss",
     "hardening_gap",
+    "overflow_shares",
     "register_recipe",
     "stages",
     "token_loss",

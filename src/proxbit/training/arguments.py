@@ -128,6 +128,13 @@ class ProxConnectArguments(DistillationArguments):
     latent_learning_rate_factor: float = field(
         default=1.0, metadata={"help": "The learning rate of latent weights, as a multiple of learning_rate."}
     )
+    overflow_penalty: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "With accumulators of few bits: weight of the loss by which sums overflow, >= 0. None: that of the "
+            "recipe, or 0."
+        },
+    )
     detect_anomalies: bool = field(
         default=False,
         metadata={"help": "Stop with the name of the layer when its input holds NaN or infinity, or is one constant."},
@@ -152,4 +159,5 @@ class ProxConnectArguments(DistillationArguments):
                 "activations_first must be in [0, 1), and end before the hard part: with hard_fraction "
                 f"{self.hard_fraction:g} at most {1 - self.hard_fraction:g}, not {self.activations_first}."
             )
+        _check_not_negative("overflow_penalty", self.overflow_penalty)
         _check_positive("latent_learning_rate_factor", self.latent_learning_rate_factor)

@@ -75,6 +75,7 @@ _SOFT_TO_HARD: dict[str, Any] = {
     "distillation_gram": 0.0,
     "activations_first": 0.0,
     "progression": "together",
+    "overflow_penalty": 0.0,
 }
 
 register_recipe(
@@ -120,6 +121,15 @@ register_recipe(
         {"weights": "bnn++", "activations": "sign", "residual": True, "rprelu": True},
         {**_SOFT_TO_HARD, "activations_first": 0.5},
         "as w1a1; RPReLU, and activations first: ReActNet, sections 4.2 and 5",
+    ),
+)
+register_recipe(
+    "w1a1-acc8",
+    Recipe(
+        "as w1a1, with sums that end in 8 bits",
+        {"weights": "bnn++", "activations": "sign", "residual": True, "accumulator_bits": 8},
+        {**_SOFT_TO_HARD, "overflow_penalty": 1e-3},
+        "as w1a1; accumulators: Ni et al., WrapNet, ICLR 2021",
     ),
 )
 register_recipe(

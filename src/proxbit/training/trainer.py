@@ -4,7 +4,7 @@ from typing import Any
 
 import datasets
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -19,7 +19,7 @@ from proxbit.training.arguments import ProxConnectArguments
 from proxbit.training.calibration import calibrate
 from proxbit.training.callbacks import MuCallback
 from proxbit.training.distillation import DistillationTrainer
-from proxbit.training.monitor import FlipCounter, hardening_gap
+from proxbit.training.monitor import FlipCounter, hardening_gap, overflow_penalty, overflow_shares
 from proxbit.training.recipes import get_recipe
 from proxbit.training.stages import Stage, stages
 
@@ -34,6 +34,7 @@ class ProxConnectTrainer(DistillationTrainer):
     - with a teacher, the loss is mixed with distillation, see `DistillationTrainer`;
     - `evaluate` reports the hard model, which is what ships, with soft values and their gap beside it;
     - activation quantizers that have not been calibrated start from the first training examples, see `calibrate`;
+    - with accumulators of few bits, the loss grows by what overflows, and logs hold `overflow_share`;
     - logs hold `mu`, `flip_ratio` (since the log before) and `hardening_gap`.
 
     Args:
@@ -139,6 +140,20 @@ class ProxConnectTrainer(DistillationTrainer):
             )
         return [float(inner.base_lrs[-1] * inner.lr_lambdas[-1](step)) for step in range(steps)]
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """As the parent's, and while training what the sums of narrow accumulators overflow by."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training and self.args.overflow_penalty:
+            shares = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.args.overflow_penalty / shares * overflow_penalty(self.model)
+        return (loss, outputs) if return_outputs else loss
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the Trainer, with the latents in a last group of their own."""
         if self.optimizer is not None:
@@ -201,4 +216,7 @@ class ProxConnectTrainer(DistillationTrainer):
             logs["mu"] = float(layer.mu)
             logs["flip_ratio"] = self._flips.flip_ratio()
             logs["hardening_gap"] = hardening_gap(self.model)
+            overflows = overflow_shares(self.model)
+            if overflows:
+                logs["overflow_share"] = sum(overflows.values()) / len(overflows)
         super().log(logs, start_time)
