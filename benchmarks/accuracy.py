@@ -158,7 +158,8 @@ def run(what: Run, cache: Path) -> dict[str, Any]:
         recipe = proxbit.get_recipe(COLUMNS[what.column])
         # A residual around a layer that was not trained with one would only destroy it.
         proxbit.binarize(model, recipe.binarization(weights="bc", residual=False))
-        proxbit.pack(proxbit.calibrate(model, pictures, batch_size=BATCH))
+        batches = [{"pixel_values": part} for part in pictures.pixels.split(BATCH)]
+        proxbit.pack(proxbit.calibrate(model, batches))
     elif what.method != FLOAT:
         recipe = COLUMNS[what.column]
         weights, changes = METHODS[what.method]
