@@ -14,11 +14,11 @@ import argparse
 import json
 import os
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -28,24 +28,24 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import ViTConfig, ViTForImageClassification, set_seed
+from transformers.utils import logging
 
 import proxbit
 from proxbit.analysis.environment import environment
-from proxbit.nn import binary_activations, latent_layers
-from proxbit.quantizers import MuSchedule
-from proxbit.training import distillation_loss
+from proxbit.training import DistillationArguments, DistillationTrainer
 
 FOLDER = Path(__file__).parent / "accuracy"
-FLOAT_EPOCHS, EPOCHS, BATCH, RATE, HARD = 250, 80, 128, 3e-3, 0.1
-FLOAT, LONGER, SIGN = "float", "float, as long", "post-training sign"
-METHODS = ("bc", "bnn", "bnn+", "bnn++", "parq", "bireal++", "ede++", "fda++")
-COLUMNS: dict[str, dict[str, Any]] = {
-    "W1A32": {},
-    "W1A8": {"activations": "int8"},
-    "W1A4": {"activations": "int4"},
-    "W1A1": {"activations": "sign", "residual": True},
+FLOAT_EPOCHS, EPOCHS, BATCH, RATE = 250, 80, 128, 3e-3
+FLOAT, LONGER, SIGN, NONE = "float", "float, as long", "post-training sign", "W32A32"
+# Rows: the quantizer pair of the weights, and training arguments that differ from the recipe's.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{pair: (pair, {}) for pair in ("bc", "bnn", "bnn+", "bnn++", "parq", "bireal++", "ede++", "fda++")},
+    "bnn++ without distillation": ("bnn++", {"distillation_weight": 0.0}),
+    "bnn++ hard from the start": ("bnn++", {"hard_fraction": 1.0}),
 }
+COLUMNS = {"W1A32": "w1a32", "W1A8": "w1a8", "W1A4": "w1a4", "W1A1": "w1a1"}
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,28 @@ class Run:
     seed: int
 
 
-def digits(fold: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pictures `[n, 1, 8, 8]` and labels to train with, then those to test with."""
+class Pictures(Dataset):
+    """Pictures and labels in memory, handed out by the batch."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> dict[str, Tensor]:
+        return {"pixel_values": self.pixels[index], "labels": self.labels[index]}
+
+    __getitems__ = __getitem__
+
+
+def digits(fold: int) -> tuple[Pictures, Pictures]:
+    """To train with, and to test with: `[n, 1, 8, 8]` from -1 to 1, and labels."""
     data = load_digits()
     x = torch.from_numpy(data.images.astype(np.float32))[:, None] / 8 - 1
     y = torch.from_numpy(data.target)
     train, test = list(StratifiedKFold(5, shuffle=True, random_state=0).split(x, y))[fold]
-    return x[train], y[train], x[test], y[test]
+    return Pictures(x[train], y[train]), Pictures(x[test], y[test])
 
 
 def make_model(width: int) -> ViTForImageClassification:
@@ -73,58 +88,42 @@ def make_model(width: int) -> ViTForImageClassification:
     return ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=10, **sizes))
 
 
-def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Weights of float layers decay; latents, norms, biases and what activation quantizers learn do not."""
-    latents = {id(layer.weight) for _, layer in latent_layers(model)}
-    decaying = [p for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in latents]
-    kept = {id(p) for p in decaying}
-    rest = [p for p in model.parameters() if id(p) not in kept]
-    return [{"params": decaying, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-
-
-def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: int, target: Tensor | None = None) -> None:
-    """AdamW with a cosine and a warm-up; `target` are the logits of the teacher."""
-    set_seed(seed)
-    model.train()
-    per_epoch = -(-len(x) // BATCH)
-    steps = epochs * per_epoch
-    optimizer = torch.optim.AdamW(groups(model), lr=RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE, total_steps=steps, pct_start=0.05, anneal_strategy="cos", cycle_momentum=False
-    )
-    layers = [layer for _, layer in latent_layers(model)]
-    weights = MuSchedule(*layers[0].pair.schedule, steps=steps, hard_fraction=HARD) if layers else None
-    activations = [
-        (each, MuSchedule(*each.pair.schedule, steps=steps, hard_fraction=HARD))
-        for _, each in binary_activations(model)
-    ]
-    step = 0
-    for _ in range(epochs):
-        for index in torch.randperm(len(x)).split(BATCH):
-            if weights is not None:
-                proxbit.set_mu(model, weights.mu(step), hard=weights.is_hard(step))
-            for each, own in activations:
-                each.mu.fill_(own.mu(step))
-            logits = model(x[index]).logits
-            loss = nn.functional.cross_entropy(logits, y[index])
-            if target is not None:
-                loss = (loss + distillation_loss(logits, target[index], 2.0)) / 2
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            proxbit.start_update(model)
-            optimizer.step()
-            schedule.step()
-            step += 1
+def train(model: nn.Module, pictures: Pictures, epochs: int, seed: int, **more: Any) -> nn.Module:
+    """The same for every row: AdamW, a warm-up and a cosine."""
+    recipe = more.pop("recipe", None)
+    kinds = (proxbit.ProxConnectTrainer, proxbit.ProxConnectArguments) if recipe else ()
+    trainer, arguments = kinds or (DistillationTrainer, DistillationArguments)
+    teacher = more.pop("teacher", None)
+    with TemporaryDirectory() as folder:
+        settings = arguments(
+            folder,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=BATCH,
+            learning_rate=RATE,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            weight_decay=0.05,
+            seed=seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            **({"recipe": recipe} if recipe else {}),
+            **more,
+        )
+        made = trainer(
+            model=model, args=settings, teacher=teacher, train_dataset=pictures, data_collator=lambda batch: batch
+        )
+        made.train()
+    return model.eval()
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, x: Tensor) -> Tensor:
-    return model.eval()(x).logits
-
-
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    return float((logits_of(model, x).argmax(1) == y).double().mean())
+def accuracy(model: nn.Module, pictures: Pictures) -> float:
+    predictions = model.eval()(pictures.pixels).logits.argmax(1)
+    return float((predictions == pictures.labels).double().mean())
 
 
 def float_model(width: int, fold: int, seed: int, cache: Path) -> nn.Module:
@@ -134,9 +133,8 @@ def float_model(width: int, fold: int, seed: int, cache: Path) -> nn.Module:
     model = make_model(width)
     if path.exists():
         model.load_state_dict(load_file(path))
-        return model
-    x, y, _, _ = digits(fold)
-    train(model, x, y, FLOAT_EPOCHS, seed)
+        return model.eval()
+    train(model, digits(fold)[0], FLOAT_EPOCHS, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, part)
@@ -147,31 +145,45 @@ def float_model(width: int, fold: int, seed: int, cache: Path) -> nn.Module:
 def run(what: Run, cache: Path) -> dict[str, Any]:
     """Train one model, and measure it as it ships."""
     torch.set_num_threads(1)
-    model = float_model(what.width, what.fold, what.seed, cache)
-    x, y, test_x, test_y = digits(what.fold)
-    target = logits_of(model, x)
+    logging.set_verbosity_error()
+    teacher = float_model(what.width, what.fold, what.seed, cache)
+    pictures, test = digits(what.fold)
     result: dict[str, Any] = asdict(what)
+    set_seed(what.seed + 1000)
+    model = make_model(what.width)
+    model.load_state_dict(teacher.state_dict())
     if what.method == LONGER:
-        train(model, x, y, EPOCHS, what.seed + 1000, target)
+        train(model, pictures, EPOCHS, what.seed + 1000, teacher=teacher)
+    elif what.method == SIGN:
+        recipe = proxbit.get_recipe(COLUMNS[what.column])
+        # A residual around a layer that was not trained with one would only destroy it.
+        proxbit.binarize(model, recipe.binarization(weights="bc", residual=False))
+        batches = [{"pixel_values": part} for part in pictures.pixels.split(BATCH)]
+        proxbit.pack(proxbit.calibrate(model, batches))
     elif what.method != FLOAT:
-        weights = "bc" if what.method == SIGN else what.method
-        proxbit.binarize(model, proxbit.BinarizationConfig(weights=weights, **COLUMNS[what.column]))
-        proxbit.calibrate(model, list(x.split(BATCH)))
-        if what.method != SIGN:
-            train(model, x, y, EPOCHS, what.seed + 1000, target)
+        recipe = COLUMNS[what.column]
+        weights, changes = METHODS[what.method]
+        proxbit.binarize(model, proxbit.get_recipe(recipe).binarization(weights=weights))
+        train(model, pictures, EPOCHS, what.seed + 1000, recipe=recipe, teacher=teacher, **changes)
         with proxbit.soft_evaluation(model):
-            result["soft"] = accuracy(model, test_x, test_y)
+            result["soft"] = accuracy(model, test)
         proxbit.pack(model)
-    return result | {"accuracy": accuracy(model, test_x, test_y)}
+    return result | {"accuracy": accuracy(model, test)}
 
 
 def wanted(options: argparse.Namespace) -> Iterator[Run]:
-    """In an order that gives whole rows early."""
-    for width, seed, fold in product(options.widths, range(options.seeds), options.folds):
-        for method in (FLOAT, LONGER):
-            yield Run(width, method, "W32A32", fold, seed)
-        for column, method in product(options.columns, (SIGN, *options.methods)):
-            yield Run(width, method, column, fold, seed)
+    """Fold by fold, the float start first: everything else begins there."""
+    for width in options.widths:
+        for seed in range(options.seeds):
+            for fold in options.folds:
+                yield Run(width, FLOAT, NONE, fold, seed)
+    for seed in range(options.seeds):
+        for fold in options.folds:
+            for width in options.widths:
+                yield Run(width, LONGER, NONE, fold, seed)
+                for column in options.columns:
+                    for method in (SIGN, *options.methods):
+                        yield Run(width, method, column, fold, seed)
 
 
 def known(path: Path) -> dict[Run, dict[str, Any]]:
@@ -181,7 +193,7 @@ def known(path: Path) -> dict[Run, dict[str, Any]]:
     return {Run(*(row[name] for name in Run.__dataclass_fields__)): row for row in found}
 
 
-def points(values: Iterable[float]) -> str:
+def points(values: list[float]) -> str:
     """Mean and standard error, in points."""
     values = [100 * value for value in values]
     if len(values) < 2:
@@ -194,25 +206,20 @@ def tables(results: dict[Run, dict[str, Any]]) -> list[str]:
     lines: list[str] = []
     for width in sorted({each.width for each in results}):
         here = {each: row["accuracy"] for each, row in results.items() if each.width == width}
-        columns = [c for c in COLUMNS if any(each.column == c for each in here)]
-        methods = dict.fromkeys(each.method for each in here)
+        base = {(each.fold, each.seed): value for each, value in here.items() if each.method == LONGER}
+        columns = [column for column in COLUMNS if any(each.column == column for each in here)]
         rows = []
-        for method in (m for m in (FLOAT, LONGER, SIGN, *METHODS) if m in methods):
+        for method in (FLOAT, LONGER, SIGN, *METHODS):
             cells = []
             for column in columns:
                 found = {
-                    (e.fold, e.seed): v
-                    for e, v in here.items()
-                    if e.method == method and e.column in (column, "W32A32")
+                    (e.fold, e.seed): v for e, v in here.items() if e.method == method and e.column in (column, NONE)
                 }
-                base = {(e.fold, e.seed): v for e, v in here.items() if e.method == LONGER}
                 pairs = [(value, base[key]) for key, value in found.items() if key in base]
-                if not pairs:
-                    cells.append("")
-                    continue
-                lost = points(b - value for value, b in pairs)
-                cells.append(f"{points(value for value, _ in pairs)} ({lost}; {len(pairs)})")
-            rows.append([f"`{method}`" if method in METHODS else method, *cells])
+                lost = points([b - value for value, b in pairs]) if pairs else ""
+                cells.append(f"{points([value for value, _ in pairs])} ({lost}; {len(pairs)})" if pairs else "")
+            if any(cells):
+                rows.append([method if method in (FLOAT, LONGER, SIGN) else f"`{method}`", *cells])
         lines += [f"## Width {width}", "", *table(["", *columns], rows)]
     return lines
 
@@ -234,7 +241,7 @@ def write(results: dict[Run, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=list(COLUMNS))
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--seeds", type=int, default=2)
@@ -246,6 +253,14 @@ def main() -> None:
     done = known(path)
     missing = [each for each in wanted(options) if each not in done]
     print(f"{len(done)} runs are finished, {len(missing)} to go", flush=True)
+    # The float starts before what begins with them, so that no two processes train the same one.
+    for part in ([each for each in missing if each.method == FLOAT], [e for e in missing if e.method != FLOAT]):
+        work(part, options, path)
+    print(write(known(path)))
+
+
+def work(missing: list[Run], options: argparse.Namespace, path: Path) -> None:
+    """Do the runs, and note each as it ends."""
     with ProcessPoolExecutor(options.jobs, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(run, each, options.cache): each for each in missing}
         for future in as_completed(futures):
@@ -253,7 +268,6 @@ def main() -> None:
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print({**row, "accuracy": round(row["accuracy"], 4)}, flush=True)
-    print(write(known(path)))
 
 
 if __name__ == "__main__":

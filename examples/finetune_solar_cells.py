@@ -6,6 +6,7 @@
 
     python examples/finetune_solar_cells.py                    # one split, 6 to 8 minutes on 2 CPU cores
     python examples/finetune_solar_cells.py --folds 5          # cross-validation over all pictures
+    python examples/finetune_solar_cells.py --recipe w1a8      # int8 activations too; others: proxbit recipes
     python examples/finetune_solar_cells.py --model google/vit-base-patch16-224     # start from a pretrained model
 
 Trains a float vision transformer, makes it latent, trains it with ProxConnect++ and distillation from the float model,
@@ -30,6 +31,7 @@ from elpv_dataset.utils import load_dataset
 from rich.console import Console
 from rich.table import Table
 from sklearn.model_selection import StratifiedKFold
+from torch.utils.data import DataLoader
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -165,11 +167,14 @@ def run(options: argparse.Namespace, fold: int, seed: int, out: Path, images: np
     folder = save(control.eval(), processor, out / "float-longer")
     rows[f"float, {float_epochs + binary_epochs} epochs"] = row(measure(control, test), truth, folder)
 
-    untrained = proxbit.pack(proxbit.binarize(copy.deepcopy(control), proxbit.BinarizationConfig()))
+    recipe = proxbit.get_recipe(options.recipe)
+    changes = {} if options.weights is None else {"weights": options.weights}
+    untrained = proxbit.binarize(copy.deepcopy(control), recipe.binarization(residual=False, rprelu=False))
+    proxbit.pack(proxbit.calibrate(untrained, DataLoader(train, BATCH)))
     rows["post-training sign, packed"] = row(measure(untrained.eval(), test), truth, None)
 
-    proxbit.binarize(model, proxbit.BinarizationConfig(weights=options.weights))
-    extra = {"eval_strategy": "epoch"}
+    proxbit.binarize(model, recipe.binarization(**changes))
+    extra = {"eval_strategy": "epoch", "recipe": options.recipe}
     args = arguments(proxbit.ProxConnectArguments, out / "latent", binary_epochs, seed, options.smoke, **extra)
     trainer = proxbit.ProxConnectTrainer(model=model, args=args, teacher=teacher, **common)
     trainer.train()
@@ -230,7 +235,8 @@ def main() -> None:
     """Read the command line, run, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a pretrained model to start from, a path or a Hub id (default: from scratch)")
-    parser.add_argument("--weights", default="bnn++", help="the quantizer pair (default: bnn++)")
+    parser.add_argument("--recipe", default="w1a32", help="what is binarized and how it is trained (default: w1a32)")
+    parser.add_argument("--weights", help="the quantizer pair, in the place of the recipe's")
     parser.add_argument("--uncertain", action="store_true", help="keep the two uncertain levels of defect probability")
     parser.add_argument("--folds", type=int, default=1, choices=range(1, 6), help="splits of the cross-validation")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions of each split")

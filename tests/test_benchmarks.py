@@ -73,3 +73,46 @@ def test_the_page_and_its_numbers_are_written(script, tmp_path, capsys):
     assert "| fast | 2 x |  | 1.00 x | **missed** |" in page and f"`{here.level}`" in page
     data = json.loads((tmp_path / "page.json").read_text())
     assert data["goals"][0]["verdict"] == "missed" and data["environment"]["level"] == here.level
+
+
+def test_limits_of_training(script):
+    training = script("training")
+    assert training.verdict("w1a32", 1.15, 1.104) == "at most 1.15, 1.10: met, met"
+    assert training.verdict("w1a1", 1.61, 1.3) == "at most 1.60, 1.25: **missed**, **missed**"
+    assert training.verdict("w1a8", 9.0, 9.0) == ""
+    assert set(training.LIMITS) <= set(training.RECIPES)
+
+
+def test_a_table_of_accuracy_pairs_folds_and_seeds(script):
+    """Against float training of the same length, on the same fold with the same seed; runs without a partner wait."""
+    accuracy = script("accuracy")
+    runs = [("float, as long", "W32A32", 0, 0.9), ("float, as long", "W32A32", 1, 0.8), ("bnn++", "W1A8", 0, 0.85)]
+    runs += [("bnn++", "W1A8", 1, 0.81), ("bnn++", "W1A8", 2, 0.1)]
+    results = {accuracy.Run(16, m, c, f, 0): {"accuracy": value} for m, c, f, value in runs}
+    page = "\n".join(accuracy.tables(results))
+    assert "## Width 16" in page and "| `bnn++` | 83.0 ± 2.0 (2.0 ± 3.0; 2) |" in page
+    assert "| float, as long | 85.0 ± 5.0 (0.0 ± 0.0; 2) |" in page
+
+
+def test_runs_that_are_finished_are_not_done_again(script, tmp_path):
+    accuracy = script("accuracy")
+    run = accuracy.Run(16, "bc", "W1A1", 3, 1)
+    path = tmp_path / "runs.jsonl"
+    assert accuracy.known(path) == {}
+    path.write_text(json.dumps({**vars(run), "accuracy": 0.5, "soft": 0.6}) + "\n")
+    assert accuracy.known(path) == {run: {**vars(run), "accuracy": 0.5, "soft": 0.6}}
+
+
+def test_every_method_trains_and_is_packed(script, tmp_path, monkeypatch):
+    """All rows on one picture of each digit, for one epoch."""
+    accuracy = script("accuracy")
+    train, test = accuracy.digits(0)
+    few = accuracy.Pictures(train.pixels[:20], train.labels[:20])
+    monkeypatch.setattr(accuracy, "digits", lambda fold: (few, test))
+    monkeypatch.setattr(accuracy, "FLOAT_EPOCHS", 1)
+    monkeypatch.setattr(accuracy, "EPOCHS", 1)
+    for method in (accuracy.FLOAT, accuracy.LONGER, accuracy.SIGN, "bnn++", "bnn++ hard from the start"):
+        for column in ("W1A32", "W1A1") if method in (accuracy.SIGN, "bnn++") else ("W1A4",):
+            result = accuracy.run(accuracy.Run(16, method, column, 0, 0), tmp_path)
+            assert 0 <= result["accuracy"] <= 1
+    assert len(list(tmp_path.iterdir())) == 1

@@ -64,3 +64,12 @@ def test_custom_pair_is_judged_trained_and_packed(tmp_path):
     assert 0.1 < accuracy <= 1
     assert "65,536 of 1 bit" in done.stdout
     assert len(example.read_text().splitlines()) < 60
+
+
+def test_imagenet_runs_on_made_pictures(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "imagenet.py"), "--smoke", "--recipe", "w1a8", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "accuracy of the packed model" in done.stdout
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert (config["state"], config["activations"]) == ("packed", "int8")

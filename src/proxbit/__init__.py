@@ -21,6 +21,8 @@ _LAZY = {
     "ProxConnectArguments": "proxbit.training.arguments",
     "ProxConnectTrainer": "proxbit.training.trainer",
     "calibrate": "proxbit.training.calibration",
+    "get_recipe": "proxbit.training.recipes",
+    "register_recipe": "proxbit.training.recipes",
     "summary": "proxbit.analysis.summary",
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from proxbit.errors import CheckpointError, ConfigError, UnknownNameError
-from proxbit.nn import DEFAULT_ACTIVATION_PAIR, check_activations
+from proxbit.nn import ACCUMULATORS, DEFAULT_ACTIVATION_PAIR, Accumulator, check_activations
 from proxbit.quantizers import PAIRS, QuantizerPair, check_scaling, get_pair, pair_key
 
 __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "STATES", "BinarizationConfig"]
@@ -16,7 +16,7 @@ __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "STATES", "BinarizationConfig"]
 QUANT_METHOD = "proxbit"
 FORMAT_VERSION = 1
 STATES = ("latent", "packed")
-SITE = ("activations", "activation_pair", "rprelu", "residual")
+SITE = ("activations", "activation_pair", "rprelu", "residual", "accumulator_bits", "accumulator_mode")
 OF_THE_PAIR = ("pair_parameters", "normalize", "scale", "center")
 
 
@@ -72,12 +72,22 @@ class BinarizationConfig(QuantizationConfigMixin):
         default=False,
         metadata={"help": "Whether the input of a layer is added to its output, where both are equally wide."},
     )
+    accumulator_bits: int | None = field(
+        default=None,
+        metadata={
+            "help": "Bits of the register that the sums of a layer end in, 2 to 24, simulated exactly; None: as many "
+            "as it takes. For activations that are whole numbers."
+        },
+    )
+    accumulator_mode: str = field(
+        default="saturate", metadata={"help": "What becomes of sums that do not fit: 'saturate' or 'wrap'."}
+    )
     overrides: dict[str, dict[str, Any]] | None = field(
         default=None,
         metadata={
             "help": "Other choices for some linear layers, by pattern (fnmatch) of module names: {'*.mlp.fc2': "
-            "{'activations': 'int8'}}. Fields: activations, activation_pair, rprelu, residual. Of two patterns the "
-            "later one wins."
+            "{'activations': 'int8'}}. Fields: activations, activation_pair, rprelu, residual, accumulator_bits, "
+            "accumulator_mode. Of two patterns the later one wins."
         },
     )
     include: list[str] | None = field(
@@ -191,8 +201,13 @@ class BinarizationConfig(QuantizationConfigMixin):
             if name in ("rprelu", "residual"):
                 if not isinstance(value, bool):
                     raise ConfigError(f"{where}{name} must be True or False, not {value!r}.")
+            elif name == "accumulator_bits":
+                if value is not None:
+                    Accumulator(value)
             elif not isinstance(value, str):
                 raise ConfigError(f"{where}{name} must be a name, not {value!r}.")
+            elif name == "accumulator_mode":
+                ACCUMULATORS.get(value)
             elif name == "activations":
                 check_activations(value)
             elif not (pair := self.activation_quantizer_pair(value)).binary:

@@ -10,6 +10,12 @@ from proxbit.training import DistillationArguments, ProxConnectArguments
 
 OWN = {
     "detect_anomalies",
+    "activations_first",
+    "distillation_gram",
+    "distillation_tokens",
+    "overflow_penalty",
+    "progression",
+    "recipe",
     "distillation_weight",
     "distillation_temperature",
     "mu_schedule",

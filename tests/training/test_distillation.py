@@ -11,7 +11,7 @@ from transformers import Trainer, ViTForImageClassification
 import proxbit
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError
-from proxbit.training import DistillationArguments, DistillationTrainer
+from proxbit.training import DistillationArguments, DistillationTrainer, gram_loss, token_loss
 from tiny_models import LABELS, SIDE, vit
 
 
@@ -167,3 +167,41 @@ def test_eight_small_batches_are_one_of_eight(tmp_path, crops, distil):
     assert max((weights[0][key] - value).abs().max().item() for key, value in start.items()) > 1e-2
     for key, value in weights[1].items():
         torch.testing.assert_close(value, weights[0][key], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("field", "function"), [("distillation_tokens", token_loss), ("distillation_gram", gram_loss)])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_tokens_of_the_last_block_add_to_the_loss(field, function, accumulate, crops, tmp_path):
+    """With accumulation each batch counts for its part: the sum over two halves is the whole."""
+    model, teacher, inputs = sharp(0).eval(), sharp(1), batch(crops, 8)
+    losses = []
+    for weight in (0.0, 0.7):
+        torch.manual_seed(0)
+        training = arguments(
+            tmp_path,
+            gradient_accumulation_steps=accumulate,
+            per_device_train_batch_size=8 // accumulate,
+            max_steps=1,
+            learning_rate=1e-12,
+            logging_strategy="steps",
+            logging_steps=1,
+            **{field: weight},
+        )
+        trainer = DistillationTrainer(
+            model=copy.deepcopy(model), teacher=teacher, args=training, train_dataset=examples(crops, 8)
+        )
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    with torch.no_grad():
+        last = [
+            each(inputs["pixel_values"], output_hidden_states=True).hidden_states[-1]
+            for each in (model, teacher.eval())
+        ]
+    assert losses[1] - losses[0] == pytest.approx(0.7 * float(function(*last)), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["distillation_tokens", "distillation_gram"])
+@pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan")])
+def test_weights_of_token_losses_are_finite_and_not_negative(name, value, tmp_path):
+    with pytest.raises(ConfigError, match=f"{name} must be finite and not negative, not {value}"):
+        arguments(tmp_path, **{name: value})

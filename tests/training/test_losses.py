@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from proxbit.training import distillation_loss
+from proxbit.training import distillation_loss, gram_loss, token_loss
 
 
 def softmax(logits, temperature):
@@ -96,3 +96,42 @@ def test_extreme_logits_stay_finite():
 def test_other_shapes_are_refused(shape):
     with pytest.raises(ValueError, match="the student's \\[6, 5\\]: both models must be trained for the same labels"):
         distillation_loss(torch.zeros(6, 5), torch.zeros(shape), 2.0)
+
+
+def test_tokens_are_compared_in_units_of_their_own():
+    student, teacher = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
+    a, b = (
+        (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        for x in (student, teacher)
+    )
+    torch.testing.assert_close(token_loss(student, teacher), ((a - b) ** 2).mean())
+    assert float(token_loss(3 * student + 1, student)) == pytest.approx(0, abs=1e-9)
+
+
+def test_gram_matrices_do_not_depend_on_the_width():
+    student, teacher = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
+    total = 0.0
+    for x, y in zip(student, teacher, strict=True):
+        for i in range(5):
+            for j in range(5):
+                cosines = [torch.nn.functional.cosine_similarity(z[i], z[j], dim=0) for z in (x, y)]
+                total += float(cosines[0] - cosines[1]) ** 2
+    assert float(gram_loss(student, teacher)) == pytest.approx(total / 50)
+    assert float(gram_loss(student @ torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0], student)) < 1e-20
+
+
+@pytest.mark.parametrize("loss", [token_loss, gram_loss])
+def test_feature_maps_are_tokens_and_only_the_student_learns(loss):
+    maps = [torch.randn(2, 4, 3, 3, requires_grad=True) for _ in range(2)]
+    value = loss(*maps)
+    torch.testing.assert_close(value, loss(*(x.flatten(2).transpose(1, 2) for x in maps)))
+    value.backward()
+    assert maps[0].grad.abs().sum() > 0 and maps[1].grad is None
+    assert loss(maps[0].bfloat16(), maps[1].bfloat16()).dtype == torch.float32
+
+
+def test_models_that_do_not_fit():
+    with pytest.raises(ValueError, match="distillation_tokens needs models of the same width"):
+        token_loss(torch.randn(2, 5, 8), torch.randn(2, 5, 3))
+    with pytest.raises(ValueError, match="The teacher has 4 tokens, the student 5"):
+        gram_loss(torch.randn(2, 5, 8), torch.randn(2, 4, 8))

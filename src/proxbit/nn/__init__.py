@@ -1,5 +1,6 @@
 """Layers: latent (`BinaryLinear`, `BinaryConv2d`) and packed (`PackedLinear`, `PackedConv2d`)."""
 
+from proxbit.nn.accumulators import ACCUMULATORS, Accumulator
 from proxbit.nn.activations import ACTIVATIONS, DEFAULT_ACTIVATION_PAIR, ActivationQuantizer, check_activations
 from proxbit.nn.binary_conv import BinaryConv2d
 from proxbit.nn.binary_linear import BinaryLinear
@@ -8,10 +9,13 @@ from proxbit.nn.packed_conv import PackedConv2d
 from proxbit.nn.packed_linear import PackedLinear
 from proxbit.nn.rprelu import RPReLU
 from proxbit.nn.shared_input import SharedInput
+from proxbit.nn.surroundings import Surroundings
 
 __all__ = [
+    "ACCUMULATORS",
     "ACTIVATIONS",
     "DEFAULT_ACTIVATION_PAIR",
+    "Accumulator",
     "ActivationQuantizer",
     "BinaryConv2d",
     "BinaryLinear",
@@ -20,6 +24,7 @@ __all__ = [
     "PackedLinear",
     "RPReLU",
     "SharedInput",
+    "Surroundings",
     "binary_activations",
     "check_activations",
     "latent_layers",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from proxbit.errors import ConfigError
 from proxbit.kernels import quantize_activations
+from proxbit.nn.surrogate import binarize_units
 from proxbit.quantizers import QuantizerPair, get_pair
 
 __all__ = [
@@ -20,7 +21,6 @@ __all__ = [
     "ActivationQuantizer",
     "Folded",
     "RowSums",
-    "binarize_units",
     "check_activations",
     "make_activation",
 ]
@@ -41,38 +41,6 @@ class Folded(NamedTuple):
     scale: Tensor
     bias: Tensor | None
     threshold: Tensor | None = None
-
-
-class _Binarize(torch.autograd.Function):
-    """F of a pair, or +1 and -1 by a mask; backward: B of the pair."""
-
-    @staticmethod
-    def forward(ctx: Any, units: Tensor, is_plus: Tensor, mu: Tensor, pair: QuantizerPair, hard: bool) -> Tensor:
-        ctx.save_for_backward(units, mu.clone())
-        ctx.pair = pair
-        return is_plus.to(units.dtype) * 2 - 1 if hard else pair.forward(units, mu).to(units.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        units, mu = ctx.saved_tensors
-        return (ctx.pair.backward(units, mu) * grads[0]).to(units.dtype), None, None, None, None
-
-
-def binarize_units(units: Tensor, is_plus: Tensor, mu: Tensor, pair: QuantizerPair, hard: bool = True) -> Tensor:
-    """Two levels with the gradient of a pair.
-
-    Args:
-        units: numbers whose levels are -1 and +1; any shape.
-        is_plus: where the upper level is taken, same shape.
-        mu: sharpness.
-        pair: F and B.
-        hard: levels; without, F of the units.
-
-    Returns:
-        Same shape and dtype as `units`; backward: B of the units.
-    """
-    result: Tensor = _Binarize.apply(units, is_plus, mu, pair, hard)
-    return result
 
 
 class RowSums:
@@ -161,6 +129,21 @@ class ActivationQuantizer(nn.Module):
         """
         return x
 
+    def parts(self, x: Tensor, hard: bool = True) -> tuple[Tensor, Tensor]:
+        """`forward` as codes times their unit; codes are whole numbers where `hard`.
+
+        Args:
+            x: `[..., I]`.
+            hard: as in `forward`.
+
+        Returns:
+            `[..., I]`, and one number, or one a token, `[..., 1]`.
+
+        Raises:
+            ConfigError: for floats, which have no codes.
+        """
+        raise ConfigError("Float activations are no whole numbers: they have no codes.")
+
     def prepare(self, x: Tensor) -> Tensor:
         """The input of an operator on packed weights, `[..., I]`."""
         return x
@@ -190,6 +173,11 @@ class Int8Activation(ActivationQuantizer):
     def forward(self, x: Tensor, hard: bool = True) -> Tensor:
         q, step = quantize_activations(x.detach())
         return x + ((q * step).to(x.dtype) - x).detach()
+
+    def parts(self, x: Tensor, hard: bool = True) -> tuple[Tensor, Tensor]:
+        q, step = quantize_activations(x.detach())
+        units = x.float() / torch.where(step > 0, step, 1)
+        return units + (q - units).detach(), step
 
 
 class Int4Activation(ActivationQuantizer):
@@ -221,24 +209,24 @@ class Int4Activation(ActivationQuantizer):
         with torch.no_grad():
             self.step.fill_(max(2 * mean / math.sqrt(self.high), _SMALLEST))
 
-    def _codes(self, x: Tensor, step: Tensor) -> Tensor:
-        clipped = (x / step).clamp(self.low, self.high)
-        return clipped + (clipped.round() - clipped).detach()
-
     def _step(self) -> Tensor:
         """Positive, with the gradient scale of LSQ."""
         step = self.step.abs() + _SMALLEST
         share = 1 / math.sqrt(self.columns * self.high)
         return step.detach() + (step - step.detach()) * share
 
-    def forward(self, x: Tensor, hard: bool = True) -> Tensor:
+    def parts(self, x: Tensor, hard: bool = True) -> tuple[Tensor, Tensor]:
         step = self._step().to(torch.promote_types(x.dtype, torch.float32))
-        return (self._codes(x.to(step.dtype), step) * step).to(x.dtype)
+        clipped = (x.to(step.dtype) / step).clamp(self.low, self.high)
+        return clipped + (clipped.round() - clipped).detach(), step
+
+    def forward(self, x: Tensor, hard: bool = True) -> Tensor:
+        codes, step = self.parts(x)
+        return (codes * step).to(x.dtype)
 
     def prepare(self, x: Tensor) -> Tensor:
         # Whole numbers up to 15: their sums are exact in fp32, and no dtype of x rounds them.
-        step = self._step().to(torch.promote_types(x.dtype, torch.float32))
-        return self._codes(x.to(step.dtype), step).to(x.dtype)
+        return self.parts(x)[0].to(x.dtype)
 
     def fold(self, scale: Tensor, bias: Tensor | None, signs: RowSums) -> Folded:
         return Folded(scale * self._step().to(scale.dtype), bias)
@@ -300,10 +288,13 @@ class SignActivation(ActivationQuantizer):
         is_plus = x.to(wide) >= self._boundary().to(wide)
         return binarize_units(units, is_plus, self.mu, self.pair, hard)
 
-    def forward(self, x: Tensor, hard: bool = True) -> Tensor:
+    def parts(self, x: Tensor, hard: bool = True) -> tuple[Tensor, Tensor]:
         scale = self._positive_scale()
-        units = (x - self.threshold) / scale.detach()
-        return (scale * self._binarize(units, x, hard)).to(x.dtype)
+        return self._binarize((x - self.threshold) / scale.detach(), x, hard), scale
+
+    def forward(self, x: Tensor, hard: bool = True) -> Tensor:
+        codes, scale = self.parts(x, hard)
+        return (codes * scale).to(x.dtype)
 
     def fold(self, scale: Tensor, bias: Tensor | None, signs: RowSums) -> Folded:
         return Folded(scale * self._positive_scale().to(scale.dtype), bias, self._boundary())
@@ -337,10 +328,10 @@ class ElasticActivation(SignActivation):
     def _boundary(self) -> Tensor:
         return self.threshold + self._positive_scale() / 2
 
-    def forward(self, x: Tensor, hard: bool = True) -> Tensor:
+    def parts(self, x: Tensor, hard: bool = True) -> tuple[Tensor, Tensor]:
         scale = self._positive_scale()
         units = (x - self.threshold) / (scale / 2) - 1
-        return (scale * (self._binarize(units, x, hard) + 1) / 2).to(x.dtype)
+        return (self._binarize(units, x, hard) + 1) / 2, scale
 
     def fold(self, scale: Tensor, bias: Tensor | None, signs: RowSums) -> Folded:
         half = scale * (self._positive_scale() / 2).to(scale.dtype)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from proxbit.nn.activations import DEFAULT_ACTIVATION_PAIR, binarize_units
+from proxbit.nn.activations import DEFAULT_ACTIVATION_PAIR
+from proxbit.nn.surrogate import binarize_units
 from proxbit.quantizers import get_pair
 
 __all__ = ["ATTENTIONS", "binary_attention", "int8_attention"]

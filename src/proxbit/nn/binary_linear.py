@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from proxbit.errors import ConfigError
 from proxbit.kernels import pack_signs
+from proxbit.nn.accumulators import Accumulator
 from proxbit.nn.activations import RowSums
 from proxbit.nn.latent import LatentWeight
 from proxbit.nn.surroundings import Surroundings, add_offset, packed_product
@@ -36,6 +38,7 @@ class BinaryLinear(LatentWeight, Surroundings, nn.Linear):
         activation_pair: forward and backward quantizer of activations with two levels.
         rprelu: whether an `RPReLU` follows.
         residual: whether the input is added to the output.
+        accumulator: what the sums end in; None for registers that are wide enough. Offsets of rows go without.
         device: of the parameters.
         dtype: of the parameters.
     """
@@ -54,11 +57,14 @@ class BinaryLinear(LatentWeight, Surroundings, nn.Linear):
         activation_pair: QuantizerPair | None = None,
         rprelu: bool = False,
         residual: bool = False,
+        accumulator: Accumulator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
-        self.surround(activations, activation_pair, rprelu, residual, device=device, dtype=dtype)
+        if accumulator is not None and center == "restore":
+            raise ConfigError("center='restore' adds floats to the sums of whole numbers that an accumulator takes.")
+        self.surround(activations, activation_pair, rprelu, residual, accumulator, device=device, dtype=dtype)
         self.init_latent(pair, normalize, scale, center)
 
     @classmethod
@@ -69,8 +75,9 @@ class BinaryLinear(LatentWeight, Surroundings, nn.Linear):
         sizes, units = (layer.in_features, layer.out_features, layer.bias is not None), (normalize, scale, center)
         options |= dict(zip(("normalize", "scale", "center"), units, strict=True))
         new = cls(*sizes, pair=pair, device="meta", **options)
-        kind = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        new.surround(new.activations, new.activation.pair, new.rprelu is not None, new.residual, **kind)
+        kind: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        around = (new.activations, new.activation.pair, new.rprelu is not None, new.residual, new.accumulator)
+        new.surround(*around, **kind)
         new.weight, new.bias = layer.weight, layer.bias
         return new.train(layer.training)
 
@@ -84,7 +91,9 @@ class BinaryLinear(LatentWeight, Surroundings, nn.Linear):
         return self.without_surroundings(layer)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.is_hard and self.pair.binary and self.activations != "float" and not torch.is_grad_enabled():
+        if self.accumulator is not None:
+            result = self._narrow(input)
+        elif self.is_hard and self.pair.binary and self.activations != "float" and not torch.is_grad_enabled():
             values, scale, offset = self.hard_rows()
             weight = pack_signs(values)
             folded = self.activation.fold(scale, self.bias, RowSums(weight, self.in_features))
@@ -92,9 +101,25 @@ class BinaryLinear(LatentWeight, Surroundings, nn.Linear):
             if offset is not None:
                 result = add_offset(result, self.activation(input), offset)
         else:
-            simulated = self.activation(input, self.is_hard)
+            waits = "activation" in self.waits and not self.is_hard
+            simulated = input if waits else self.activation(input, self.is_hard)
             result = nn.functional.linear(simulated, self.effective_weight(), self.bias)
         return self.finish(result, input)
+
+    def _narrow(self, input: Tensor) -> Tensor:
+        """With sums that end in the accumulator: of codes times F in units of the row scale, +-1 where F is hard."""
+        waits = set() if self.is_hard else self.waits
+        scale = self.hard_rows().scale
+        if "activation" in waits:
+            codes, unit = input, input.new_ones(())
+        else:
+            codes, unit = self.activation.parts(input, self.is_hard)
+        # fp32 holds whole numbers up to 2^24.
+        dtype = torch.promote_types(codes.dtype, torch.float32)
+        with torch.autocast(input.device.type, enabled=False):
+            signs = self.effective_weight().to(dtype) / scale.to(dtype)[:, None]
+            sums = nn.functional.linear(codes.to(dtype), signs)
+            return self.accumulated(sums, unit.to(dtype), scale, self.bias).to(input.dtype)
 
     def extra_repr(self) -> str:
         return nn.Linear.extra_repr(self) + self.describe_surroundings()

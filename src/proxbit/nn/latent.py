@@ -28,6 +28,7 @@ class LatentWeight(nn.Module):
             and must not follow the dtype and device of the weights.
         hardened: training uses the sign as well.
         soft_eval: evaluation uses F_mu.
+        waits: what is not binary yet where F is soft: "weight", "activation", both or nothing.
     """
 
     weight: Tensor
@@ -38,6 +39,7 @@ class LatentWeight(nn.Module):
     mu: Tensor
     hardened: bool
     soft_eval: bool
+    waits: frozenset[str]
 
     def init_latent(self, pair: QuantizerPair, normalize: str, scale: str, center: str) -> None:
         """Set the quantizer, with mu at the start of the pair's default schedule.
@@ -50,6 +52,7 @@ class LatentWeight(nn.Module):
         self.mu = torch.tensor(pair.schedule[1], dtype=torch.float64, device="cpu")
         self.hardened = False
         self.soft_eval = False
+        self.waits = frozenset()
 
     def reset_parameters(self) -> None:
         """Initialise as the float layer does; on the meta device there is nothing to do, and doing it takes time."""
@@ -68,6 +71,8 @@ class LatentWeight(nn.Module):
             hard: use the sign, or F_mu. None: whichever the next forward uses.
         """
         hard = self.is_hard if hard is None else hard
+        if "weight" in self.waits and not hard:
+            return self.weight
         return quantize(self.weight, self.mu, self.pair, hard=hard, **self.units)
 
     @property

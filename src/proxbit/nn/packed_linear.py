@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from proxbit.errors import PackedFormatError
 from proxbit.kernels import Norm, linear_kernel, linear_w1, pack_signs, unpack_weight, version_of
+from proxbit.nn.accumulators import Accumulator
 from proxbit.nn.activations import Folded, RowSums
 from proxbit.nn.binary_linear import BinaryLinear
 from proxbit.nn.surroundings import Surroundings, add_offset, packed_product
@@ -32,6 +33,7 @@ class PackedLinear(Surroundings):
         activations: a key of `ACTIVATIONS`.
         rprelu: whether an `RPReLU` follows.
         residual: whether the input is added to the output.
+        accumulator: what the sums end in; None for registers that are wide enough.
         device: of the buffers and the parameters.
         dtype: of the scales, the offsets and the parameters.
 
@@ -60,6 +62,7 @@ class PackedLinear(Surroundings):
         activations: str = "float",
         rprelu: bool = False,
         residual: bool = False,
+        accumulator: Accumulator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -68,7 +71,7 @@ class PackedLinear(Surroundings):
         self.norm: Callable[[], Norm] | None = None
         self.shared: Callable[[PackedLinear, Tensor], Tensor] | None = None
         self.in_features, self.out_features = in_features, out_features
-        self.surround(activations, None, rprelu, residual, device=device, dtype=dtype)
+        self.surround(activations, None, rprelu, residual, accumulator, device=device, dtype=dtype)
         width = packed_columns(in_features)
         self.weight = nn.Buffer(torch.zeros(out_features, width, dtype=torch.uint8, device=device))
         self.weight_scale = nn.Buffer(torch.ones(out_features, device=device, dtype=dtype))
@@ -125,7 +128,8 @@ class PackedLinear(Surroundings):
     @property
     def is_bare(self) -> bool:
         """Whether the operator is all there is to the layer, so that its neighbours can be fused into it."""
-        return self.weight_offset is None and self.activation.direct and self.rprelu is None and not self.residual
+        around = (self.weight_offset, self.rprelu, self.accumulator)
+        return self.activation.direct and not self.residual and all(part is None for part in around)
 
     def folded(self) -> Folded:
         """Scale, bias and threshold with what the activation quantizer learned; kept while none of them changes."""
@@ -146,6 +150,8 @@ class PackedLinear(Surroundings):
             raise PackedFormatError(
                 f"An input of width {input.shape[-1]} came to a layer of {self.in_features} inputs."
             )
+        if self.accumulator is not None:
+            return self.finish(self._narrow(input), input)
         trained = self.bias is not None and self.bias.requires_grad
         if torch.is_grad_enabled() and (trained or input.requires_grad):
             return self._with_gradient(input)
@@ -157,6 +163,14 @@ class PackedLinear(Surroundings):
         if self.weight_offset is not None:
             result = add_offset(result, self.activation(input), self.weight_offset)
         return self.finish(result, input)
+
+    def _narrow(self, input: Tensor) -> Tensor:
+        """With sums that end in the accumulator: the operator gives whole numbers, which are exact in fp32."""
+        codes, unit = self.activation.parts(input)
+        dtype = torch.promote_types(codes.dtype, torch.float32)
+        one = torch.ones_like(self.weight_scale, dtype=dtype)
+        sums = linear_w1(codes.to(dtype), self.weight, one)
+        return self.accumulated(sums, unit.to(dtype), self.weight_scale, self.bias).to(input.dtype)
 
     def _with_gradient(self, input: Tensor) -> Tensor:
         """The same, of operators that have one."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from proxbit.errors import ConfigError, ModelStateError
 from proxbit.kernels import linear_w1, linear_w1a1, linear_w1a8
+from proxbit.nn.accumulators import Accumulator
 from proxbit.nn.activations import ActivationQuantizer, Folded, make_activation
 from proxbit.nn.rprelu import RPReLU
 from proxbit.quantizers import QuantizerPair
@@ -60,11 +61,17 @@ class Surroundings(nn.Module):
         activation: what becomes of the input.
         rprelu: what becomes of the output, or None.
         residual: whether the input is added to what comes out.
+        accumulator: what the sums end in; None for registers that are wide enough.
+        overflow_share: the share of the sums of the last forward pass that did not fit; None without an accumulator.
+        overflow_penalty: by how much they did not fit on average, with a gradient; likewise.
     """
 
     activation: ActivationQuantizer
     rprelu: RPReLU | None
     residual: bool
+    accumulator: Accumulator | None
+    overflow_share: Tensor | None
+    overflow_penalty: Tensor | None
 
     def surround(
         self,
@@ -72,6 +79,7 @@ class Surroundings(nn.Module):
         activation_pair: QuantizerPair | None,
         rprelu: bool,
         residual: bool,
+        accumulator: Accumulator | None = None,
         **kind: Any,
     ) -> None:
         """Set them, on a device and of a dtype.
@@ -79,12 +87,15 @@ class Surroundings(nn.Module):
         Raises:
             ConfigError: for a format of activations that does not exist, or a residual where the layer is not square.
         """
+        if accumulator is not None and activations == "float":
+            raise ConfigError("An accumulator of few bits sums whole numbers: choose other activations than 'float'.")
         columns, rows = int(self.in_features), int(self.out_features)  # type: ignore[arg-type]
         if residual and columns != rows:
             raise ConfigError(f"A residual needs as many outputs as inputs; this layer has {columns} and {rows}.")
         self.set_activation(activations, make_activation(activations, columns, activation_pair, **kind))
         self.rprelu = RPReLU(rows, **kind) if rprelu else None
         self.residual = residual
+        self.accumulator, self.overflow_share, self.overflow_penalty = accumulator, None, None
 
     def set_activation(self, activations: str, activation: ActivationQuantizer) -> None:
         """Set the activation quantizer and its name. One that learns nothing is no submodule: it would be noise."""
@@ -99,6 +110,22 @@ class Surroundings(nn.Module):
         """Use those of another layer."""
         self.set_activation(other.activations, other.activation)
         self.rprelu, self.residual = other.rprelu, other.residual
+        self.accumulator, self.overflow_share, self.overflow_penalty = other.accumulator, None, None
+
+    def accumulated(self, sums: Tensor, unit: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """The product, from sums of whole numbers that the accumulator may not hold.
+
+        Args:
+            sums: of codes and signs, `[..., O]`.
+            unit: of the codes, one number or `[..., 1]`.
+            scale: of the weights, `[O]`.
+            bias: `[O]` or None.
+        """
+        assert self.accumulator is not None
+        self.overflow_share = self.accumulator.overflows(sums.detach())
+        self.overflow_penalty = self.accumulator.penalty(sums) if torch.is_grad_enabled() else None
+        result = self.accumulator(sums) * (unit * scale.to(sums.dtype))
+        return result if bias is None else result + bias.to(sums.dtype)
 
     def finish(self, result: Tensor, input: Tensor) -> Tensor:
         """The output, from the product and the input."""
@@ -123,5 +150,6 @@ class Surroundings(nn.Module):
         parts = {
             f"activations={self.activations!r}": self.activations != "float",
             "residual=True": self.residual,
+            f"accumulator={self.accumulator}": self.accumulator is not None,
         }
         return "".join(f", {part}" for part, present in parts.items() if present)

@@ -1,12 +1,13 @@
 """What is around each binarized linear layer: the configuration's choice for all, its overrides, and safe defaults."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from proxbit.config import BinarizationConfig
+from proxbit.nn import Accumulator
 from proxbit.patching.report import ModuleDecision
 from proxbit.patching.targets import check_patterns, explicit_patterns, matches
 
@@ -72,8 +73,20 @@ def _site(
         "activation_pair": config.activation_pair,
         "rprelu": config.rprelu,
         "residual": config.residual and square,
+        "accumulator_bits": config.accumulator_bits,
+        "accumulator_mode": config.accumulator_mode,
     }
     for pattern, changes in overrides.items():
         if matches(name, pattern):
             site |= changes
-    return site | {"activation_pair": config.activation_quantizer_pair(str(site["activation_pair"]))}
+    bits, mode = site.pop("accumulator_bits"), str(site.pop("accumulator_mode"))
+    # Asked for everywhere, an accumulator goes where there are whole numbers.
+    narrow = bits is not None and (site["activations"] != "float" or any(_names(name, overrides, "accumulator_bits")))
+    accumulator = Accumulator(int(str(bits)), mode) if narrow else None
+    pair = config.activation_quantizer_pair(str(site["activation_pair"]))
+    return site | {"activation_pair": pair, "accumulator": accumulator}
+
+
+def _names(name: str, overrides: dict[str, dict[str, Any]], field: str) -> Iterator[bool]:
+    """For every override of the layer, whether it names the field."""
+    return (field in changes for pattern, changes in overrides.items() if matches(name, pattern))

@@ -5,19 +5,31 @@ from proxbit.training.arguments import DistillationArguments, ProxConnectArgumen
 from proxbit.training.calibration import calibrate
 from proxbit.training.callbacks import MuCallback
 from proxbit.training.distillation import DistillationTrainer
-from proxbit.training.losses import distillation_loss
-from proxbit.training.monitor import FlipCounter, hardening_gap
+from proxbit.training.losses import distillation_loss, gram_loss, token_loss
+from proxbit.training.monitor import FlipCounter, hardening_gap, overflow_shares
+from proxbit.training.recipes import RECIPES, Recipe, get_recipe, register_recipe
+from proxbit.training.stages import PROGRESSIONS, Stage, stages
 from proxbit.training.trainer import ProxConnectTrainer
 
 __all__ = [
+    "PROGRESSIONS",
+    "RECIPES",
     "DistillationArguments",
     "DistillationTrainer",
     "FlipCounter",
     "MuCallback",
     "ProxConnectArguments",
     "ProxConnectTrainer",
+    "Recipe",
+    "Stage",
     "calibrate",
     "distillation_loss",
+    "get_recipe",
+    "gram_loss",
     "hardening_gap",
+    "overflow_shares",
+    "register_recipe",
+    "stages",
+    "token_loss",
     "watch_activations",
 ]

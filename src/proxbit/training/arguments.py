@@ -1,12 +1,14 @@
 """The arguments of the Trainers: those of transformers, of distillation, and of the ProxConnect step."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
 from proxbit.errors import ConfigError
 from proxbit.quantizers import SCHEDULES
+from proxbit.training.recipes import DEFAULT_RECIPE, Recipe, get_recipe
+from proxbit.training.stages import PROGRESSIONS
 
 __all__ = ["DistillationArguments", "ProxConnectArguments"]
 
@@ -14,6 +16,11 @@ __all__ = ["DistillationArguments", "ProxConnectArguments"]
 def _check_fraction(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ConfigError(f"{name} must be in [0, 1], not {value}.")
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ConfigError(f"{name} must be finite and not negative, not {value}.")
 
 
 def _check_positive(name: str, value: float) -> None:
@@ -32,17 +39,44 @@ class DistillationArguments(TrainingArguments):
     """
 
     distillation_weight: float = field(
-        default=0.5,
-        metadata={"help": "With a teacher: weight of the distillation loss, in [0, 1]; the rest is the task's loss."},
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "With a teacher: weight of the distillation loss, in [0, 1]; the rest is the task's loss. None: "
+            "that of the recipe, or 0.5."
+        },
     )
     distillation_temperature: float = field(
-        default=2.0, metadata={"help": "With a teacher: temperature of the softened logits, > 0."}
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "With a teacher: temperature of the softened logits, > 0. None: that of the recipe, or 2."},
+    )
+    distillation_tokens: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "With a teacher of the same width: weight of the squared distance of the last block's tokens, "
+            ">= 0, beside the other losses. None: that of the recipe, or 0."
+        },
+    )
+    distillation_gram: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "With a teacher: weight of the distance of the Gram matrices of the last block's tokens, >= 0, "
+            "beside the other losses. None: that of the recipe, or 0."
+        },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.fill_in(get_recipe(DEFAULT_RECIPE))
         _check_fraction("distillation_weight", self.distillation_weight)
         _check_positive("distillation_temperature", self.distillation_temperature)
+        for name in ("distillation_tokens", "distillation_gram"):
+            _check_not_negative(name, getattr(self, name))
+
+    def fill_in(self, recipe: Recipe) -> None:
+        """Set what is None to the values of a recipe, as far as these arguments have its fields."""
+        for name, value in recipe.training.items():
+            if hasattr(self, name) and getattr(self, name) is None:
+                setattr(self, name, value)
 
 
 @dataclass
@@ -53,6 +87,13 @@ class ProxConnectArguments(DistillationArguments):
         ConfigError: for a value that is not valid.
     """
 
+    recipe: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of a recipe (see `proxbit recipes`): what is None here takes its values, and a model that is "
+            "still float is binarized by its configuration. None: the values of w1a32."
+        },
+    )
     mu_schedule: str | None = field(
         default=None,
         metadata={"help": "constant, linear, log, sigmoid or aggregate. None: the default of the quantizer pair."},
@@ -64,11 +105,35 @@ class ProxConnectArguments(DistillationArguments):
         default=None, metadata={"help": "Sharpness at the end of the soft part. None: the default of the pair."}
     )
     hard_fraction: float = field(
-        default=0.1,
-        metadata={"help": "The last fraction of the steps, in which F is the sign and the rest settles on what ships."},
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "The last fraction of the steps, in which F is the sign and the rest settles on what ships. None: "
+            "that of the recipe, or 0.1."
+        },
+    )
+    activations_first: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "The first fraction of the steps, in [0, 1), in which activations are quantized and weights are "
+            "not. None: that of the recipe, or 0."
+        },
+    )
+    progression: str = field(
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "The order in which layers are binarized: together, front-to-back or mlp-first. None: that of the "
+            "recipe, or together."
+        },
     )
     latent_learning_rate_factor: float = field(
         default=1.0, metadata={"help": "The learning rate of latent weights, as a multiple of learning_rate."}
+    )
+    overflow_penalty: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "With accumulators of few bits: weight of the loss by which sums overflow, >= 0. None: that of the "
+            "recipe, or 0."
+        },
     )
     detect_anomalies: bool = field(
         default=False,
@@ -76,8 +141,23 @@ class ProxConnectArguments(DistillationArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.recipe is not None:
+            recipe = get_recipe(self.recipe)
+            inherited = {item.name for item in fields(TrainingArguments)}
+            valid = sorted({item.name for item in fields(self) if item.default is None} - inherited - {"recipe"})
+            unknown = sorted(set(recipe.training) - set(valid))
+            if unknown:
+                raise ConfigError(f"The recipe {self.recipe!r} sets {unknown}; a recipe sets some of {valid}.")
+            self.fill_in(recipe)
         super().__post_init__()
         if self.mu_schedule is not None:
             SCHEDULES.get(self.mu_schedule)
+        PROGRESSIONS.get(self.progression)
         _check_fraction("hard_fraction", self.hard_fraction)
+        if not 0 <= self.activations_first <= 1 - self.hard_fraction or self.activations_first == 1:
+            raise ConfigError(
+                "activations_first must be in [0, 1), and end before the hard part: with hard_fraction "
+                f"{self.hard_fraction:g} at most {1 - self.hard_fraction:g}, not {self.activations_first}."
+            )
+        _check_not_negative("overflow_penalty", self.overflow_penalty)
         _check_positive("latent_learning_rate_factor", self.latent_learning_rate_factor)

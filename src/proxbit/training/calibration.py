@@ -74,12 +74,14 @@ def _batches(data: Iterable[Any], batch_size: int) -> Iterator[dict[str, Any]]:
 @contextmanager
 def _as_float(layer: BinaryLinear) -> Iterator[None]:
     """Within the context, the layer multiplies its input as it is."""
-    name, before = layer.activations, layer.activation
+    name, before, accumulator = layer.activations, layer.activation, layer.accumulator
+    layer.accumulator = None
     layer.set_activation("float", ActivationQuantizer(layer.in_features))
     try:
         yield
     finally:
         layer.set_activation(name, before)
+        layer.accumulator = accumulator
 
 
 def _inputs(

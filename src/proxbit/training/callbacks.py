@@ -2,14 +2,16 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from proxbit.nn import ActivationQuantizer, binary_activations, latent_layers, set_mu, start_update
-from proxbit.quantizers import MuSchedule
+from proxbit.quantizers import AGGREGATE, MuSchedule
 from proxbit.training.monitor import hardening_gap
+from proxbit.training.stages import Stage
 
 __all__ = ["MuCallback"]
 
@@ -23,24 +25,37 @@ class MuCallback(TrainerCallback):
     Args:
         model: the latent model.
         begin: called when training begins or resumes, with the number of optimizer steps; returns the schedule.
+        stages: called next, likewise; says when each layer begins. None: all at once.
     """
 
-    def __init__(self, model: nn.Module, begin: Callable[[int], MuSchedule]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        begin: Callable[[int], MuSchedule],
+        stages: Callable[[int], list[Stage]] | None = None,
+    ) -> None:
         self.model = model
         self.begin = begin
+        self.stages = stages
+        self.late: list[tuple[Stage, MuSchedule]] = []
         self.schedule: MuSchedule | None = None
-        self.activations: list[tuple[ActivationQuantizer, MuSchedule]] = []
+        self.activations: list[tuple[ActivationQuantizer, int, MuSchedule]] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the schedule and go to where training starts or resumes."""
-        self.schedule = self.begin(state.max_steps)
+        steps = state.max_steps
+        self.schedule = schedule = self.begin(steps)
+        stages = [] if self.stages is None else self.stages(steps)
+        self.late = [(stage, _from(schedule, stage.weight)) for stage in stages if stage.weight or stage.activation]
         # Activations have units of their own: their pairs go their own default ways.
-        rest = {"steps": state.max_steps, "hard_fraction": self.schedule.hard_fraction}
-        self.activations = [
-            (quantizer, MuSchedule(*quantizer.pair.schedule, **rest)) for _, quantizer in binary_activations(self.model)
-        ]
+        begins = {id(stage.layer): stage.activation for stage in stages}
+        self.activations = []
+        for name, quantizer in binary_activations(self.model):
+            own = MuSchedule(*quantizer.pair.schedule, steps=steps, hard_fraction=schedule.hard_fraction)
+            begin = begins.get(id(self.model.get_submodule(name)), 0)
+            self.activations.append((quantizer, begin, _from(own, begin)))
         self._apply(state.global_step)
 
     def on_step_begin(
@@ -72,5 +87,17 @@ class MuCallback(TrainerCallback):
     def _apply(self, step: int) -> None:
         assert self.schedule is not None
         set_mu(self.model, self.schedule.mu(step), hard=self.schedule.is_hard(step))
-        for quantizer, schedule in self.activations:
-            quantizer.mu.fill_(schedule.mu(step))
+        for stage, schedule in self.late:
+            stage.layer.mu.fill_(schedule.mu(max(0, step - stage.weight)))
+            begins = {"weight": stage.weight, "activation": stage.activation}
+            stage.layer.waits = frozenset(what for what, begin in begins.items() if step < begin)
+        for quantizer, begin, own in self.activations:
+            quantizer.mu.fill_(own.mu(max(0, step - begin)))
+
+
+def _from(schedule: MuSchedule, begin: int) -> MuSchedule:
+    """The same schedule in the steps that are left from `begin` on, with as many hard ones at the end."""
+    if begin == 0 or schedule.kind == AGGREGATE:
+        return schedule
+    left = schedule.steps - begin
+    return replace(schedule, steps=left, hard_fraction=min(1.0, (schedule.steps - schedule.soft_steps) / left))

@@ -9,13 +9,15 @@ from transformers import PreTrainedModel, Trainer
 from proxbit.errors import ConfigError
 from proxbit.hub.compat import is_model_folder, load_weights
 from proxbit.training.arguments import DistillationArguments
-from proxbit.training.losses import distillation_loss
+from proxbit.training.losses import distillation_loss, gram_loss, token_loss
 
 __all__ = ["DistillationTrainer"]
 
 
 class DistillationTrainer(Trainer):
     """A `Trainer` whose loss is `(1 - weight) * task + weight * distillation`, for models of any state.
+
+    With `distillation_tokens` and `distillation_gram`, distances of the tokens of the last block are added to it.
 
     Args:
         model: a model whose outputs have `logits`.
@@ -78,16 +80,26 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """The task's loss, mixed with distillation from the teacher while training."""
+        teach = self.teacher is not None and model.training
+        of_tokens = {token_loss: self.args.distillation_tokens, gram_loss: self.args.distillation_gram}
+        if teach and any(of_tokens.values()):
+            inputs = {**inputs, "output_hidden_states": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.teacher is not None and model.training:
             weight = self.args.distillation_weight
             with torch.no_grad():
                 features = {name: value for name, value in inputs.items() if name != "labels"}
-                target = self.teacher(**features)["logits"]
+                taught = self.teacher(**features)
+                target = taught["logits"]
             # The task's loss is a mean over this batch, or over all batches of the step: distillation follows it.
             num_items = num_items_in_batch if self.model_accepts_loss_kwargs else None
             distillation = distillation_loss(outputs["logits"], target, self.args.distillation_temperature, num_items)
             if num_items is not None and self.args.average_tokens_across_devices:
                 distillation = distillation * self.accelerator.num_processes
             loss = (1 - weight) * loss + weight * distillation
+            for function, share in of_tokens.items():
+                if share:
+                    # Means over a batch; with gradient accumulation each batch counts for its part of the step.
+                    part = function(outputs["hidden_states"][-1], taught["hidden_states"][-1])
+                    loss = loss + share * part / (1 if num_items is None else self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["distillation_loss"]
+__all__ = ["distillation_loss", "gram_loss", "token_loss"]
 
 
 def distillation_loss(
@@ -41,3 +41,62 @@ def distillation_loss(
     teacher_log = torch.log_softmax(teacher.detach().to(dtype) / temperature, dim=-1).flatten(0, -2)
     divergence = torch.nn.functional.kl_div(student_log, teacher_log, reduction="sum", log_target=True)
     return divergence * temperature**2 / (len(student_log) if num_items is None else num_items)
+
+
+def _tokens(features: Tensor) -> Tensor:
+    """Feature maps `[B, C, h, w]` as tokens, in at least single precision."""
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    return features.flatten(2).transpose(1, 2) if features.dim() == 4 else features
+
+
+def token_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""The squared distance of the tokens of two models, each token normalized to mean 0 and variance 1.
+
+    Formula:
+        mean_{b,n,c} (N(student) - N(teacher))^2,   N(x) = (x - mean x) / std x over c
+
+    Args:
+        student: `[B, N, C]`, or feature maps `[B, C, h, w]`.
+        teacher: same shape; no gradient flows to it.
+
+    Returns:
+        0-dimensional, single precision or better.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"The teacher's tokens are {list(teacher.shape)}, the student's {list(student.shape)}: distillation_tokens "
+            "needs models of the same width and number of tokens; distillation_gram of the same number of tokens."
+        )
+    a, b = (torch.nn.functional.layer_norm(x, x.shape[-1:]) for x in (_tokens(student), _tokens(teacher.detach())))
+    return (a - b).square().mean()
+
+
+def gram_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""The distance of the similarities between tokens, for models of any width.
+
+    Formula:
+        mean_b || G(student_b) - G(teacher_b) ||_F^2 / N^2,   G(x) = X X^T, rows of X the tokens of length 1
+
+    Args:
+        student: `[B, N, C]`, or feature maps `[B, C, h, w]`.
+        teacher: `[B, N, C']`; no gradient flows to it.
+
+    Returns:
+        0-dimensional, single precision or better.
+
+    Raises:
+        ValueError: if the numbers of tokens differ.
+
+    Source:
+        Li et al., Bi-ViT, AAAI 2024, and Qin et al., BiBERT, ICLR 2022, which match such matrices of queries, keys and
+        values; here they are of the tokens of the last block.
+    """
+    a, b = (torch.nn.functional.normalize(_tokens(x), dim=-1) for x in (student, teacher.detach()))
+    if a.shape[:2] != b.shape[:2]:
+        raise ValueError(
+            f"The teacher has {b.shape[1]} tokens, the student {a.shape[1]}: distillation_gram needs as many."
+        )
+    return (a @ a.transpose(1, 2) - b @ b.transpose(1, 2)).square().mean()

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from proxbit.nn import LatentWeight, latent_layers
+from proxbit.nn import LatentWeight, Surroundings, latent_layers
 from proxbit.packing import pack_signs
 
-__all__ = ["FlipCounter", "hardening_gap", "layer_hardening_gap"]
+__all__ = ["FlipCounter", "hardening_gap", "layer_hardening_gap", "overflow_penalty", "overflow_shares"]
 
 
 class FlipCounter:
@@ -55,3 +55,16 @@ def hardening_gap(model: nn.Module) -> float:
     distance = sum(float(part[0]) for part in parts)
     size = sum(float(part[1]) for part in parts)
     return distance / size if size else 0.0
+
+
+def overflow_shares(model: nn.Module) -> dict[str, float]:
+    """The share of the sums of the last forward pass that did not fit, of each layer with a narrow accumulator."""
+    found = {name: layer.overflow_share for name, layer in model.named_modules() if isinstance(layer, Surroundings)}
+    return {name: float(share) for name, share in found.items() if share is not None}
+
+
+def overflow_penalty(model: nn.Module) -> Tensor | float:
+    """By how much these sums did not fit, on average over the layers; 0 if there are none."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Surroundings)]
+    found = [layer.overflow_penalty for layer in layers if layer.overflow_penalty is not None]
+    return torch.stack(found).mean() if found else 0.0

@@ -4,12 +4,13 @@ from typing import Any
 
 import datasets
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from proxbit.errors import ConfigError, ModelStateError, MuRangeError
+from proxbit.hub import binarize
 from proxbit.nn import ActivationQuantizer, RPReLU, latent_layers, soft_evaluation
 from proxbit.patching import check_latents, state_of
 from proxbit.quantizers import AGGREGATE, MuSchedule
@@ -18,7 +19,9 @@ from proxbit.training.arguments import ProxConnectArguments
 from proxbit.training.calibration import calibrate
 from proxbit.training.callbacks import MuCallback
 from proxbit.training.distillation import DistillationTrainer
-from proxbit.training.monitor import FlipCounter, hardening_gap
+from proxbit.training.monitor import FlipCounter, hardening_gap, overflow_penalty, overflow_shares
+from proxbit.training.recipes import get_recipe
+from proxbit.training.stages import Stage, stages
 
 __all__ = ["ProxConnectTrainer"]
 
@@ -31,16 +34,18 @@ class ProxConnectTrainer(DistillationTrainer):
     - with a teacher, the loss is mixed with distillation, see `DistillationTrainer`;
     - `evaluate` reports the hard model, which is what ships, with soft values and their gap beside it;
     - activation quantizers that have not been calibrated start from the first training examples, see `calibrate`;
+    - with accumulators of few bits, the loss grows by what overflows, and logs hold `overflow_share`;
     - logs hold `mu`, `flip_ratio` (since the log before) and `hardening_gap`.
 
     Args:
-        model: a latent model, from `proxbit.binarize` or `from_pretrained(..., quantization_config=...)`.
+        model: a latent model, from `proxbit.binarize` or `from_pretrained(..., quantization_config=...)`; or, with
+            `args.recipe`, a float model, which is made latent by the recipe.
         args: with the fields of the ProxConnect step.
         teacher: any model with the same labels, for distillation; it is put in evaluation mode.
         **kwargs: as in `transformers.Trainer`.
 
     Raises:
-        ModelStateError: if the model is float or packed.
+        ModelStateError: if the model is packed, or float and there is no recipe.
         ConfigError: if the teacher has another number of labels; by `train`, for the schedule "aggregate" and a pair
             with `update_from`.
         LatentError: if a latent weight cannot be binarized.
@@ -58,17 +63,21 @@ class ProxConnectTrainer(DistillationTrainer):
     ) -> None:
         if model is None:
             raise ConfigError("ProxConnectTrainer needs a model; model_init is not supported.")
+        args = args or ProxConnectArguments()
         state = state_of(model)
+        if state == "float" and args.recipe is not None:
+            model = binarize(model, get_recipe(args.recipe).binarization())
+            state = "latent"
         if state != "latent":
             hint = (
                 "A packed model cannot be trained; load its latent checkpoint instead."
                 if state == "packed"
-                else "Call proxbit.binarize(model, config) first."
+                else "Call proxbit.binarize(model, config) first, or name a recipe: ProxConnectArguments(recipe=...)."
             )
             raise ModelStateError(f"ProxConnectTrainer trains latent models, this one is {state}. {hint}")
         check_latents(model)
-        super().__init__(model=model, args=args or ProxConnectArguments(), teacher=teacher, **kwargs)
-        self.add_callback(MuCallback(self.model, self._begin))
+        super().__init__(model=model, args=args, teacher=teacher, **kwargs)
+        self.add_callback(MuCallback(self.model, self._begin, self._stages))
         self._flips = FlipCounter(self.model)
         if self.args.detect_anomalies:
             watch_activations(self.model)
@@ -99,6 +108,14 @@ class ProxConnectTrainer(DistillationTrainer):
                 layer.pair.check_mu(schedule.mu(step))
         return schedule
 
+    def _stages(self, steps: int) -> list[Stage]:
+        return stages(
+            self.model,
+            steps,
+            activations_first=self.args.activations_first,
+            progression=self.args.progression,
+        )
+
     def _calibrate(self) -> None:
         """Start what nobody has calibrated yet from the first examples, which are the same in every process."""
         quantizers = [module for module in self.model.modules() if isinstance(module, ActivationQuantizer)]
@@ -122,6 +139,20 @@ class ProxConnectTrainer(DistillationTrainer):
                 f"linear, cosine or constant), not {type(inner).__name__}."
             )
         return [float(inner.base_lrs[-1] * inner.lr_lambdas[-1](step)) for step in range(steps)]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """As the parent's, and while training what the sums of narrow accumulators overflow by."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training and self.args.overflow_penalty:
+            shares = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.args.overflow_penalty / shares * overflow_penalty(self.model)
+        return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the Trainer, with the latents in a last group of their own."""
@@ -185,4 +216,7 @@ class ProxConnectTrainer(DistillationTrainer):
             logs["mu"] = float(layer.mu)
             logs["flip_ratio"] = self._flips.flip_ratio()
             logs["hardening_gap"] = hardening_gap(self.model)
+            overflows = overflow_shares(self.model)
+            if overflows:
+                logs["overflow_share"] = sum(overflows.values()) / len(overflows)
         super().log(logs, start_time)

@@ -1,0 +1,42 @@
+"""Two levels with the gradient of a quantizer pair, for activations and attention."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxbit.quantizers import QuantizerPair
+
+__all__ = ["binarize_units"]
+
+
+class _Binarize(torch.autograd.Function):
+    """F of a pair, or +1 and -1 by a mask; backward: B of the pair."""
+
+    @staticmethod
+    def forward(ctx: Any, units: Tensor, is_plus: Tensor, mu: Tensor, pair: QuantizerPair, hard: bool) -> Tensor:
+        ctx.save_for_backward(units, mu.clone())
+        ctx.pair = pair
+        return is_plus.to(units.dtype) * 2 - 1 if hard else pair.forward(units, mu).to(units.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        units, mu = ctx.saved_tensors
+        return (ctx.pair.backward(units, mu) * grads[0]).to(units.dtype), None, None, None, None
+
+
+def binarize_units(units: Tensor, is_plus: Tensor, mu: Tensor, pair: QuantizerPair, hard: bool = True) -> Tensor:
+    """Two levels with the gradient of a pair.
+
+    Args:
+        units: numbers whose levels are -1 and +1; any shape.
+        is_plus: where the upper level is taken, same shape.
+        mu: sharpness.
+        pair: F and B.
+        hard: levels; without, F of the units.
+
+    Returns:
+        Same shape and dtype as `units`; backward: B of the units.
+    """
+    result: Tensor = _Binarize.apply(units, is_plus, mu, pair, hard)
+    return result

@@ -1,0 +1,23 @@
+"""Two levels: by a mask or by F of a pair, with B of the pair as the gradient."""
+
+import pytest
+import torch
+
+from proxbit.nn.surrogate import binarize_units
+from proxbit.quantizers import get_pair
+
+
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("name", ["bireal", "bnn++", "ede"])
+def test_values_and_gradients(name, hard):
+    pair, mu = get_pair(name), torch.tensor(2.0, dtype=torch.float64)
+    units = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    is_plus = torch.rand(5, 7) > 0.5
+    result = binarize_units(units, is_plus, mu, pair, hard)
+    expected = torch.where(is_plus, 1.0, -1.0).double() if hard else pair.forward(units.detach(), mu)
+    assert torch.equal(result.detach(), expected)
+    grad = torch.randn(5, 7, dtype=torch.float64)
+    mu_before = mu.clone()
+    mu.fill_(99.0)  # A schedule moves on between forward and backward.
+    result.backward(grad)
+    torch.testing.assert_close(units.grad, pair.backward(units.detach(), mu_before) * grad)
