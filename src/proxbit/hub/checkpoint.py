@@ -13,10 +13,7 @@ from proxbit.nn import ActivationQuantizer, RPReLU
 from proxbit.packing import packed_columns
 from proxbit.patching.replace import PackedLayer
 
-__all__ = ["LEARNED", "check_learned", "check_loaded", "check_packed_files", "reset_learned"]
-
-# Submodules of a binarized layer that hold what it learned beside its weight.
-LEARNED = ("activation", "rprelu")
+__all__ = ["check_learned", "check_loaded", "check_packed_files", "learned_modules", "reset_learned"]
 
 
 def _header(file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -97,7 +94,8 @@ def check_loaded(layers: Sequence[tuple[str, PackedLayer]]) -> None:
                 )
 
 
-def _learned(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer | RPReLU]]:
+def learned_modules(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer | RPReLU]]:
+    """What binarized layers learn beside their weights, with the names of the modules that hold it."""
     for name, module in model.named_modules():
         if isinstance(module, ActivationQuantizer | RPReLU):
             yield name, module
@@ -109,7 +107,7 @@ def check_learned(model: nn.Module) -> None:
     Raises:
         CheckpointError: naming the layer and the tensor.
     """
-    for name, module in _learned(model):
+    for name, module in learned_modules(model):
         for key, parameter in module.named_parameters():
             if not getattr(parameter, "_is_hf_initialized", False):
                 raise CheckpointError(f"{name}.{key} is not in the checkpoint, or has another shape there.")
@@ -121,5 +119,5 @@ def check_learned(model: nn.Module) -> None:
 
 def reset_learned(model: nn.Module) -> None:
     """Set what activation quantizers and RPReLUs learn to where it starts."""
-    for _, module in _learned(model):
+    for _, module in learned_modules(model):
         module.reset_parameters()

@@ -1,5 +1,6 @@
 """The plug-in: how `from_pretrained` and `save_pretrained` meet latent and packed models."""
 
+import re
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 
 from proxbit.config import QUANT_METHOD, BinarizationConfig
 from proxbit.errors import ConfigError
-from proxbit.hub.checkpoint import LEARNED, check_learned, check_loaded, check_packed_files, reset_learned
+from proxbit.hub.checkpoint import check_learned, check_loaded, check_packed_files, learned_modules, reset_learned
 from proxbit.patching import check_latents, check_packed_layers, matches, packed_layers, to_float, to_latent, to_packed
 
 __all__ = ["ProxbitHfQuantizer", "attach", "detach"]
@@ -43,8 +44,8 @@ class ProxbitHfQuantizer(HfQuantizer):
         _, self.quantization_config = to_latent(model, self.quantization_config)
         if not self.pre_quantized:
             # What the activation quantizers learn is in no float checkpoint: it starts at its defaults.
-            ignored = list(model._keys_to_ignore_on_load_missing or ())
-            model._keys_to_ignore_on_load_missing = [*ignored, rf"\.({'|'.join(LEARNED)})\."]
+            own = [rf"^{re.escape(name)}\." for name, _ in learned_modules(model)]
+            model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *own]
         if state == "packed":
             to_packed(model)
             check_packed_files(checkpoint_files or [], packed_layers(model))

@@ -105,16 +105,17 @@ class ActivationQuantizer(nn.Module):
     def reset_parameters(self) -> None:
         """Set the parameters to what suits inputs of mean 0 and variance 1."""
 
-    def calibrate(self, x: Tensor, may_shift: bool = True) -> Tensor | None:
+    def calibrate(self, x: Tensor, may_shift: bool = True) -> None:
         """Set the parameters by inputs.
 
         Args:
             x: `[..., I]`.
-            may_shift: whether a constant may be taken off the input.
-
-        Returns:
-            What was taken off, `[I]`, for the bias of the layer to give back; None for nothing.
+            may_shift: whether a constant may be taken off the input, see `shift`.
         """
+
+    @property
+    def shift(self) -> Tensor | None:
+        """What is taken off the input, `[I]`, and given back by the bias of the layer; None for nothing."""
         return None
 
     def forward(self, x: Tensor, hard: bool = True) -> Tensor:
@@ -201,9 +202,8 @@ class Int4Activation(ActivationQuantizer):
     def reset_parameters(self) -> None:
         self._set_step(math.sqrt(2 / math.pi))
 
-    def calibrate(self, x: Tensor, may_shift: bool = True) -> Tensor | None:
+    def calibrate(self, x: Tensor, may_shift: bool = True) -> None:
         self._set_step(float(x.float().abs().mean()))
-        return None
 
     def _set_step(self, mean: float) -> None:
         with torch.no_grad():
@@ -267,12 +267,15 @@ class SignActivation(ActivationQuantizer):
             self.threshold.zero_()
             self.scale.fill_(math.sqrt(2 / math.pi))
 
-    def calibrate(self, x: Tensor, may_shift: bool = True) -> Tensor | None:
+    @property
+    def shift(self) -> Tensor | None:
+        return self.threshold.detach()
+
+    def calibrate(self, x: Tensor, may_shift: bool = True) -> None:
         x = x.float()
         with torch.no_grad():
             self.threshold.copy_(x.mean(dim=tuple(range(x.dim() - 1)))) if may_shift else self.threshold.zero_()
             self.scale.fill_(max(float((x - self.threshold.float().cpu()).abs().mean()), _SMALLEST))
-        return self.threshold.detach() if may_shift else None
 
     def _positive_scale(self) -> Tensor:
         scale = self.scale.abs() + _SMALLEST
@@ -313,7 +316,11 @@ class ElasticActivation(SignActivation):
         elastic binarization of non-negative activations.
     """
 
-    def calibrate(self, x: Tensor, may_shift: bool = True) -> Tensor | None:
+    @property
+    def shift(self) -> Tensor | None:
+        return None
+
+    def calibrate(self, x: Tensor, may_shift: bool = True) -> None:
         # Of the two levels 0 and s the best s is the mean of what lies above s / 2.
         values = x.float()
         scale = values.clamp(min=0).mean() * 2
@@ -323,7 +330,6 @@ class ElasticActivation(SignActivation):
         with torch.no_grad():
             self.threshold.zero_()
             self.scale.fill_(max(float(scale), _SMALLEST))
-        return None
 
     def _boundary(self) -> Tensor:
         return self.threshold + self._positive_scale() / 2

@@ -55,13 +55,30 @@ def calibrate(model: nn.Module, data: Iterable[Any], *, batches: int = 4, batch_
         values = torch.cat(seen[name])
         if not bool(torch.isfinite(values).all()):
             raise ConfigError(f"{name} was given NaN or infinite activations.")
-        shift = layer.activation.calibrate(values, may_shift=layer.bias is not None)
+        _give_back(layer, -1)
+        layer.activation.calibrate(values, may_shift=layer.bias is not None)
+        _give_back(layer, 1)
         layer.activation.calibrated = True
-        if shift is not None:
-            with torch.no_grad():
-                weight = layer.effective_weight(hard=False).float()
-                layer.bias.add_((weight @ shift.float()).to(layer.bias.dtype))
     return model
+
+
+@torch.no_grad()
+def _give_back(layer: BinaryLinear, times: int) -> None:
+    """Add to the bias what the shift of the activation takes off, or take it away again."""
+    shift = layer.activation.shift
+    if layer.bias is not None and shift is not None:
+        weight = layer.effective_weight(hard=False).float()
+        layer.bias.add_((weight @ shift.float()).to(layer.bias.dtype), alpha=times)
+
+
+@contextmanager
+def _without_shift(layer: BinaryLinear) -> Iterator[None]:
+    """Within the context, the bias is that of a layer which takes nothing off its input."""
+    _give_back(layer, -1)
+    try:
+        yield
+    finally:
+        _give_back(layer, 1)
 
 
 def _batches(data: Iterable[Any], batch_size: int) -> Iterator[dict[str, Any]]:
@@ -102,6 +119,7 @@ def _inputs(
     some = False
     with ExitStack() as stack:
         for name, layer in layers.items():
+            stack.enter_context(_without_shift(layer))
             stack.enter_context(_as_float(layer))
             stack.callback(layer.register_forward_pre_hook(watch(name)).remove)
         stack.callback(model.train, training)
