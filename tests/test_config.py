@@ -82,7 +82,10 @@ def test_every_field_says_what_it_does(item):
     assert text.endswith(".")
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), INVALID, ids=[str(row[0]) for row in INVALID])
+NAMES = [f"{number}-{list(row[0])[-1]}" for number, row in enumerate(INVALID)]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), INVALID, ids=NAMES)
 def test_values_that_cannot_work(changes, error, message):
     """Each is refused by the constructor, and by `replace`; every error is a ProxbitError and so a ValueError."""
     with pytest.raises(error, match=message):

@@ -1,6 +1,7 @@
 """The operators `torch.ops.proxbit.*`: schema, shapes, gradient and FLOP formula, and the kernel each call runs on."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,30 +115,25 @@ def _norm_of(weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm | N
     return None if weight is None or bias is None else Norm(weight, bias, eps)
 
 
-def _linear_w1(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    gelu: bool = False,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 0.0,
-) -> Tensor:
-    return _linear("float", x, weight, scale, bias, None, gelu, _norm_of(norm_weight, norm_bias, norm_eps))
+def _without_threshold(activations: str) -> Callable[..., Tensor]:
+    """The implementation of an operator whose activations have no threshold."""
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        gelu: bool = False,
+        norm_weight: Tensor | None = None,
+        norm_bias: Tensor | None = None,
+        norm_eps: float = 0.0,
+    ) -> Tensor:
+        return _linear(activations, x, weight, scale, bias, None, gelu, _norm_of(norm_weight, norm_bias, norm_eps))
+
+    return run
 
 
-def _linear_w1a8(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    gelu: bool = False,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 0.0,
-) -> Tensor:
-    return _linear("int8", x, weight, scale, bias, None, gelu, _norm_of(norm_weight, norm_bias, norm_eps))
+_linear_w1, _linear_w1a8 = _without_threshold("float"), _without_threshold("int8")
 
 
 def _linear_w1a1(

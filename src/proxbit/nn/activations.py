@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from proxbit.errors import ConfigError
-from proxbit.kernels import quantize_activations
+from proxbit.kernels import quantize_activations, unpack_signs
 from proxbit.nn.surrogate import binarize_units
 from proxbit.quantizers import QuantizerPair, get_pair
 
@@ -20,7 +20,6 @@ __all__ = [
     "DEFAULT_ACTIVATION_PAIR",
     "ActivationQuantizer",
     "Folded",
-    "RowSums",
     "check_activations",
     "make_activation",
 ]
@@ -41,24 +40,6 @@ class Folded(NamedTuple):
     scale: Tensor
     bias: Tensor | None
     threshold: Tensor | None = None
-
-
-class RowSums:
-    """The sums of the signs of a packed weight, made when they are asked for.
-
-    Args:
-        weight: `[O, ceil(I / 8)]`, uint8.
-        columns: `I`.
-    """
-
-    def __init__(self, weight: Tensor, columns: int) -> None:
-        self.weight, self.columns = weight, columns
-
-    def __call__(self) -> Tensor:
-        """`[O]`, int64."""
-        bits = torch.arange(8, device=self.weight.device, dtype=torch.uint8)
-        ones = ((self.weight.unsqueeze(-1) >> bits) & 1).sum(dim=(1, 2))
-        return 2 * ones - self.columns
 
 
 class ActivationQuantizer(nn.Module):
@@ -149,13 +130,13 @@ class ActivationQuantizer(nn.Module):
         """The input of an operator on packed weights, `[..., I]`."""
         return x
 
-    def fold(self, scale: Tensor, bias: Tensor | None, signs: RowSums) -> Folded:
+    def fold(self, scale: Tensor, bias: Tensor | None, weight: Tensor) -> Folded:
         """The other arguments of that operator: with them it computes what `forward` simulates.
 
         Args:
             scale: `[O]`, of the weights.
             bias: `[O]` or None.
-            signs: gives the sum of the signs of every row.
+            weight: the bits, `[O, ceil(I / 8)]`, uint8.
         """
         return Folded(scale, bias)
 
@@ -228,7 +209,7 @@ class Int4Activation(ActivationQuantizer):
         # Whole numbers up to 15: their sums are exact in fp32, and no dtype of x rounds them.
         return self.parts(x)[0].to(x.dtype)
 
-    def fold(self, scale: Tensor, bias: Tensor | None, signs: RowSums) -> Folded:
+    def fold(self, scale: Tensor, bias: Tensor | None, weight: Tensor) -> Folded:
         return Folded(scale * self._step().to(scale.dtype), bias)
 
 
@@ -299,7 +280,7 @@ class SignActivation(ActivationQuantizer):
         codes, scale = self.parts(x, hard)
         return (codes * scale).to(x.dtype)
 
-    def fold(self, scale: Tensor, bias: Tensor | None, signs: RowSums) -> Folded:
+    def fold(self, scale: Tensor, bias: Tensor | None, weight: Tensor) -> Folded:
         return Folded(scale * self._positive_scale().to(scale.dtype), bias, self._boundary())
 
 
@@ -339,9 +320,9 @@ class ElasticActivation(SignActivation):
         units = (x - self.threshold) / (scale / 2) - 1
         return (self._binarize(units, x, hard) + 1) / 2, scale
 
-    def fold(self, scale: Tensor, bias: Tensor | None, signs: RowSums) -> Folded:
+    def fold(self, scale: Tensor, bias: Tensor | None, weight: Tensor) -> Folded:
         half = scale * (self._positive_scale() / 2).to(scale.dtype)
-        constant = half * signs().to(half.dtype)
+        constant = half * unpack_signs(weight, self.columns).sum(dim=1).to(half.dtype)
         return Folded(half, constant if bias is None else bias + constant, self._boundary())
 
 

@@ -5,6 +5,7 @@ whole numbers; softmax is that of floats. Gradients pass the rounding straight, 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from proxbit.nn.activations import DEFAULT_ACTIVATION_PAIR
 from proxbit.nn.surrogate import binarize_units
 from proxbit.quantizers import get_pair
+from proxbit.sign import is_positive
 
-__all__ = ["ATTENTIONS", "binary_attention", "int8_attention"]
+__all__ = ["ATTENTIONS", "Attention", "binary_attention", "int8_attention"]
 
 _SMALLEST = 1e-30
 
@@ -36,7 +38,7 @@ def _signs(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     size = x.abs().mean(dim=dim, keepdim=True)
     pair = get_pair(DEFAULT_ACTIVATION_PAIR)
     units = x / size.detach().clamp(min=_SMALLEST)
-    return binarize_units(units, x >= 0, torch.tensor(pair.schedule[1], dtype=torch.float64), pair), size
+    return binarize_units(units, is_positive(x), torch.tensor(pair.schedule[1], dtype=torch.float64), pair), size
 
 
 def _masked_softmax(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -51,36 +53,6 @@ def _masked_softmax(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Ten
     # Of a query that may look at nothing, sdpa gives zeros.
     nothing = (scores == -torch.inf).all(dim=-1, keepdim=True)
     return probabilities.masked_fill(nothing, 0.0)
-
-
-def _attend(
-    quantize: Callable[[Tensor, int], tuple[Tensor, Tensor]],
-    quantize_probabilities: Callable[[Tensor], tuple[Tensor, Tensor]],
-    module: nn.Module,
-    operands: tuple[Tensor, Tensor, Tensor],
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    is_causal: bool | None,
-    position_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    groups = int(getattr(module, "num_key_value_groups", 1))
-    dtype = operands[0].dtype
-    # In fp32 sums of whole numbers are exact up to 2^24: int8 rows of 1,040, and 518 keys.
-    query, key, value = (x if dtype == torch.float64 else x.float() for x in operands)
-    key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
-    is_causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-    is_causal = query.shape[2] > 1 and mask is None and is_causal
-    with torch.autocast(query.device.type, enabled=False):
-        (q, q_step), (k, k_step) = quantize(query, -1), quantize(key, -1)
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scores = (q @ k.transpose(-1, -2)) * (q_step * scaling) * k_step.transpose(-1, -2)
-        scores = scores if position_bias is None else scores + position_bias.to(scores.dtype)
-        p, p_step = quantize_probabilities(_masked_softmax(scores, mask, is_causal))
-        p = nn.functional.dropout(p, dropout, module.training)
-        v, v_step = quantize(value, -2)
-        result = (p @ v) * p_step * v_step
-    return result.transpose(1, 2).contiguous().to(dtype), (p * p_step).to(dtype)
 
 
 def _uint8(probabilities: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,69 +71,77 @@ def _zero_or_one(probabilities: Tensor) -> tuple[Tensor, Tensor]:
     return codes, size
 
 
-def int8_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    r"""Attention with int8 queries, keys and values, and probabilities in 256 levels.
+@dataclass(frozen=True)
+class Attention:
+    r"""Attention on whole numbers, as a function with the arguments of transformers' own.
 
     Formula:
         S = (q k^T) s_q s_k scaling,   P = softmax(S + mask),   O = (p v) s_p s_v
-        q, k rounded token by token to -127..127, v channel by channel, p = round(255 P / max P) row by row
+        q s_q, k s_k: token by token; v s_v: channel by channel; p s_p: row by row
 
     Args:
-        module: of the attention; its `training`, `is_causal` and `num_key_value_groups` are read.
-        query: `[B, H, L, D]`.
-        key: `[B, H / groups, K, D]`.
-        value: `[B, H / groups, K, D]`.
-        attention_mask: `[B or 1, H or 1, L or 1, K]`, boolean (True may be looked at) or added to the scores; or None.
-        dropout: share of the probabilities that are dropped in training.
-        scaling: of the scores; None for 1 / sqrt(D).
-        is_causal: whether later keys are masked where there is no mask; None for what the module says.
-        position_bias: added to the scores, `[B or 1, H, L, K]`; or None.
-        **kwargs: not used.
-
-    Returns:
-        `[B, L, H, D]`, and the quantized probabilities, `[B, H, L, K]`.
+        quantize: `(x, dim) -> whole numbers, their size along dim`, for queries, keys and values.
+        quantize_probabilities: likewise of P, along its rows.
     """
-    rest = (attention_mask, scaling, dropout, is_causal, position_bias)
-    return _attend(_int8, _uint8, module, (query, key, value), *rest)
+
+    quantize: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    quantize_probabilities: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        position_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            module: of the attention; its `training`, `is_causal` and `num_key_value_groups` are read.
+            query: `[B, H, L, D]`.
+            key: `[B, H / groups, K, D]`.
+            value: `[B, H / groups, K, D]`.
+            attention_mask: `[B or 1, H or 1, L or 1, K]`, boolean (True may be looked at) or added to the scores; or
+                None.
+            dropout: share of the probabilities that are dropped in training.
+            scaling: of the scores; None for 1 / sqrt(D).
+            is_causal: whether later keys are masked where there is no mask; None for what the module says.
+            position_bias: added to the scores, `[B or 1, H, L, K]`; or None.
+            **kwargs: not used.
+
+        Returns:
+            `[B, L, H, D]`, and the quantized probabilities, `[B, H, L, K]`.
+        """
+        groups = int(getattr(module, "num_key_value_groups", 1))
+        dtype = query.dtype
+        # In fp32 sums of whole numbers are exact up to 2^24: int8 rows of 1,040, and 518 keys.
+        query, key, value = (x if dtype == torch.float64 else x.float() for x in (query, key, value))
+        key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+        is_causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+        is_causal = query.shape[2] > 1 and attention_mask is None and is_causal
+        with torch.autocast(query.device.type, enabled=False):
+            (q, q_step), (k, k_step) = self.quantize(query, -1), self.quantize(key, -1)
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            scores = (q @ k.transpose(-1, -2)) * (q_step * scaling) * k_step.transpose(-1, -2)
+            scores = scores if position_bias is None else scores + position_bias.to(scores.dtype)
+            p, p_step = self.quantize_probabilities(_masked_softmax(scores, attention_mask, is_causal))
+            p = nn.functional.dropout(p, dropout, module.training)
+            v, v_step = self.quantize(value, -2)
+            result = (p @ v) * p_step * v_step
+        return result.transpose(1, 2).contiguous().to(dtype), (p * p_step).to(dtype)
 
 
-def binary_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    r"""Attention with the signs of queries, keys and values, and probabilities that are zero or one.
-
-    Formula:
-        as `int8_attention`, with q = sign(query), s_q = mean |query| of the token, k likewise, v by channels;
-        p = 1 where P is at least the even share of the keys that can be seen, s_p = the mean of these P
-
-    Args and Returns: as of `int8_attention`.
-
-    Source:
-        scales: XNOR-Net (Rastegari et al., ECCV 2016), section 3.2; unsigned probabilities: BiT (Liu et al., NeurIPS
-        2022), section 2.2. Differs from BiT in the scale of the probabilities, which is that of the row.
-    """
-    rest = (attention_mask, scaling, dropout, is_causal, position_bias)
-    return _attend(_signs, _zero_or_one, module, (query, key, value), *rest)
-
+# q, k, v rounded to -127..127 by the largest; p = round(255 P / max P).
+int8_attention = Attention(_int8, _uint8)
+# Signs, and the mean size; p = 1 where P is at least the even share of the keys that can be seen, s_p the mean of these
+# P. Scales: XNOR-Net (Rastegari et al., ECCV 2016), section 3.2; unsigned probabilities: BiT (Liu et al., NeurIPS
+# 2022), section 2.2, which differs in their scale: here it is that of the row.
+binary_attention = Attention(_signs, _zero_or_one)
 
 ATTENTIONS = {"proxbit_int8": int8_attention, "proxbit_binary": binary_attention}

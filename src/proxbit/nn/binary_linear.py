@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from proxbit.errors import ConfigError
 from proxbit.kernels import pack_signs
 from proxbit.nn.accumulators import Accumulator
-from proxbit.nn.activations import RowSums
 from proxbit.nn.latent import LatentWeight
 from proxbit.nn.surroundings import Surroundings, add_offset, packed_product
 from proxbit.quantizers import QuantizerPair
@@ -96,7 +95,7 @@ class BinaryLinear(LatentWeight, Surroundings, nn.Linear):
         elif self.is_hard and self.pair.binary and self.activations != "float" and not torch.is_grad_enabled():
             values, scale, offset = self.hard_rows()
             weight = pack_signs(values)
-            folded = self.activation.fold(scale, self.bias, RowSums(weight, self.in_features))
+            folded = self.activation.fold(scale, self.bias, weight)
             result = packed_product(self.activation, input, weight, folded)
             if offset is not None:
                 result = add_offset(result, self.activation(input), offset)

@@ -1,16 +1,16 @@
 """A linear layer with packed 1-bit weights."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from proxbit.errors import PackedFormatError
-from proxbit.kernels import Norm, linear_kernel, linear_w1, pack_signs, unpack_weight, version_of
+from proxbit.kernels import Norm, linear_kernel, linear_w1, pack_signs, unpack_weight
 from proxbit.nn.accumulators import Accumulator
-from proxbit.nn.activations import Folded, RowSums
+from proxbit.nn.activations import Folded
 from proxbit.nn.binary_linear import BinaryLinear
+from proxbit.nn.kept import Kept
 from proxbit.nn.surroundings import Surroundings, add_offset, packed_product
 from proxbit.packing import check_packed, packed_columns
 
@@ -77,7 +77,7 @@ class PackedLinear(Surroundings):
         self.weight_scale = nn.Buffer(torch.ones(out_features, device=device, dtype=dtype))
         self.register_buffer("weight_offset", torch.zeros(out_features, device=device, dtype=dtype) if offset else None)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self._folded: tuple[list[Any], Folded] | None = None
+        self._folded: Kept[Folded] = Kept()
 
     @classmethod
     def from_latent(cls, layer: BinaryLinear) -> "PackedLinear":
@@ -96,10 +96,6 @@ class PackedLinear(Surroundings):
         new.bias = layer.bias
         new.take_surroundings(layer)
         return new.train(layer.training)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy folds anew."""
-        return {**self.__dict__, "_folded": None}
 
     @property
     def columns(self) -> int:
@@ -133,17 +129,13 @@ class PackedLinear(Surroundings):
 
     def folded(self) -> Folded:
         """Scale, bias and threshold with what the activation quantizer learned; kept while none of them changes."""
-        signs = RowSums(self.weight, self.columns)
-        if not self.activation.learns or torch.compiler.is_compiling():
-            return self.activation.fold(self.weight_scale, self.bias, signs)
+        if not self.activation.learns:
+            return Folded(self.weight_scale, self.bias)
+        if torch.compiler.is_compiling():
+            return self.activation.fold(self.weight_scale, self.bias, self.weight)
         tensors = (self.weight, self.weight_scale, self.bias, *self.activation.parameters())
-        states = [None if tensor is None else (tensor.data_ptr(), version_of(tensor)) for tensor in tensors]
-        # Of a tensor whose changes nobody counts nothing is kept.
-        counted = all(state is None or state[1] is not None for state in states)
-        if self._folded is None or states != self._folded[0] or not counted:
-            with torch.no_grad():
-                self._folded = states, self.activation.fold(self.weight_scale, self.bias, signs)
-        return self._folded[1]
+        with torch.no_grad():
+            return self._folded(tensors, lambda: self.activation.fold(self.weight_scale, self.bias, self.weight))
 
     def forward(self, input: Tensor) -> Tensor:
         if input.shape[-1] != self.in_features:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from proxbit.errors import ConfigError
-from proxbit.kernels import version_of
 from proxbit.nn.activations import Folded
+from proxbit.nn.kept import Kept
 from proxbit.nn.packed_linear import PackedLinear
 from proxbit.nn.surroundings import packed_product
 
@@ -37,8 +37,7 @@ class SharedInput:
                 "Layers that share an input have the same width, activations and bias, and nothing learned around them."
             )
         self.layers = list(layers)
-        self._states: list[Any] = []
-        self._tensors: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._joined: Kept[tuple[Tensor, Folded]] = Kept()
         self._left: dict[int, tuple[weakref.ref[Tensor], dict[int, Tensor]]] = {}
 
     @staticmethod
@@ -49,24 +48,15 @@ class SharedInput:
         return len(layers) > 1 and len(kinds) == 1 and bare
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy starts without results and without joined tensors."""
-        return {**self.__dict__, "_states": [], "_tensors": None, "_left": {}}
+        """A copy starts without results."""
+        return {**self.__dict__, "_left": {}}
 
-    def _joined(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Weight, scale and bias of all layers, made anew when one of them changed."""
-        tensors = [t for layer in self.layers for t in (layer.weight, layer.weight_scale, layer.bias) if t is not None]
-        states = [(tensor.data_ptr(), version_of(tensor)) for tensor in tensors]
-        # Tensors whose changes nobody counts are joined at every call.
-        counted = all(version is not None for _, version in states)
-        if self._tensors is None or states != self._states or not counted:
-            biases: list[Tensor] = [layer.bias for layer in self.layers if layer.bias is not None]
-            self._tensors = (
-                torch.cat([layer.weight for layer in self.layers]),
-                torch.cat([layer.weight_scale for layer in self.layers]),
-                torch.cat(biases).detach() if biases else None,
-            )
-            self._states = states
-        return self._tensors
+    def _join(self) -> tuple[Tensor, Folded]:
+        """Weight, scale and bias of all layers."""
+        biases: list[Tensor] = [layer.bias for layer in self.layers if layer.bias is not None]
+        scale = torch.cat([layer.weight_scale for layer in self.layers])
+        weight = torch.cat([layer.weight for layer in self.layers])
+        return weight, Folded(scale, torch.cat(biases).detach() if biases else None)
 
     def __call__(self, layer: PackedLinear, input: Tensor) -> Tensor:
         """The output of one of the layers.
@@ -83,8 +73,9 @@ class SharedInput:
                 return left[1].pop(id(layer))
             return packed_product(layer.activation, input, layer.weight, layer.folded(), **extras)
         sizes = [each.out_features for each in self.layers]
-        weight, scale, bias = self._joined()
-        joined = packed_product(layer.activation, input, weight, Folded(scale, bias), **extras)
+        tensors = (t for each in self.layers for t in (each.weight, each.weight_scale, each.bias))
+        weight, folded = self._joined(tensors, self._join)
+        joined = packed_product(layer.activation, input, weight, folded, **extras)
         parts: Sequence[Tensor] = joined.split(sizes, dim=-1)
         self._left[thread] = (
             weakref.ref(input),

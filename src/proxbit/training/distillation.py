@@ -72,6 +72,10 @@ class DistillationTrainer(Trainer):
                 "distillation needs the same labels."
             )
 
+    def penalty(self) -> Tensor | None:
+        """What the last forward pass adds to the loss beside task and teacher, as a mean over its batch."""
+        return None
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -85,21 +89,25 @@ class DistillationTrainer(Trainer):
         if teach and any(of_tokens.values()):
             inputs = {**inputs, "output_hidden_states": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        # The task's loss is a mean over this batch, or over all batches of the step: what is added follows it.
+        num_items = num_items_in_batch if self.model_accepts_loss_kwargs else None
+        means = []
         if self.teacher is not None and model.training:
             weight = self.args.distillation_weight
             with torch.no_grad():
                 features = {name: value for name, value in inputs.items() if name != "labels"}
                 taught = self.teacher(**features)
                 target = taught["logits"]
-            # The task's loss is a mean over this batch, or over all batches of the step: distillation follows it.
-            num_items = num_items_in_batch if self.model_accepts_loss_kwargs else None
             distillation = distillation_loss(outputs["logits"], target, self.args.distillation_temperature, num_items)
             if num_items is not None and self.args.average_tokens_across_devices:
                 distillation = distillation * self.accelerator.num_processes
             loss = (1 - weight) * loss + weight * distillation
             for function, share in of_tokens.items():
                 if share:
-                    # Means over a batch; with gradient accumulation each batch counts for its part of the step.
-                    part = function(outputs["hidden_states"][-1], taught["hidden_states"][-1])
-                    loss = loss + share * part / (1 if num_items is None else self.current_gradient_accumulation_steps)
+                    means.append(share * function(outputs["hidden_states"][-1], taught["hidden_states"][-1]))
+        penalty = self.penalty() if model.training else None
+        if penalty is not None:
+            means.append(penalty)
+        for mean in means:  # Each over its batch, which counts for its part of the step.
+            loss = loss + mean / (1 if num_items is None else self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss

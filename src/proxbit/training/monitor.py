@@ -63,8 +63,8 @@ def overflow_shares(model: nn.Module) -> dict[str, float]:
     return {name: float(share) for name, share in found.items() if share is not None}
 
 
-def overflow_penalty(model: nn.Module) -> Tensor | float:
-    """By how much these sums did not fit, on average over the layers; 0 if there are none."""
+def overflow_penalty(model: nn.Module) -> Tensor:
+    """By how much these sums did not fit, on average over the layers, 0-dimensional; 0 if there are none."""
     layers = [layer for layer in model.modules() if isinstance(layer, Surroundings)]
     found = [layer.overflow_penalty for layer in layers if layer.overflow_penalty is not None]
-    return torch.stack(found).mean() if found else 0.0
+    return torch.stack(found).mean() if found else torch.zeros(())

@@ -140,19 +140,9 @@ class ProxConnectTrainer(DistillationTrainer):
             )
         return [float(inner.base_lrs[-1] * inner.lr_lambdas[-1](step)) for step in range(steps)]
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        """As the parent's, and while training what the sums of narrow accumulators overflow by."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training and self.args.overflow_penalty:
-            shares = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss + self.args.overflow_penalty / shares * overflow_penalty(self.model)
-        return (loss, outputs) if return_outputs else loss
+    def penalty(self) -> Tensor | None:
+        """By how much the sums of narrow accumulators overflow, if that has a weight."""
+        return self.args.overflow_penalty * overflow_penalty(self.model) if self.args.overflow_penalty else None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the Trainer, with the latents in a last group of their own."""

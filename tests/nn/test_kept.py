@@ -1,0 +1,36 @@
+"""A value is made once, and anew when a tensor it was made of changed."""
+
+import copy
+import pickle
+
+import torch
+
+from proxbit.nn.kept import Kept
+
+
+def test_made_once_until_something_changes():
+    kept, tensors, made = Kept(), [torch.ones(2), None, torch.zeros(3)], []
+
+    def make():
+        made.append(float(sum(t.sum() for t in tensors if t is not None)))
+        return made[-1]
+
+    assert kept(tensors, make) == kept(tensors, make) == 2.0 and len(made) == 1
+    tensors[0].mul_(2)
+    assert kept(tensors, make) == 4.0 and len(made) == 2
+    tensors[2] = torch.ones(3)
+    assert kept(tensors, make) == 7.0 and len(made) == 3
+    tensors[1] = torch.ones(1)
+    assert kept(tensors, make) == 8.0 and kept(tensors, make) == 8.0 and len(made) == 4
+    for again in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
+        again(tensors, make)
+    assert len(made) == 6
+
+
+def test_of_tensors_whose_changes_nobody_counts_nothing_is_kept():
+    with torch.inference_mode():
+        tensor = torch.ones(2)
+    kept, made = Kept(), []
+    for _ in range(3):
+        kept([tensor], lambda: made.append(1))
+    assert len(made) == 3
