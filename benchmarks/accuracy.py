@@ -3,14 +3,16 @@
 Handwritten digits (1,797 pictures of 8 x 8, scikit-learn) and a ViT of depth 3 with patches of 2 x 2, at widths that
 are narrow enough to tell methods apart. Every row has the same folds and the same budget: a float model of 250 epochs,
 from which 80 epochs of ProxConnect++ with distillation start, or, for the control row, 80 more of float training.
-Post-training sign is the float model with its weights replaced, without training. Accuracies are those of the packed
-model, by 5-fold cross-validation.
+Post-training sign is the float model with its weights replaced, without training. The row of torchao is its
+`QuantOptimizer` with `ProxPARQ`, on the layers that the others binarize. Accuracies are those of the packed model, by
+5-fold cross-validation.
 
 Finished runs are kept in benchmarks/accuracy/runs.jsonl: the script goes on where it stopped, and does what is missing
 for the widths, methods, columns, folds and seeds that it is asked for.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -29,6 +31,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchao.prototype.parq.optim import ProxPARQ, QuantOptimizer
+from torchao.prototype.parq.quant import LSBQuantizer
 from transformers import ViTConfig, ViTForImageClassification, set_seed
 from transformers.utils import logging
 
@@ -38,14 +42,26 @@ from proxbit.training import DistillationArguments, DistillationTrainer
 
 FOLDER = Path(__file__).parent / "accuracy"
 FLOAT_EPOCHS, EPOCHS, BATCH, RATE = 250, 80, 128, 3e-3
+TORCHAO, BEST = "parq of torchao", "bnn++"
 FLOAT, LONGER, SIGN, NONE = "float", "float, as long", "post-training sign", "W32A32"
 # Rows: the quantizer pair of the weights, and training arguments that differ from the recipe's.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     **{pair: (pair, {}) for pair in ("bc", "bnn", "bnn+", "bnn++", "parq", "bireal++", "ede++", "fda++")},
-    "bnn++ without distillation": ("bnn++", {"distillation_weight": 0.0}),
-    "bnn++ hard from the start": ("bnn++", {"hard_fraction": 1.0}),
+    TORCHAO: ("bc", {}),
+    f"{BEST} without distillation": (BEST, {"distillation_weight": 0.0}),
+    f"{BEST} hard from the start": (BEST, {"hard_fraction": 1.0}),
 }
 COLUMNS = {"W1A32": "w1a32", "W1A8": "w1a8", "W1A4": "w1a4", "W1A1": "w1a1"}
+# At most that many points lost, by the packed models of BEST.
+GOALS = {
+    (16, "W1A32"): 2.5,
+    (32, "W1A32"): 0.8,
+    (32, "W1A8"): 1.0,
+    (32, "W1A4"): 1.5,
+    (32, "W1A1"): 2.5,
+    (64, "W1A32"): 0.0,
+    (64, "W1A1"): 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,25 @@ class Run:
     column: str
     fold: int
     seed: int
+
+
+class TorchaoTrainer(DistillationTrainer):
+    """Float layers, whose weights the optimizer of torchao quantizes: hard from nine tenths of the steps on."""
+
+    def __init__(self, *, layers: list[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.layers = layers
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        base = super().create_optimizer(model)
+        latents = [self.model.get_parameter(f"{name}.weight") for name in self.layers]
+        moved = {id(latent) for latent in latents}
+        for group in base.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+        base.add_param_group({"params": latents, "weight_decay": 0.0, "quant_bits": 1})
+        soft = ProxPARQ(anneal_start=0, anneal_end=int(0.9 * self.state.max_steps), steepness=10)
+        self.optimizer = QuantOptimizer(base, LSBQuantizer(), soft, quant_period=1, quant_per_channel=True)
+        return self.optimizer
 
 
 class Pictures(Dataset):
@@ -93,7 +128,9 @@ def train(model: nn.Module, pictures: Pictures, epochs: int, seed: int, **more: 
     recipe = more.pop("recipe", None)
     kinds = (proxbit.ProxConnectTrainer, proxbit.ProxConnectArguments) if recipe else ()
     trainer, arguments = kinds or (DistillationTrainer, DistillationArguments)
-    teacher = more.pop("teacher", None)
+    given = {"teacher": more.pop("teacher", None)}
+    if "layers" in more:
+        trainer, given["layers"] = TorchaoTrainer, more.pop("layers")
     with TemporaryDirectory() as folder:
         settings = arguments(
             folder,
@@ -113,9 +150,7 @@ def train(model: nn.Module, pictures: Pictures, epochs: int, seed: int, **more: 
             **({"recipe": recipe} if recipe else {}),
             **more,
         )
-        made = trainer(
-            model=model, args=settings, teacher=teacher, train_dataset=pictures, data_collator=lambda batch: batch
-        )
+        made = trainer(model=model, args=settings, train_dataset=pictures, data_collator=lambda batch: batch, **given)
         made.train()
     return model.eval()
 
@@ -163,10 +198,16 @@ def run(what: Run, cache: Path) -> dict[str, Any]:
     elif what.method != FLOAT:
         recipe = COLUMNS[what.column]
         weights, changes = METHODS[what.method]
-        proxbit.binarize(model, proxbit.get_recipe(recipe).binarization(weights=weights))
-        train(model, pictures, EPOCHS, what.seed + 1000, recipe=recipe, teacher=teacher, **changes)
-        with proxbit.soft_evaluation(model):
-            result["soft"] = accuracy(model, test)
+        config = proxbit.get_recipe(recipe).binarization(weights=weights)
+        if what.method == TORCHAO:
+            layers = list(proxbit.binarize(copy.deepcopy(model), config).binarization_report.converted)
+            train(model, pictures, EPOCHS, what.seed + 1000, teacher=teacher, layers=layers)
+            proxbit.binarize(model, config)
+        else:
+            proxbit.binarize(model, config)
+            train(model, pictures, EPOCHS, what.seed + 1000, recipe=recipe, teacher=teacher, **changes)
+            with proxbit.soft_evaluation(model):
+                result["soft"] = accuracy(model, test)
         proxbit.pack(model)
     return result | {"accuracy": accuracy(model, test)}
 
@@ -183,6 +224,8 @@ def wanted(options: argparse.Namespace) -> Iterator[Run]:
                 yield Run(width, LONGER, NONE, fold, seed)
                 for column in options.columns:
                     for method in (SIGN, *options.methods):
+                        if method == TORCHAO and column != "W1A32":
+                            continue
                         yield Run(width, method, column, fold, seed)
 
 
@@ -201,27 +244,60 @@ def points(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
 
 
+Accuracies = dict[tuple[str, str], dict[tuple[int, int], float]]
+
+
+def by_row(results: dict[Run, dict[str, Any]], width: int) -> Accuracies:
+    """Of a width: by method and column, the accuracies by fold and seed. What has no column is in all of them."""
+    found: Accuracies = {}
+    for each, row in results.items():
+        for column in COLUMNS if each.column == NONE else (each.column,):
+            if each.width == width:
+                found.setdefault((each.method, column), {})[each.fold, each.seed] = row["accuracy"]
+    return found
+
+
+def differences(left: dict[tuple[int, int], float], right: dict[tuple[int, int], float]) -> list[float]:
+    """Left less right, where both have the fold and the seed."""
+    return [value - right[key] for key, value in left.items() if key in right]
+
+
 def tables(results: dict[Run, dict[str, Any]]) -> list[str]:
-    """One table a width: accuracy, and points lost against the float model of the same fold, seed and budget."""
+    """Two tables a width: accuracy, and points lost against float training of the same length; differences to BEST."""
     lines: list[str] = []
     for width in sorted({each.width for each in results}):
-        here = {each: row["accuracy"] for each, row in results.items() if each.width == width}
-        base = {(each.fold, each.seed): value for each, value in here.items() if each.method == LONGER}
-        columns = [column for column in COLUMNS if any(each.column == column for each in here)]
-        rows = []
+        found = by_row(results, width)
+        columns = [c for c in COLUMNS if any(e.column == c and e.width == width for e in results)]
+        rows, versus = [], []
         for method in (FLOAT, LONGER, SIGN, *METHODS):
-            cells = []
+            cells, gaps = [], []
             for column in columns:
-                found = {
-                    (e.fold, e.seed): v for e, v in here.items() if e.method == method and e.column in (column, NONE)
-                }
-                pairs = [(value, base[key]) for key, value in found.items() if key in base]
-                lost = points([b - value for value, b in pairs]) if pairs else ""
-                cells.append(f"{points([value for value, _ in pairs])} ({lost}; {len(pairs)})" if pairs else "")
-            if any(cells):
-                rows.append([method if method in (FLOAT, LONGER, SIGN) else f"`{method}`", *cells])
+                here, base = found.get((method, column), {}), found.get((LONGER, column), {})
+                lost = differences(base, here)
+                mean = points([here[key] for key in here if key in base]) if lost else ""
+                cells.append(f"{mean} ({points(lost)}; {len(lost)})" if lost else "")
+                gap = differences(here, found.get((BEST, column), {})) if method != BEST else []
+                gaps.append(f"{points(gap)} ({len(gap)})" if gap else "")
+            name = f"`{method}`" if method in METHODS else method
+            rows += [[name, *cells]] if any(cells) else []
+            versus += [[name, *gaps]] if any(gaps) and method in METHODS else []
         lines += [f"## Width {width}", "", *table(["", *columns], rows)]
+        if versus:
+            lines += [f"Points of accuracy more than `{BEST}`, paired:", "", *table(["", *columns], versus)]
     return lines
+
+
+def goal_lines(results: dict[Run, dict[str, Any]]) -> list[str]:
+    """What BEST was to lose at most, and what it lost."""
+    rows = []
+    for (width, column), limit in GOALS.items():
+        found = by_row(results, width)
+        lost = differences(found.get((LONGER, column), {}), found.get((BEST, column), {}))
+        if lost:
+            verdict = "met" if round(100 * statistics.mean(lost), 2) <= limit else "**missed**"
+            rows.append([f"width {width}, {column}", f"{limit:.1f}", f"{points(lost)} ({len(lost)})", verdict])
+    title = f"Goals: points that `{BEST}` loses at most against float training of the same length."
+    return [title, "", *table(["", "at most", "lost", ""], rows)] if rows else []
 
 
 def write(results: dict[Run, dict[str, Any]]) -> str:
@@ -231,6 +307,7 @@ def write(results: dict[Run, dict[str, Any]]) -> str:
         "Accuracy of the packed model in %, mean ± standard error; in brackets the points lost against float training "
         "of the same length, paired by fold and seed, and the number of pairs.",
         "",
+        *goal_lines(results),
         *tables(results),
     ]
     text = "\n".join(lines) + "\n"

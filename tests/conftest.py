@@ -1,7 +1,9 @@
-"""Shared by all tests: no network, one seed, real pictures."""
+"""Shared by all tests: no network, one seed, one thread, real pictures."""
 
 import os
 
+# Tests run side by side, one to a core: before torch is imported, and for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -94,6 +94,16 @@ def test_a_table_of_accuracy_pairs_folds_and_seeds(script):
     assert "| float, as long | 85.0 ± 5.0 (0.0 ± 0.0; 2) |" in page
 
 
+def test_differences_and_goals_are_paired_too(script):
+    accuracy = script("accuracy")
+    runs = [("float, as long", "W32A32", 0, 0.95), ("bnn++", "W1A32", 0, 0.9), ("bc", "W1A32", 0, 0.87)]
+    runs += [("float, as long", "W32A32", 1, 0.95), ("bnn++", "W1A32", 1, 0.94), ("bc", "W1A32", 1, 0.93)]
+    results = {accuracy.Run(16, m, c, f, 0): {"accuracy": value} for m, c, f, value in runs}
+    page = "\n".join(accuracy.tables(results) + accuracy.goal_lines(results))
+    assert "| `bc` | -2.0 ± 1.0 (2) |" in page
+    assert "| width 16, W1A32 | 2.5 | 3.0 ± 2.0 (2) | **missed** |" in page
+
+
 def test_runs_that_are_finished_are_not_done_again(script, tmp_path):
     accuracy = script("accuracy")
     run = accuracy.Run(16, "bc", "W1A1", 3, 1)
@@ -111,8 +121,10 @@ def test_every_method_trains_and_is_packed(script, tmp_path, monkeypatch):
     monkeypatch.setattr(accuracy, "digits", lambda fold: (few, test))
     monkeypatch.setattr(accuracy, "FLOAT_EPOCHS", 1)
     monkeypatch.setattr(accuracy, "EPOCHS", 1)
-    for method in (accuracy.FLOAT, accuracy.LONGER, accuracy.SIGN, "bnn++", "bnn++ hard from the start"):
-        for column in ("W1A32", "W1A1") if method in (accuracy.SIGN, "bnn++") else ("W1A4",):
+    monkeypatch.setattr(accuracy, "BATCH", 10)
+    binary = (accuracy.SIGN, "bnn++", accuracy.TORCHAO, "bnn++ hard from the start")
+    for method in (accuracy.FLOAT, accuracy.LONGER, *binary):
+        for column in ("W1A32", "W1A1") if method in (accuracy.SIGN, "bnn++") else ("W1A32",):
             result = accuracy.run(accuracy.Run(16, method, column, 0, 0), tmp_path)
             assert 0 <= result["accuracy"] <= 1
     assert len(list(tmp_path.iterdir())) == 1
