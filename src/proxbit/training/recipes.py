@@ -124,6 +124,15 @@ register_recipe(
     ),
 )
 register_recipe(
+    "w1a8-acc8",
+    Recipe(
+        "as w1a8, with sums that end in 8 bits",
+        {"weights": "bnn++", "activations": "int8", "accumulator_bits": 8},
+        {**_SOFT_TO_HARD, "overflow_penalty": 1e-3},
+        "as w1a8; accumulators: Ni et al., WrapNet, ICLR 2021",
+    ),
+)
+register_recipe(
     "w1a1-acc8",
     Recipe(
         "as w1a1, with sums that end in 8 bits",
