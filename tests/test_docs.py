@@ -35,6 +35,19 @@ def test_the_page_of_pairs_is_what_the_code_says(fresh):
     assert (DOCS / "pairs.md").read_text() == (fresh / "pairs.md").read_text(), "run: python docs/gallery.py"
 
 
+def test_the_page_of_fields_is_what_the_code_says(tmp_path):
+    script(DOCS / "fields.py").write(tmp_path)
+    assert (DOCS / "configuration.md").read_text() == (tmp_path / "configuration.md").read_text(), (
+        "run: python docs/fields.py"
+    )
+
+
+def test_formulas_of_docstrings_become_code():
+    text = "What.\n\nFormula (h = 1):\n    F = T \\circ P\n        more\n\nArgs:\n    x: one."
+    found = script(DOCS / "formulas.py").as_code(text)
+    assert "Formula (h = 1):\n    ```text\n    F = T ∘ P\n        more\n    ```\n\nArgs:\n    x: one." in found
+
+
 def test_where_pairs_are_chosen_their_pull_is_told_of():
     """The steps of `proxquant` and `rpc` must outweigh it; the gallery says so of each, with the default as it is."""
     gallery = (DOCS / "pairs.md").read_text()

@@ -39,7 +39,7 @@ class BinarizationConfig(QuantizationConfigMixin):
         UnknownNameError: for an unknown quantizer pair, unless the state is packed; the message lists the valid names.
         CheckpointError: if `format_version` is newer than this version of proxbit can read.
 
-    Example:
+    Examples:
         >>> BinarizationConfig(weights="bnn++", modules_to_not_convert=["vit.layers.0.*"]).weights
         'bnn++'
     """

@@ -32,7 +32,7 @@ def sign(values: Tensor) -> Tensor:
     Returns:
         Same shape, dtype and device.
 
-    Example:
+    Examples:
         >>> import torch
         >>> sign(torch.tensor([-2.0, -0.0, 0.0, 3.0]))
         tensor([-1.,  1.,  1.,  1.])

@@ -21,7 +21,7 @@ def pack_signs(values: Tensor) -> Tensor:
     Returns:
         `[O, ceil(I / 8)]`, uint8, same device.
 
-    Example:
+    Examples:
         >>> pack_signs(torch.tensor([[1.0, -1.0, 0.5]]))
         tensor([[5]], dtype=torch.uint8)
     """
@@ -47,7 +47,7 @@ def unpack_signs(packed: Tensor, columns: int, dtype: torch.dtype = torch.float3
     Returns:
         `[O, I]` of -1 and +1, in `dtype`, same device.
 
-    Example:
+    Examples:
         >>> unpack_signs(torch.tensor([[5]], dtype=torch.uint8), columns=3)
         tensor([[ 1., -1.,  1.]])
     """
