@@ -9,7 +9,7 @@ from typing import Any
 
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ProxbitError
-from proxbit.hub import binarize, dequantize, fuse, pack
+from proxbit.hub import binarize, dequantize, equalize, fuse, pack
 from proxbit.nn import set_mu, soft_evaluation, start_update
 from proxbit.optim import ProxConnect
 from proxbit.quantizers import QuantizerPair, compose, decompose, enhance, heuristic, register_pair
@@ -39,6 +39,7 @@ __all__ = [
     "decompose",
     "dequantize",
     "enhance",
+    "equalize",
     "fuse",
     "heuristic",
     "pack",

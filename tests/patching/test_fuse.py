@@ -8,12 +8,11 @@ from torch import nn
 from transformers.activations import GELUActivation
 
 import proxbit
+from normed_block import D, Normed, affine
 from proxbit.errors import ModelStateError
 from proxbit.nn import PackedLinear
 from proxbit.patching import FusedActivation, FusedLayerNorm, unfuse_layers
 from tiny_models import FAMILIES, SIDE
-
-D = 24
 
 
 def packed(model, activations="float"):
@@ -107,29 +106,6 @@ def test_what_is_left_alone(block):
         torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
     if not isinstance(model.act, nn.Sequential):
         assert fused_layers(model) == ([], [])
-
-
-class Normed(nn.Module):
-    """A layer normalization with something behind it."""
-
-    def __init__(self, norm, peek=False, give=False, twice=False):
-        super().__init__()
-        self.norm, self.first, self.second = norm, nn.Linear(D, D), nn.Linear(D, D, bias=False)
-        self.peek, self.give, self.twice = peek, give, twice
-
-    def forward(self, x):
-        hidden = self.norm(self.norm(x) if self.twice else x)
-        result = self.first(hidden) * self.second(hidden) + x
-        if self.peek:
-            result = result + hidden
-        return (result, hidden) if self.give else result
-
-
-def affine():
-    norm = nn.LayerNorm(D)
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
-    return norm
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,6 @@
 
 import proxbit.hub.attention  # noqa: F401
 from proxbit.hub.hf_quantizer import ProxbitHfQuantizer
-from proxbit.hub.states import binarize, dequantize, fuse, pack
+from proxbit.hub.states import binarize, dequantize, equalize, fuse, pack
 
-__all__ = ["ProxbitHfQuantizer", "binarize", "dequantize", "fuse", "pack"]
+__all__ = ["ProxbitHfQuantizer", "binarize", "dequantize", "equalize", "fuse", "pack"]

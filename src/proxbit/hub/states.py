@@ -1,5 +1,8 @@
-"""`binarize`, `pack`, `dequantize`: the three states of a model, for transformers models and plain modules alike."""
+"""`binarize`, `pack`, `dequantize`: the three states of a model, for transformers models and plain modules alike; and
+what makes the first better and the second faster, `equalize` and `fuse`."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -8,11 +11,64 @@ from transformers import PreTrainedModel
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ModelStateError, ProxbitError
 from proxbit.hub.hf_quantizer import attach, detach
-from proxbit.patching import blank_picture, fuse_layers, to_float, to_latent, to_packed
+from proxbit.patching import blank_picture, equalize_layers, fuse_layers, to_float, to_latent, to_packed
 
-__all__ = ["binarize", "dequantize", "fuse", "pack"]
+__all__ = ["binarize", "dequantize", "equalize", "fuse", "pack"]
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def _look(
+    name: str, model: nn.Module, inputs: dict[str, Tensor] | None, change: Callable[[dict[str, Tensor]], None]
+) -> None:
+    """Make a change that runs the model once: on `inputs`, or on a blank picture."""
+    try:
+        change(blank_picture(model) if inputs is None else inputs)
+    except ProxbitError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if inputs is not None:
+            raise
+        hint = f"say what it takes, {name}(model, inputs={{...}})"
+        raise ModelStateError(f"{type(model).__name__} takes no picture alone ({error}): {hint}.") from error
+
+
+def equalize(model: Model, inputs: dict[str, Tensor] | None = None, config: BinarizationConfig | None = None) -> Model:
+    r"""Make the signs of a model fit better: what the weights of one input have in common goes into the layer
+    normalization before them, and what is left suits one scale a row. A start for training or packing.
+
+    Formula:
+        |W_ij| ~ a_i b_j,   a_i = mean_j |W_ij|,   b_j = \sum_i a_i |W_ij| / \sum_i a_i^2,   \prod_j b_j = 1
+        weight_j <- b_j weight_j,   bias_j <- b_j bias_j   (layer normalization),   W_ij <- W_ij / b_j
+
+    W is all weights that read the normalization, one above the other: queries, keys and values share b. b is the least
+    squares column scale for the row scales a, the first step of a power iteration to the leading singular vectors of
+    |W|; inputs whose weights are all zero keep b_j = 1. The function of a float model stays, up to rounding; the
+    squared error of W, \sum_ij (|W_ij| - a_i b_j)^2 with the new row scale a_i = mean_j |W_ij| / b_j, gets smaller: a
+    normalization where it would not is left alone. So is one whose result anything but such layers reads, that is
+    called twice, that shares its parameters, or that has no weight or bias; and layers with a residual, or whose
+    activations have two levels, for a sign forgets the size of its input.
+
+    Args:
+        model: a float or latent model, from `binarize` or `from_pretrained`; changed in place. `calibrate` comes after.
+        inputs: keyword arguments of one forward pass, from which it is seen what reads what; a blank picture if None.
+        config: for a float model, what `binarize` will be called with; the default is `BinarizationConfig()`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ModelStateError: if the model is packed, or does not take a blank picture.
+        ConfigError: if the model is latent, which says itself what is binarized, and there is a configuration.
+        PatternError: for a float model, as by `binarize`.
+
+    Source:
+        |W| ~ a b^T: Xu et al., OneBit: Towards Extremely Low-bit Large Language Models, NeurIPS 2024, where b is
+        multiplied in every forward pass, and learned. Scales that move between layers: Nagel, van Baalen, Blankevoort,
+        Welling, Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019.
+    """
+    _look("equalize", model, inputs, partial(equalize_layers, model, config=config))
+    return model
 
 
 def binarize(model: Model, config: BinarizationConfig | None = None) -> Model:
@@ -73,17 +129,7 @@ def fuse(model: Model, inputs: dict[str, Tensor] | None = None) -> Model:
     Raises:
         ModelStateError: if the model is not packed, or does not take a blank picture.
     """
-    if inputs is not None:
-        fuse_layers(model, inputs)
-        return model
-    try:
-        fuse_layers(model, blank_picture(model))
-    except ProxbitError:
-        raise
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise ModelStateError(
-            f"{type(model).__name__} takes no picture alone ({error}): say what it takes, fuse(model, inputs={{...}})."
-        ) from error
+    _look("fuse", model, inputs, partial(fuse_layers, model))
     return model
 
 

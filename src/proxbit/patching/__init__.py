@@ -1,5 +1,6 @@
 """Selecting the modules of a model, and changing them between the three states. Works on any `nn.Module`."""
 
+from proxbit.patching.equalize import equalize_layers
 from proxbit.patching.fuse import FusedActivation, FusedLayerNorm, fuse_layers, unfuse_layers
 from proxbit.patching.pictures import blank_picture
 from proxbit.patching.replace import (
@@ -21,6 +22,7 @@ __all__ = [
     "blank_picture",
     "check_latents",
     "check_packed_layers",
+    "equalize_layers",
     "fuse_layers",
     "matches",
     "packed_layers",
