@@ -4,6 +4,7 @@ __all__ = [
     "ActivationError",
     "CheckpointError",
     "ConfigError",
+    "HubError",
     "LatentError",
     "ModelStateError",
     "MuRangeError",
@@ -52,3 +53,7 @@ class PackedFormatError(ProxbitError):
 
 class CheckpointError(ProxbitError):
     """A checkpoint on disk that is incomplete, damaged, or of a newer format."""
+
+
+class HubError(ProxbitError):
+    """An upload that the Hub refused, or that did not reach it."""
