@@ -10,6 +10,7 @@ from proxbit.cli.bench import bench
 from proxbit.cli.env import env
 from proxbit.cli.pairs import pairs
 from proxbit.cli.plot import plot
+from proxbit.cli.push import push
 from proxbit.cli.recipes import recipes
 from proxbit.errors import ProxbitError
 
@@ -26,6 +27,7 @@ app.command()(bench)
 app.command()(env)
 app.command()(pairs)
 app.command()(plot)
+app.command()(push)
 app.command()(recipes)
 
 
