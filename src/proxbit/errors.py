@@ -2,6 +2,7 @@
 
 __all__ = [
     "ActivationError",
+    "CardError",
     "CheckpointError",
     "ConfigError",
     "HubError",
@@ -49,6 +50,10 @@ class MuRangeError(ProxbitError):
 
 class PackedFormatError(ProxbitError):
     """A packed tensor that breaks the format: dtype, shape, padding bits or scales."""
+
+
+class CardError(ProxbitError):
+    """A quantization card, or a record of a run, with fields that are missing, unknown, or contradict each other."""
 
 
 class CheckpointError(ProxbitError):
