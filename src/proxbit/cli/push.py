@@ -9,7 +9,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from proxbit.hub.push import plan_upload, upload
+from proxbit.hub.push import prepare_upload, upload
 
 __all__ = ["push"]
 
@@ -26,19 +26,20 @@ def push(
 ) -> None:
     """Upload a packed model to the Hub: weights, configuration, preprocessor and cards, in one commit.
 
-    Files that are on the Hub already are not sent again, so an interrupted upload goes on where it stopped.
+    Cards that the folder lacks are written for the upload; the folder stays as it is. Files that are on the Hub
+    already are not sent again, so an interrupted upload goes on where it stopped.
 
     Example: proxbit push vit-base-1bit me/vit-base-1bit --private
     """
-    planned = plan_upload(path, repo, revision=revision, latent=latent, token=token)
     console = Console()
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(overflow="fold")
-    table.add_column(justify="right", no_wrap=True)
-    for name, size in planned.files.items():
-        table.add_row(escape(name), decimal(size))
-    console.print(table)
-    what = f"{planned.state}, {len(planned.files)} files, {decimal(planned.bytes)}, to {planned.url}"
-    console.print(what, highlight=False, markup=False, soft_wrap=True)
-    commit = upload(planned, private=private or None, token=token)
+    with prepare_upload(path, repo, revision=revision, token=token, latent=latent) as planned:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(overflow="fold")
+        table.add_column(justify="right", no_wrap=True)
+        for name, size in planned.files.items():
+            table.add_row(escape(name), decimal(size))
+        console.print(table)
+        what = f"{planned.state}, {len(planned.files)} files, {decimal(planned.bytes)}, to {planned.url}"
+        console.print(what, highlight=False, markup=False, soft_wrap=True)
+        commit = upload(planned, private=private or None, token=token)
     console.print(f"uploaded: {commit}", highlight=False, markup=False, soft_wrap=True)

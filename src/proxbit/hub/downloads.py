@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from proxbit.errors import CheckpointError
+from proxbit.hub.files import sha256
 
 __all__ = ["check_downloads"]
 
@@ -26,8 +27,7 @@ def _announced(file: Path) -> str | None:
 def _digest(file: Path, announced: str) -> str:
     """The same of the bytes that are there."""
     if len(announced) == 64:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256(file)
     data = file.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
