@@ -8,10 +8,12 @@ from pathlib import Path
 from safetensors.torch import save_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from proxbit.errors import CheckpointError
+from proxbit.hub.compat import download_arguments
 
-__all__ = ["CARD_NAME", "check_files", "save_weights", "sha256", "weight_files"]
+__all__ = ["CARD_NAME", "check_against_card", "check_files", "save_weights", "sha256", "weight_files"]
 
 CARD_NAME = "quantization_card.json"
 
@@ -36,6 +38,28 @@ def save_weights(model: nn.Module, folder: str | Path) -> list[Path]:
     return weight_files(folder)
 
 
+def _find_card(file: str | Path, repository: str) -> Path | None:
+    """The quantization card beside a weight file; None if there is none.
+
+    Args:
+        file: on this machine.
+        repository: the folder or the name on the Hub that it belongs to. Of a repository on the Hub the card is
+            fetched as `from_pretrained` fetched the file: same commit, token and cache.
+
+    Raises:
+        OSError: if the Hub refuses, or cannot be reached.
+    """
+    beside = Path(file).with_name(CARD_NAME)
+    if beside.is_file():
+        return beside
+    commit = extract_commit_hash(str(file), None)
+    if commit is None:
+        return None
+    arguments = download_arguments() | {"revision": commit}
+    found = cached_file(repository, CARD_NAME, _raise_exceptions_for_missing_entries=False, **arguments)
+    return None if found is None else Path(found)
+
+
 def check_files(card: str | Path, files: Sequence[str | Path]) -> None:
     """Check that weight files hold the bytes that a quantization card says.
 
@@ -58,6 +82,21 @@ def check_files(card: str | Path, files: Sequence[str | Path]) -> None:
                 f"{file.name} was changed or damaged: its SHA-256 is {found}, and {CARD_NAME} beside it says "
                 f"{known[file.name]}. Download or copy it again. {drop}"
             )
+
+
+def check_against_card(files: Sequence[str | Path], repository: str) -> None:
+    """Check the weight files that are about to be loaded against the quantization card beside them, if there is one.
+
+    Args:
+        files: of one checkpoint, on this machine.
+        repository: the folder or the name on the Hub that they belong to.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    card = _find_card(files[0], repository) if files else None
+    if card is not None:
+        check_files(card, files)
 
 
 def _checksums(card: Path) -> dict[str, str]:

@@ -93,7 +93,7 @@ def prepare_upload(
         CardError: if the record of the run, or a card in the folder, is not valid.
         HubError: if the Hub is asked for the user's name, and does not give it.
     """
-    state = state_of(source) if isinstance(source, PreTrainedModel) else _stored_state(Path(source))
+    state = _stored_state(Path(source)) if isinstance(source, str | Path) else state_of(source)
     if state == "latent" and not latent:
         raise ModelStateError(
             "This model is latent, as large as a float one. Pack it first, proxbit.pack(model); or, if the latent "
@@ -105,10 +105,10 @@ def prepare_upload(
     run = {"model_id": repo, **(run or {})}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / repo.rpartition("/")[2]
-        if isinstance(source, PreTrainedModel):
-            write_release(source, folder, processing_class=processing_class, run=run)
-        else:
+        if isinstance(source, str | Path):
             _copy_release(Path(source), folder, processing_class, run)
+        else:
+            write_release(source, folder, processing_class=processing_class, run=run)
         files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
         yield Upload(folder, files, repo, revision, state)
 
