@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from urllib.parse import parse_qs, unquote
 
+import yaml
+
 from hub_server.repositories import File, Repository
 from hub_server.transport import Refusal, Transport
 
@@ -92,9 +94,13 @@ class Protocol(Transport):
         self.answer({"branches": rows, "converts": [], "tags": []})
 
     def validate_yaml(self, body: bytes) -> None:
-        """The Hub parses the front matter; here it has to be there."""
-        front = re.match(r"---\n.*?\n---\n", json.loads(body)["content"], re.DOTALL)
-        self.answer({"errors": [], "warnings": [] if front else [{"message": "empty or missing yaml metadata"}]})
+        """The metadata of a model card, which the Hub refuses or warns about."""
+        front = re.match(r"---\n(.*?)\n---\n", json.loads(body)["content"], re.DOTALL)
+        try:
+            found = [] if front and yaml.safe_load(front[1]) else [{"message": "empty or missing yaml metadata"}]
+            self.answer({"errors": [], "warnings": found})
+        except yaml.YAMLError as error:
+            self.answer({"errors": [{"message": str(error)}], "warnings": []}, status=400)
 
     def preupload(self, body: bytes, name: str, revision: str) -> None:
         self.repository(name, write=True)

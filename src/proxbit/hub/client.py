@@ -47,11 +47,14 @@ def one_line(repo: str) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """What went wrong, and what to do about it: the answer of the Hub, or else the first error of the chain."""
-    while not isinstance(error, HfHubHTTPError) and error.__cause__ is not None:
+    while not isinstance(error, HfHubHTTPError | ValueError) and error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, ValueError):  # What the client, or the Hub through it, has against a name or a model card.
+        return " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, OfflineModeIsEnabled):
+        return first_line(error)
     if not isinstance(error, HfHubHTTPError):
-        retry = "" if isinstance(error, ValueError | OfflineModeIsEnabled) else f". {AGAIN}"
-        return f"{first_line(error)}{retry}"
+        return f"{first_line(error)}. {AGAIN}"
     status = error.response.status_code
     if status >= 500:
         return f"the Hub failed ({status}). {AGAIN}"
