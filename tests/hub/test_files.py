@@ -1,4 +1,4 @@
-"""Weight files and their checksums: a release changed in one byte is refused, from a folder and from the cache."""
+"""Weight files and their checksums: a release changed in one bit is refused, from a folder and from the Hub."""
 
 import hashlib
 import json

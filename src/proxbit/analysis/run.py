@@ -36,7 +36,7 @@ RUN_FIELDS: tuple[Field, ...] = (
     Field("teacher", "text", 'what was distilled from; "none" without a teacher'),
     Field("calibration_samples", "whole number", "examples that activation quantizers were calibrated with"),
     Field("metrics", "metrics", f"by variant ({', '.join(VARIANTS)}), then by name; accuracies are fractions"),
-    Field("latency", "object", "batch; milliseconds of a forward pass, by variant; machine; see `measure_latency`"),
+    Field("latency", "latency", "milliseconds of a forward pass, by variant: what `measure_latency` gives"),
     Field("environment", "object", "versions, processor and device of the training"),
 )
 

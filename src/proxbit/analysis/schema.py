@@ -35,6 +35,18 @@ def _is_file(value: Any) -> bool:
     )
 
 
+def _is_latency(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"batch", "rounds", "milliseconds", "spread", "machine"}
+        and _is_whole(value["batch"])
+        and _is_whole(value["rounds"])
+        and _is_text(value["machine"])
+        and all(_named(_is_number)(value[name]) for name in ("milliseconds", "spread"))
+        and value["milliseconds"].keys() == value["spread"].keys()
+    )
+
+
 def _is_json(value: Any) -> bool:
     try:
         return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
@@ -82,6 +94,7 @@ KINDS: dict[str, Kind] = {
     "whole numbers": Kind(_each(_is_whole), lambda value: ", ".join(map(str, value))),
     "counts": Kind(_named(_is_whole), _pairs(_number)),
     "metrics": Kind(_named(_named(_is_number)), _pairs(_pairs(_number))),
+    "latency": Kind(_is_latency, lambda value: _pairs(_number)(value["milliseconds"])),
     "object": Kind(lambda value: isinstance(value, dict) and _is_json(value), _pairs(str)),
     "files": Kind(_named(_is_file), _pairs(lambda file: f"{file['bytes']:,} bytes, SHA-256 {file['sha256']}")),
 }

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from proxbit.cli.bench import bench
+from proxbit.cli.card import card
 from proxbit.cli.env import env
 from proxbit.cli.pairs import pairs
 from proxbit.cli.plot import plot
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(bench)
+app.command()(card)
 app.command()(env)
 app.command()(pairs)
 app.command()(plot)

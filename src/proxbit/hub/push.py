@@ -102,7 +102,7 @@ def prepare_upload(
     if "/" not in repo:
         with one_line(repo):
             repo = f"{client(token).whoami()['name']}/{repo}"
-    run = {"model_id": repo, **(run or {})}
+    run = {**(run or {}), "model_id": repo}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / repo.rpartition("/")[2]
         if isinstance(source, str | Path):

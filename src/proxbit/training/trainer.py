@@ -1,40 +1,36 @@
 """`ProxConnectTrainer`: the ProxConnect++ step inside the ordinary Trainer of transformers."""
 
-import copy
-from collections.abc import Mapping
-from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from huggingface_hub import run_as_future
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy
-from transformers.utils import PushInProgress
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
+from proxbit.analysis.card import quantization_card
 from proxbit.errors import ConfigError, ModelStateError, MuRangeError
-from proxbit.hub import binarize, pack
-from proxbit.hub.push import push
+from proxbit.hub import binarize
+from proxbit.hub.model_card import README, model_card
 from proxbit.nn import ActivationQuantizer, RPReLU, latent_layers, soft_evaluation
 from proxbit.patching import check_latents, state_of
 from proxbit.quantizers import AGGREGATE, MuSchedule
 from proxbit.training.anomalies import watch_activations
 from proxbit.training.arguments import ProxConnectArguments
-from proxbit.training.calibration import calibrate
+from proxbit.training.calibration import BATCHES, calibrate
 from proxbit.training.callbacks import MuCallback
-from proxbit.training.distillation import DistillationTrainer
 from proxbit.training.monitor import FlipCounter, hardening_gap, overflow_penalty, overflow_shares
+from proxbit.training.push import PushingTrainer
 from proxbit.training.recipes import get_recipe
+from proxbit.training.run_record import run_record
 from proxbit.training.stages import Stage, stages
 
 __all__ = ["ProxConnectTrainer"]
 
 
-class ProxConnectTrainer(DistillationTrainer):
+class ProxConnectTrainer(PushingTrainer):
     """A `Trainer` for latent models. It differs from its parent in this:
 
     - mu follows its schedule, a pure function of the optimizer step; the last steps are hard;
@@ -44,6 +40,7 @@ class ProxConnectTrainer(DistillationTrainer):
     - activation quantizers that have not been calibrated start from the first training examples, see `calibrate`;
     - with accumulators of few bits, the loss grows by what overflows, and logs hold `overflow_share`;
     - logs hold `mu`, `flip_ratio` (since the log before) and `hardening_gap`;
+    - `run_record` tells what cards say of the training, and `create_model_card` writes the model card of proxbit;
     - `push_to_hub` uploads the packed model, with its cards.
 
     Args:
@@ -88,6 +85,7 @@ class ProxConnectTrainer(DistillationTrainer):
         super().__init__(model=model, args=args, teacher=teacher, **kwargs)
         self.add_callback(MuCallback(self.model, self._begin, self._stages))
         self._flips = FlipCounter(self.model)
+        self._calibration_samples: int | None = None
         if self.args.detect_anomalies:
             watch_activations(self.model)
 
@@ -135,8 +133,11 @@ class ProxConnectTrainer(DistillationTrainer):
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="training")
+        batch_size = self.args.per_device_train_batch_size
         with torch.random.fork_rng():
-            calibrate(self.model, DataLoader(dataset, self.args.per_device_train_batch_size, collate_fn=collator))
+            calibrate(self.model, DataLoader(dataset, batch_size, collate_fn=collator))
+        known = len(dataset) if has_length(dataset) else BATCHES * batch_size
+        self._calibration_samples = min(known, BATCHES * batch_size)
 
     def _learning_rates(self, steps: int) -> list[float]:
         """The learning rate of the latents at every step, from the scheduler's own formula."""
@@ -220,76 +221,52 @@ class ProxConnectTrainer(DistillationTrainer):
                 logs["overflow_share"] = sum(overflows.values()) / len(overflows)
         super().log(logs, start_time)
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        *,
-        latent: bool = False,
-        run: Mapping[str, Any] | None = None,
-    ) -> "str | Future[str] | None":
-        """Upload what ships: the packed model, its configuration, the processor, and both cards.
-
-        A copy is packed; the model of the trainer stays latent, and can be trained on. The repository is
-        `args.hub_model_id`, or one of the user's that is called as the output folder is.
-
-        Args:
-            commit_message: of the commit.
-            blocking: whether to return only when it is uploaded.
-            token, revision, private: instead of `args.hub_token`, `args.hub_revision` and `args.hub_private_repo`.
-            latent: upload the latent model instead, for others to train on.
-            run: facts for the cards that the trainer does not know, such as `{"license": "mit"}`; see
-                `analysis.run.RUN_FIELDS`.
+    def run_record(self) -> dict[str, Any]:
+        """What is known of this run, for `write_release` and the cards; add what only you know, such as the license.
 
         Returns:
-            The address of the commit, or its future; None in all processes but the first.
-
-        Raises:
-            ConfigError: under FSDP or DeepSpeed, where no process holds the whole model.
-            ModelStateError: if the model is no model of transformers.
-            HubError: if the Hub refuses, or is not reached.
+            The fields of `analysis.run.RUN_FIELDS`, JSON types, None for what is unknown.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ConfigError(
-                "No process holds the whole model. Save it, trainer.save_model(folder); then load it in one process, "
-                "and proxbit.push(proxbit.pack(model), repo)."
-            )
-        if not self.is_world_process_zero():
-            return None
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self._finish_current_push()
-        upload = partial(
-            push,
-            self._copy_to_push(latent),
-            self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
-            message=commit_message,
-            token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision,
-            private=self.args.hub_private_repo if private is None else private,
-            latent=latent,
-            processing_class=self.processing_class,
-            run=run,
-        )
-        if blocking:
-            return upload()
-        future = run_as_future(upload)
-        self.push_in_progress = PushInProgress([future])
-        return future
+        callback = next(each for each in self.callback_handler.callbacks if isinstance(each, MuCallback))
+        return run_record(self, self.teacher, callback.schedule, self._calibration_samples)
 
-    def _copy_to_push(self, latent: bool) -> nn.Module:
-        model: nn.Module = copy.deepcopy(self.accelerator.unwrap_model(self.model)).cpu()
-        return model if latent else pack(model)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """With `args.push_to_hub`, at every save: the packed model, or what `args.hub_strategy` says of checkpoints."""
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md` into the output folder: the model card of proxbit. Arguments as in `transformers.Trainer`;
+        of several data sets or tasks the first one is named.
+        """
         if not self.is_world_process_zero():
             return
-        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            super()._push_from_checkpoint(checkpoint_folder)
-        elif self.args.hub_strategy == HubStrategy.EVERY_SAVE:
-            pending = self.push_in_progress is not None and not self.push_in_progress.is_done()
-            if self.args.hub_always_push or not pending:
-                self.push_to_hub(f"Training in progress, step {self.state.global_step}", blocking=False)
+        given = {
+            "license": license,
+            "base_model": finetuned_from,
+            "dataset_id": _first(dataset_tags),
+            "dataset": _first(dataset),
+            "dataset_config": _first(dataset_args),
+        }
+        run = self.run_record() | {name: value for name, value in given.items() if value is not None}
+        metadata = {"language": language, "pipeline_tag": _first(tasks)}
+        card = model_card(
+            self.model,
+            quantization_card(self.model, run=run),
+            run=run,
+            name=model_name or Path(self.args.output_dir).name,
+            processing_class=self.processing_class,
+            tags=tuple([tags] if isinstance(tags, str) else tags or ()),
+            **{name: value for name, value in metadata.items() if value is not None},
+        )
+        card.save(Path(self.args.output_dir) / README)
+
+
+def _first(values: str | list[str] | None) -> str | None:
+    return next(iter(values), None) if isinstance(values, list) else values

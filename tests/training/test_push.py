@@ -49,7 +49,8 @@ def test_the_packed_model_with_its_cards(hub, prepare):
     repository = hub.hub.repositories["me/vit-1bit"]
     assert address == f"{hub.url}/me/vit-1bit/commit/{repository.branches['main']}"
     assert set(repository.files()) == RELEASE and repository.titles[-1] == "End of training"
-    assert json.loads(repository.files()[CARD_NAME])["model_id"] == "me/vit-1bit"
+    card = json.loads(repository.files()[CARD_NAME])
+    assert (card["model_id"], card["state"], card["labelled_samples"]) == ("me/vit-1bit", "packed", 4)
 
     after = dict(latent_layers(trainer.model))
     assert after.keys() == before.keys() and all(torch.equal(after[name].weight, before[name]) for name in before)
@@ -101,7 +102,7 @@ def test_at_every_save_the_packed_model(hub, prepare):
     assert all(set(files) == RELEASE for files in list(repository.commits.values())[1:])
     assert state_of(pull()) == "packed"
     trainer.save_model()
-    assert repository.titles[-1] == "Training in progress, step 2", "nothing new to commit"
+    assert repository.titles[-1] == "Model save"
 
 
 def test_only_at_the_end(hub, prepare):
