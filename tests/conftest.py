@@ -14,6 +14,8 @@ import torch
 from sklearn.datasets import load_sample_images
 from transformers.utils import logging
 
+from hub_server import running
+
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
@@ -21,6 +23,14 @@ logging.disable_progress_bar()
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub of the test's own, on this machine. The client of this process is led there, with an empty cache."""
+    with running() as server:
+        server.connect(monkeypatch, tmp_path / "home")
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ _LAZY = {
     "ProxConnectTrainer": "proxbit.training.trainer",
     "calibrate": "proxbit.training.calibration",
     "get_recipe": "proxbit.training.recipes",
+    "push": "proxbit.hub.push",
     "register_recipe": "proxbit.training.recipes",
     "summary": "proxbit.analysis.summary",
 }
@@ -43,6 +44,7 @@ __all__ = [
     "fuse",
     "heuristic",
     "pack",
+    "push",
     "register_pair",
     "set_mu",
     "soft_evaluation",

@@ -2,8 +2,10 @@
 
 __all__ = [
     "ActivationError",
+    "CardError",
     "CheckpointError",
     "ConfigError",
+    "HubError",
     "LatentError",
     "ModelStateError",
     "MuRangeError",
@@ -50,5 +52,13 @@ class PackedFormatError(ProxbitError):
     """A packed tensor that breaks the format: dtype, shape, padding bits or scales."""
 
 
+class CardError(ProxbitError):
+    """A quantization card, or a record of a run, with fields that are missing, unknown, or contradict each other."""
+
+
 class CheckpointError(ProxbitError):
     """A checkpoint on disk that is incomplete, damaged, or of a newer format."""
+
+
+class HubError(ProxbitError):
+    """An upload that the Hub refused, or that did not reach it."""

@@ -5,7 +5,7 @@ import torch
 from transformers import Trainer, TrainingArguments, ViTForImageClassification
 
 import proxbit
-from proxbit.hub.compat import is_model_folder, load_weights
+from proxbit.hub.compat import download_arguments, is_model_folder, load_weights
 from tiny_models import vit
 
 
@@ -46,3 +46,16 @@ def test_model_folders(tmp_path):
     assert is_model_folder(tmp_path) and is_model_folder(str(tmp_path))
     (tmp_path / "config.json").unlink()
     assert not is_model_folder(tmp_path)
+
+
+def test_what_from_pretrained_downloads_with_is_seen_from_inside(tmp_path, monkeypatch):
+    """Outside of it there is nothing to see."""
+    make(1, True).save_pretrained(tmp_path)
+    seen = []
+    monkeypatch.setattr(
+        "proxbit.hub.hf_quantizer.check_against_card", lambda files, name: seen.append(download_arguments())
+    )
+    ViTForImageClassification.from_pretrained(tmp_path, token="hf_secret", cache_dir=tmp_path)
+    (arguments,) = seen
+    assert (arguments["token"], arguments["cache_dir"]) == ("hf_secret", tmp_path)
+    assert download_arguments() == {}

@@ -7,9 +7,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from proxbit.cli.bench import bench
+from proxbit.cli.card import card
 from proxbit.cli.env import env
 from proxbit.cli.pairs import pairs
 from proxbit.cli.plot import plot
+from proxbit.cli.push import push
 from proxbit.cli.recipes import recipes
 from proxbit.errors import ProxbitError
 
@@ -23,9 +25,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(bench)
+app.command()(card)
 app.command()(env)
 app.command()(pairs)
 app.command()(plot)
+app.command()(push)
 app.command()(recipes)
 
 

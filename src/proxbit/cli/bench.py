@@ -19,7 +19,7 @@ from proxbit.errors import CheckpointError
 __all__ = ["bench"]
 
 
-def load(name: str, random: bool) -> nn.Module:
+def load(name: str, random: bool, dtype: torch.dtype | str = torch.float32) -> nn.Module:
     """The model of a folder or of the hub, in the class its configuration names.
 
     Raises:
@@ -36,7 +36,7 @@ def load(name: str, random: bool) -> nn.Module:
         return _random(config, model_class)
     loader = model_class or transformers.AutoModelForImageClassification
     try:
-        model: nn.Module = loader.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+        model: nn.Module = loader.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except OSError as error:
         raise CheckpointError(
             f"{name!r} has no weights in safetensors; --random takes random ones. {_first_line(error)}"

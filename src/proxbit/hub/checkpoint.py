@@ -13,12 +13,23 @@ from proxbit.nn import ActivationQuantizer, RPReLU
 from proxbit.packing import packed_columns
 from proxbit.patching.replace import PackedLayer
 
-__all__ = ["check_learned", "check_loaded", "check_packed_files", "learned_modules", "reset_learned"]
+__all__ = [
+    "check_learned",
+    "check_loaded",
+    "check_packed_files",
+    "learned_modules",
+    "reset_learned",
+    "tensor_headers",
+]
 
 
-def _header(file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of every tensor of a safetensors file."""
-    if not file.endswith(".safetensors"):
+def tensor_headers(file: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every tensor of a safetensors file.
+
+    Raises:
+        CheckpointError: naming the file, if it is another kind of file or not whole.
+    """
+    if Path(file).suffix != ".safetensors":
         raise CheckpointError(f"{Path(file).name}: packed checkpoints are safetensors files; nothing is unpickled.")
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -47,7 +58,7 @@ def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedL
     """
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in files:
-        tensors |= _header(file)
+        tensors |= tensor_headers(file)
     found: Counter[tuple[int, ...]] = Counter()
     for key in sorted(tensors):
         if not key.endswith(".weight_scale"):

@@ -1,10 +1,31 @@
 """Work-arounds for faults of dependencies, each with the issue and the condition under which it can go."""
 
+import inspect
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
-__all__ = ["is_model_folder", "load_weights"]
+__all__ = ["download_arguments", "is_model_folder", "load_weights"]
+
+
+def download_arguments() -> dict[str, Any]:
+    """What the `from_pretrained` that is running downloads with: token, revision, cache_dir and the like.
+
+    transformers (5.15 to 5.23 at least) gives a quantizer the files of the checkpoint, and nothing to fetch another
+    file of the same repository with. To be deleted once it does.
+
+    Returns:
+        Keyword arguments of `cached_file`; none where no `from_pretrained` is running.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "from_pretrained":
+            found = frame.f_locals.get("download_kwargs")
+            if isinstance(found, dict):
+                return dict(found)
+        frame = frame.f_back
+    return {}
 
 
 def is_model_folder(folder: str | Path) -> bool:

@@ -10,6 +10,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from proxbit.config import QUANT_METHOD, BinarizationConfig
 from proxbit.errors import ConfigError
 from proxbit.hub.checkpoint import check_learned, check_loaded, check_packed_files, learned_modules, reset_learned
+from proxbit.hub.downloads import check_downloads
+from proxbit.hub.files import check_against_card
 from proxbit.patching import check_latents, check_packed_layers, matches, packed_layers, to_float, to_latent, to_packed
 
 __all__ = ["ProxbitHfQuantizer", "attach", "detach"]
@@ -40,6 +42,8 @@ class ProxbitHfQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         state = self.quantization_config.state
         if self.pre_quantized:
+            check_downloads(checkpoint_files or [])
+            check_against_card(checkpoint_files or [], model.config.name_or_path)
             self.quantization_config = _fit_patterns(model, self.quantization_config)
         _, self.quantization_config = to_latent(model, self.quantization_config)
         if not self.pre_quantized:

@@ -1,5 +1,6 @@
 """`ProxConnectTrainer`: the ProxConnect++ step inside the ordinary Trainer of transformers."""
 
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -7,26 +8,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
+from proxbit.analysis.card import quantization_card
 from proxbit.errors import ConfigError, ModelStateError, MuRangeError
 from proxbit.hub import binarize
+from proxbit.hub.model_card import README, model_card
 from proxbit.nn import ActivationQuantizer, RPReLU, latent_layers, soft_evaluation
 from proxbit.patching import check_latents, state_of
 from proxbit.quantizers import AGGREGATE, MuSchedule
 from proxbit.training.anomalies import watch_activations
 from proxbit.training.arguments import ProxConnectArguments
-from proxbit.training.calibration import calibrate
+from proxbit.training.calibration import BATCHES, calibrate
 from proxbit.training.callbacks import MuCallback
-from proxbit.training.distillation import DistillationTrainer
 from proxbit.training.monitor import FlipCounter, hardening_gap, overflow_penalty, overflow_shares
+from proxbit.training.push import PushingTrainer
 from proxbit.training.recipes import get_recipe
+from proxbit.training.run_record import run_record
 from proxbit.training.stages import Stage, stages
 
 __all__ = ["ProxConnectTrainer"]
 
 
-class ProxConnectTrainer(DistillationTrainer):
+class ProxConnectTrainer(PushingTrainer):
     """A `Trainer` for latent models. It differs from its parent in this:
 
     - mu follows its schedule, a pure function of the optimizer step; the last steps are hard;
@@ -35,7 +39,9 @@ class ProxConnectTrainer(DistillationTrainer):
     - `evaluate` reports the hard model, which is what ships, with soft values and their gap beside it;
     - activation quantizers that have not been calibrated start from the first training examples, see `calibrate`;
     - with accumulators of few bits, the loss grows by what overflows, and logs hold `overflow_share`;
-    - logs hold `mu`, `flip_ratio` (since the log before) and `hardening_gap`.
+    - logs hold `mu`, `flip_ratio` (since the log before) and `hardening_gap`;
+    - `run_record` tells what cards say of the training, and `create_model_card` writes the model card of proxbit;
+    - `push_to_hub` uploads the packed model, with its cards.
 
     Args:
         model: a latent model, from `proxbit.binarize` or `from_pretrained(..., quantization_config=...)`; or, with
@@ -79,6 +85,7 @@ class ProxConnectTrainer(DistillationTrainer):
         super().__init__(model=model, args=args, teacher=teacher, **kwargs)
         self.add_callback(MuCallback(self.model, self._begin, self._stages))
         self._flips = FlipCounter(self.model)
+        self._calibration_samples: int | None = None
         if self.args.detect_anomalies:
             watch_activations(self.model)
 
@@ -126,8 +133,11 @@ class ProxConnectTrainer(DistillationTrainer):
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="training")
+        batch_size = self.args.per_device_train_batch_size
         with torch.random.fork_rng():
-            calibrate(self.model, DataLoader(dataset, self.args.per_device_train_batch_size, collate_fn=collator))
+            calibrate(self.model, DataLoader(dataset, batch_size, collate_fn=collator))
+        known = len(dataset) if has_length(dataset) else BATCHES * batch_size
+        self._calibration_samples = min(known, BATCHES * batch_size)
 
     def _learning_rates(self, steps: int) -> list[float]:
         """The learning rate of the latents at every step, from the scheduler's own formula."""
@@ -210,3 +220,53 @@ class ProxConnectTrainer(DistillationTrainer):
             if overflows:
                 logs["overflow_share"] = sum(overflows.values()) / len(overflows)
         super().log(logs, start_time)
+
+    def run_record(self) -> dict[str, Any]:
+        """What is known of this run, for `write_release` and the cards; add what only you know, such as the license.
+
+        Returns:
+            The fields of `analysis.run.RUN_FIELDS`, JSON types, None for what is unknown.
+        """
+        callback = next(each for each in self.callback_handler.callbacks if isinstance(each, MuCallback))
+        return run_record(self, self.teacher, callback.schedule, self._calibration_samples)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md` into the output folder: the model card of proxbit. Arguments as in `transformers.Trainer`;
+        of several data sets or tasks the first one is named.
+        """
+        if not self.is_world_process_zero():
+            return
+        given = {
+            "license": license,
+            "base_model": finetuned_from,
+            "dataset_id": _first(dataset_tags),
+            "dataset": _first(dataset),
+            "dataset_config": _first(dataset_args),
+        }
+        run = self.run_record() | {name: value for name, value in given.items() if value is not None}
+        metadata = {"language": language, "pipeline_tag": _first(tasks)}
+        card = model_card(
+            self.model,
+            quantization_card(self.model, run=run),
+            run=run,
+            name=model_name or Path(self.args.output_dir).name,
+            processing_class=self.processing_class,
+            tags=tuple([tags] if isinstance(tags, str) else tags or ()),
+            **{name: value for name, value in metadata.items() if value is not None},
+        )
+        card.save(Path(self.args.output_dir) / README)
+
+
+def _first(values: str | list[str] | None) -> str | None:
+    return next(iter(values), None) if isinstance(values, list) else values

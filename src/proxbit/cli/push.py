@@ -1,0 +1,45 @@
+"""`proxbit push`: a packed model, to the Hub."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+
+from proxbit.hub.push import prepare_upload, upload
+
+__all__ = ["push"]
+
+
+def push(
+    path: Annotated[Path, typer.Argument(help="The folder of a packed model, as save_pretrained wrote it.")],
+    repo: Annotated[str, typer.Argument(help="Where to: owner/name, or a name of yours. It is made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch. [default: main]")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="A token that may write. [default: HF_TOKEN, or that of `hf auth login`]")
+    ] = None,
+    latent: Annotated[bool, typer.Option("--latent", help="Upload a latent model, to be trained further.")] = False,
+) -> None:
+    """Upload a packed model to the Hub: weights, configuration, preprocessor and cards, in one commit.
+
+    Cards that the folder lacks are written for the upload; the folder stays as it is. Files that are on the Hub
+    already are not sent again, so an interrupted upload goes on where it stopped.
+
+    Example: proxbit push vit-base-1bit me/vit-base-1bit --private
+    """
+    console = Console()
+    with prepare_upload(path, repo, revision=revision, token=token, latent=latent) as planned:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(overflow="fold")
+        table.add_column(justify="right", no_wrap=True)
+        for name, size in planned.files.items():
+            table.add_row(escape(name), decimal(size))
+        console.print(table)
+        what = f"{planned.state}, {len(planned.files)} files, {decimal(planned.bytes)}, to {planned.url}"
+        console.print(what, highlight=False, markup=False, soft_wrap=True)
+        commit = upload(planned, private=private or None, token=token)
+    console.print(f"uploaded: {commit}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,53 @@
+"""Downloaded files must be the bytes that the Hub announced; its client compares no more than their number."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from proxbit.errors import CheckpointError
+from proxbit.hub.files import sha256
+
+__all__ = ["check_downloads"]
+
+
+def _announced(file: Path) -> str | None:
+    """What the Hub said of a cached file: sha256 if it is large, else git's sha1; None for any other file.
+
+    In the cache of `huggingface_hub` a file is a link to `blobs/<etag>`, which may be a link itself, to a store that is
+    shared between repositories and has names of another kind.
+    """
+    if not file.is_symlink():
+        return None
+    blob = Path(os.readlink(file))
+    return blob.name if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name) else None
+
+
+def _digest(file: Path, announced: str) -> str:
+    """The same of the bytes that are there."""
+    if len(announced) == 64:
+        return sha256(file)
+    data = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def check_downloads(files: Iterable[str | Path]) -> None:
+    """Check the files of a checkpoint, and the JSON files beside them, against what the Hub announced.
+
+    Args:
+        files: weights. Files that are not in the cache of `huggingface_hub` are not looked at: a folder of the user's
+            has nothing to compare with.
+
+    Raises:
+        CheckpointError: naming the first file with other bytes.
+    """
+    weights = [Path(file) for file in files]
+    beside = [other for folder in {file.parent for file in weights} for other in sorted(folder.glob("*.json"))]
+    for file in [*weights, *beside]:
+        announced = _announced(file)
+        if announced is not None and _digest(file, announced) != announced:
+            raise CheckpointError(
+                f"{file.name} was damaged on its way: its bytes are not those that the Hub announced ({announced}). "
+                "Download it again: from_pretrained(..., force_download=True)."
+            )

@@ -1,0 +1,277 @@
+"""The model card of a release: `README.md`, from the quantization card, the model and the record of its training."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
+
+from proxbit.analysis.card import QuantizationCard
+from proxbit.analysis.run import RUN_FIELDS, VARIANTS, check_run
+from proxbit.analysis.schema import KINDS, cell
+from proxbit.patching import blank_picture
+
+__all__ = ["README", "model_card", "pipeline_tag"]
+
+README = "README.md"
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+SHOWN_LABELS = 20
+# Facts of a run that have a place of their own.
+_ELSEWHERE = {"model_id", "metrics", "latency", "std", "split", "eval_samples"}
+_LABELLED = {"image-classification", "object-detection", "image-segmentation"}
+
+# Pipelines that take a picture alone, and the classes that they run.
+_PIPELINES = {
+    "image-classification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "object-detection": auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
+    "image-segmentation": {
+        **auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+        **auto.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES,
+    },
+    "depth-estimation": auto.MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES,
+    "image-feature-extraction": auto.MODEL_MAPPING_NAMES,
+}
+
+_PIPELINE_SNIPPET = """\
+import proxbit  # registers the plug-in with transformers
+from transformers import pipeline
+
+model = pipeline("{tag}", model="{model}")
+print(model("picture.jpg"))"""
+
+_MODEL_SNIPPET = """\
+import proxbit  # registers the plug-in with transformers
+import torch
+from transformers import {model_class}
+
+model = {model_class}.from_pretrained("{model}")
+picture = torch.zeros({shape})  # a batch of one; prepared as in the training
+with torch.inference_mode():
+    print(model(pixel_values=picture))"""
+
+
+def pipeline_tag(model: PreTrainedModel) -> str | None:
+    """The pipeline of transformers that runs a model on a picture; None if there is none."""
+    if model.main_input_name != "pixel_values":
+        return None
+    for tag, classes in _PIPELINES.items():
+        names = {name for each in classes.values() for name in ([each] if isinstance(each, str) else each)}
+        if type(model).__name__ in names:
+            return tag
+    return None
+
+
+def model_card(
+    model: PreTrainedModel,
+    card: QuantizationCard,
+    *,
+    run: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    processing_class: Any = None,
+    tags: tuple[str, ...] = (),
+    **metadata: Any,
+) -> ModelCard:
+    """Write the model card.
+
+    What is unknown is left out of the metadata, and said to be unknown in the text.
+
+    Args:
+        model: what the card is of.
+        card: its quantization card.
+        run: facts of the training, see `analysis.run.RUN_FIELDS`.
+        name: the title; the name on the Hub by default, or the class of the model.
+        processing_class: whatever is saved beside the model to prepare its inputs.
+        tags: to add to those that follow from the model.
+        **metadata: other fields of `huggingface_hub.ModelCardData`, such as `language`; they win.
+
+    Returns:
+        A card of `huggingface_hub`; `save(path)` writes it.
+
+    Raises:
+        CardError: if the record of the run is not valid.
+        ValueError: from `huggingface_hub`, for metadata that are none.
+    """
+    facts = check_run(run)
+    title = name or facts["model_id"] or card["model_class"]
+    data = _metadata(model, card, facts, title, tags, metadata)
+    made: ModelCard = ModelCard.from_template(
+        ModelCardData(**data),
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        name=title,
+        summary=_summary(card),
+        snippet=_snippet(model, card, data.get("pipeline_tag"), processing_class, facts["model_id"] or title),
+        use=_use(model, card, data.get("pipeline_tag")),
+        limits=list(_limits(card, facts)),
+        training=_training(facts, card),
+        results=_results(facts),
+        size=_size(card),
+        latency=_latency(facts),
+        quantization_card=card.to_markdown(),
+    )
+    return made
+
+
+def _metadata(
+    model: PreTrainedModel,
+    card: QuantizationCard,
+    run: Mapping[str, Any],
+    title: str,
+    tags: tuple[str, ...],
+    given: Mapping[str, Any],
+) -> dict[str, Any]:
+    tag = pipeline_tag(model)
+    results = list(_eval_results(run, tag))
+    state = ["1-bit", "packed"] if card["state"] == "packed" else [card["state"]]
+    data = {
+        "license": run["license"],
+        "base_model": card["base_model"],
+        "pipeline_tag": tag,
+        "library_name": "transformers",
+        "datasets": [run["dataset_id"]] if run["dataset_id"] else None,
+        "metrics": list(dict.fromkeys(result.metric_type for result in results)) or None,
+        "tags": ["proxbit", "quantization", "binarization", *state, *tags],
+        "eval_results": results or None,
+        "model_name": title if results else None,
+        **given,
+    }
+    return {key: value for key, value in data.items() if value is not None}
+
+
+def _shipped(metrics: Mapping[str, Any]) -> str | None:
+    """The variant whose metrics are those of what ships."""
+    return next((variant for variant in ("packed", "hard") if metrics.get(variant)), None)
+
+
+def _eval_results(run: Mapping[str, Any], tag: str | None) -> Iterator[EvalResult]:
+    """Of what ships, as the Hub shows them: they need a task and a data set with a name."""
+    metrics, dataset = run["metrics"] or {}, run["dataset_id"] or run["dataset"]
+    variant = _shipped(metrics)
+    if variant is None or dataset is None or tag is None:
+        return
+    for metric, value in metrics[variant].items():
+        if metric != "loss":
+            yield EvalResult(
+                task_type=tag,
+                dataset_type=dataset,
+                dataset_name=run["dataset"] or dataset,
+                dataset_config=run["dataset_config"],
+                dataset_split=run["split"],
+                metric_type=metric,
+                metric_name=f"{metric} ({VARIANTS[variant]})",
+                metric_value=value,
+            )
+
+
+def _summary(card: QuantizationCard) -> str:
+    share = card["binary_parameters"] / max(1, card["total_parameters"])
+    made = "made with proxbit (ProxConnect++)"
+    if card["state"] == "packed":
+        return (
+            f"A 1-bit `{card['model_class']}`, {made}: {share:.1%} of its {card['total_parameters']:,} parameters are "
+            f"one bit each. Its weights take {card['model_bytes']:,} bytes, {card['compression_ratio']:.1f}x smaller "
+            "than in float32."
+        )
+    return (
+        f"A latent checkpoint of a `{card['model_class']}`, {made}: to be trained on, or to be packed by "
+        f"`proxbit.pack(model)`. It is simulated, and as large as a float model; once packed, {share:.1%} of its "
+        f"{card['total_parameters']:,} parameters are one bit each."
+    )
+
+
+def _snippet(model: PreTrainedModel, card: QuantizationCard, tag: str | None, processor: Any, where: str) -> str:
+    if tag is not None and processor is not None:
+        return _PIPELINE_SNIPPET.format(tag=tag, model=where)
+    shape = ", ".join(map(str, blank_picture(model)["pixel_values"].shape))
+    return _MODEL_SNIPPET.format(model_class=card["model_class"], model=where, shape=shape)
+
+
+def _use(model: PreTrainedModel, card: QuantizationCard, tag: str | None) -> str:
+    parts = [f"Task: {tag}." if tag else "Its task is not one of the pipelines that take a picture alone."]
+    labels = [str(label) for _, label in sorted(model.config.id2label.items())] if tag in _LABELLED else []
+    if labels and not all(label.startswith("LABEL_") for label in labels):
+        more = f", and {len(labels) - SHOWN_LABELS} more" if len(labels) > SHOWN_LABELS else ""
+        parts.append(f"It tells {len(labels)} classes apart: {', '.join(labels[:SHOWN_LABELS])}{more}.")
+    elif labels:
+        parts.append(f"It tells {len(labels)} classes apart, whose names are unknown.")
+    if card["state"] == "packed":
+        parts.append("It is for machines with little memory: the weights stay packed while it runs.")
+    return " ".join(parts)
+
+
+def _limits(card: QuantizationCard, run: Mapping[str, Any]) -> Iterator[str]:
+    """What follows from the facts; nothing is claimed that nobody looked at."""
+    if card["state"] == "packed":
+        yield "It cannot be trained on: that takes its latent checkpoint. Adapters beside it can be trained."
+    else:
+        yield "It is simulated: neither small nor fast until it is packed."
+    metrics, dataset = run["metrics"] or {}, run["dataset"] or run["dataset_id"]
+    if _shipped(metrics) is None:
+        yield "Its accuracy is unknown: no evaluation is recorded."
+    elif dataset:
+        yield f"It was evaluated on {dataset} only; how it does on other pictures is unknown."
+    else:
+        yield "The data of its evaluation are not recorded; how it does on other pictures is unknown."
+    if metrics and "packed" not in metrics and card["state"] == "packed":
+        yield "The packed model itself was not evaluated: the results are of its simulation."
+    if run["std"] is None:
+        yield "How much results differ between seeds is unknown."
+    yield "Fairness between groups, and robustness against changed pictures, are unknown."
+    if card["base_model"]:
+        yield f"It inherits the limits of {card['base_model']}."
+    if run["license"] is None:
+        yield "Its license is unknown: ask before using it."
+
+
+def _training(run: Mapping[str, Any], card: QuantizationCard) -> str:
+    shown = [field for field in RUN_FIELDS if field.name not in _ELSEWHERE and run[field.name] is not None]
+    if not shown:
+        return "How it was trained is unknown."
+    unknown = [field.name for field in RUN_FIELDS if field.name not in _ELSEWHERE and run[field.name] is None]
+    lines = [f"Quantizer pair of the weights: {card['weight_quantizer'] or 'unknown'}.", ""]
+    lines += ["| | | |", "|---|---|---|"]
+    for field in shown:
+        lines.append(f"| `{field.name}` | {cell(field.text(run[field.name]))} | {cell(field.meaning)} |")
+    if unknown:
+        lines += ["", f"Unknown: {', '.join(f'`{name}`' for name in unknown)}."]
+    return "\n".join(lines)
+
+
+def _results(run: Mapping[str, Any]) -> str:
+    metrics = run["metrics"] or {}
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    if not names:
+        return "Unknown: no evaluation is recorded."
+    number = KINDS["number"].show
+    lines = [f"| model | {' | '.join(map(cell, names))} |", "|---" * (len(names) + 1) + "|"]
+    for variant, title in VARIANTS.items():
+        values = metrics.get(variant, {})
+        cells = [number(values[name]) if name in values else "unknown" for name in names]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    where = [run["dataset"] or run["dataset_id"] or "a data set whose name is unknown", run["split"]]
+    of = f"Of {', '.join(part for part in where if part)}"
+    samples = f"; {run['eval_samples']:,} examples" if run["eval_samples"] is not None else ""
+    spread = f"; standard deviation of the accuracy {number(run['std'])}" if run["std"] is not None else ""
+    return "\n".join([*lines, "", f"{of}{samples}{spread}. Accuracies are fractions. A latent model is simulated."])
+
+
+def _size(card: QuantizationCard) -> str:
+    lines = ["| | bytes |", "|---|---|"]
+    lines += [f"| {name} | {facts['bytes']:,} |" for name, facts in card["files"].items()]
+    if len(card["files"]) > 1:
+        lines.append(f"| all weight files | {card['model_bytes']:,} |")
+    lines.append(f"| the same model in float32 | {card['float32_bytes']:,} |")
+    average = f"{card['avg_weight_bits']:.2f} bits a parameter on average, everything counted."
+    return "\n".join([*lines, "", average])
+
+
+def _latency(run: Mapping[str, Any]) -> str:
+    latency = run["latency"]
+    if not latency:
+        return "Not measured. `proxbit bench MODEL` measures it, on the machine that it is to run on."
+    lines = ["| model | ms | spread |", "|---|---|---|"]
+    spread = latency["spread"]
+    lines += [f"| {cell(name)} | {ms:.2f} | {spread[name]:.0%} |" for name, ms in latency["milliseconds"].items()]
+    how = f"Of a forward pass with {latency['batch']} picture(s): medians of {latency['rounds']} rounds, and the "
+    return "\n".join([*lines, "", f"{how}distance of the quartiles. Machine: {latency['machine']}."])

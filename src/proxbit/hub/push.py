@@ -1,0 +1,246 @@
+"""Uploading a packed model, or when asked a latent one, to the Hub."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import transformers
+from huggingface_hub import constants
+from transformers import AutoConfig, PreTrainedModel
+
+from proxbit.analysis.card import QuantizationCard, quantization_card
+from proxbit.config import QUANT_METHOD
+from proxbit.errors import CheckpointError, ModelStateError, ProxbitError
+from proxbit.hub.checkpoint import tensor_headers
+from proxbit.hub.client import client, first_line, one_line
+from proxbit.hub.files import CARD_NAME, check_files, weight_files
+from proxbit.hub.model_card import README, model_card
+from proxbit.hub.release import write_release
+from proxbit.patching import state_of
+
+__all__ = ["Upload", "prepare_upload", "push", "upload"]
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+# Nothing else leaves the machine: no pickles, no states of optimizers, no checkpoints in folders of their own.
+SUFFIXES = (".safetensors", ".json", ".md", ".txt")
+
+# Of an earlier upload, what would be loaded instead of the new files, or contradict them.
+REPLACED = ["model*.safetensors", INDEX]
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What goes to the Hub, and where.
+
+    Args:
+        folder: where the files are, until `prepare_upload` ends.
+        files: their names, and bytes.
+        repo: owner/name.
+        revision: the branch; None: main.
+        state: "packed" or "latent".
+    """
+
+    folder: Path
+    files: dict[str, int]
+    repo: str
+    revision: str | None
+    state: str
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(self.files.values())
+
+    @property
+    def url(self) -> str:
+        """Where the model will be."""
+        return f"{constants.ENDPOINT}/{self.repo}" + (f"/tree/{quote(self.revision, safe='')}" if self.revision else "")
+
+
+@contextmanager
+def prepare_upload(
+    source: PreTrainedModel | str | Path,
+    repo: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    latent: bool = False,
+    processing_class: Any = None,
+    run: Mapping[str, Any] | None = None,
+) -> Iterator[Upload]:
+    """Lay out what `upload` will send, as a context. No more than the user's name is asked of the Hub.
+
+    Args:
+        source: a packed model; or the folder of one. Of a folder what `save_pretrained` and `write_release` write is
+            taken, and cards that it lacks are added to the upload. Its subfolders stay where they are.
+        repo: owner/name, or a name of the user's.
+        revision: a branch; `upload` makes it if there is none.
+        token: as in `huggingface_hub`; None: the one that is stored.
+        latent: whether a latent model may be uploaded.
+        processing_class: what prepares the inputs of the model, to be saved beside it.
+        run: facts of the training for the cards, see `analysis.run.RUN_FIELDS`.
+
+    Raises:
+        CheckpointError: if the folder holds no model of proxbit, or not all of it, or damaged.
+        ModelStateError: if the model is float; or latent, and that was not asked for.
+        CardError: if the record of the run, or a card in the folder, is not valid.
+        HubError: if the Hub is asked for the user's name, and does not give it.
+    """
+    state = _stored_state(Path(source)) if isinstance(source, str | Path) else state_of(source)
+    if state == "latent" and not latent:
+        raise ModelStateError(
+            "This model is latent, as large as a float one. Pack it first, proxbit.pack(model); or, if the latent "
+            "weights are to be uploaded, say so: --latent, latent=True."
+        )
+    if "/" not in repo:
+        with one_line(repo):
+            repo = f"{client(token).whoami()['name']}/{repo}"
+    run = {**(run or {}), "model_id": repo}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / repo.rpartition("/")[2]
+        if isinstance(source, str | Path):
+            _copy_release(Path(source), folder, processing_class, run)
+        else:
+            write_release(source, folder, processing_class=processing_class, run=run)
+        files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        yield Upload(folder, files, repo, revision, state)
+
+
+def upload(
+    planned: Upload, *, private: bool | None = None, token: str | None = None, message: str | None = None
+) -> str:
+    """Upload, in one commit. What is on the Hub already is not sent again, so an interrupted upload goes on.
+
+    Args:
+        planned: what to upload, and where to.
+        private: whether a new repository is private; None: the default of the owner.
+        token: as in `huggingface_hub`; None: the one that is stored.
+        message: of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        HubError: if the Hub refuses, or is not reached; it says what to do.
+    """
+    api = client(token)
+    with one_line(planned.repo):
+        api.create_repo(planned.repo, private=private, exist_ok=True)
+        if planned.revision is not None:
+            api.create_branch(planned.repo, branch=planned.revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=planned.repo,
+            folder_path=planned.folder,
+            allow_patterns=list(planned.files),
+            delete_patterns=REPLACED,
+            revision=planned.revision,
+            commit_message=message or f"Upload a {planned.state} model",
+        )
+    return commit.commit_url
+
+
+def push(
+    source: PreTrainedModel | str | Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    message: str | None = None,
+    token: str | None = None,
+    **preparation: Any,
+) -> str:
+    """Upload a packed model, or the folder of one, to the Hub: weights, configuration, preprocessor and cards.
+
+    Args:
+        source, repo, token: see `prepare_upload`.
+        private, message: see `upload`.
+        **preparation: `revision`, `latent`, `processing_class` and `run`; see `prepare_upload`.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ProxbitError: see `prepare_upload` and `upload`.
+    """
+    with prepare_upload(source, repo, token=token, **preparation) as planned:
+        return upload(planned, private=private, token=token, message=message)
+
+
+def _stored_state(folder: Path) -> str:
+    """What the configuration in a folder says that the model is."""
+    try:
+        stored = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("quantization_config") or {}
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} holds no model: there is no {CONFIG}.") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} cannot be read: {first_line(error)}") from error
+    if stored.get("quant_method") != QUANT_METHOD:
+        kind = stored.get("quant_method") or "float"
+        raise ModelStateError(
+            f"The model in {folder} is {kind}, not one of proxbit. Pack one and save it: "
+            "proxbit.pack(proxbit.binarize(model)).save_pretrained(...); any folder at all is uploaded by `hf upload`."
+        )
+    return str(stored.get("state"))
+
+
+def _copy_release(source: Path, folder: Path, processing_class: Any, run: Mapping[str, Any]) -> None:
+    """Copy a release; and what makes a folder that `save_pretrained` wrote into one."""
+    _check_weights(source)
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.is_file() and file.suffix in SUFFIXES:
+            shutil.copyfile(file, folder / file.name)
+    if processing_class is not None:
+        processing_class.save_pretrained(folder)
+    weights = weight_files(folder)
+    if (folder / CARD_NAME).is_file():
+        check_files(folder / CARD_NAME, weights)
+    missing = [name for name in (CARD_NAME, README) if not (folder / name).is_file()]
+    if not missing:
+        return
+    model = _load(source)
+    if CARD_NAME in missing:
+        quantization_card(model, run=run, files=weights).save(folder)
+    if README in missing:
+        processor = next(folder.glob("*processor_config.json"), None)
+        card = QuantizationCard.load(folder)
+        model_card(model, card, run=run, name=folder.name, processing_class=processor).save(folder / README)
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    """The model of a folder, in the class that its configuration names."""
+    try:
+        names = AutoConfig.from_pretrained(folder).architectures or ["no class"]
+        kind = getattr(transformers, names[0], None)
+        if kind is None:
+            raise CheckpointError(
+                f"{folder / CONFIG} names {names[0]}, which transformers does not have: cards cannot be written. Load "
+                "the model and upload that, proxbit.push(model, ...)."
+            )
+        model: PreTrainedModel = kind.from_pretrained(folder)
+    except ProxbitError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"The model in {folder} cannot be loaded: {first_line(error)}.") from error
+    return model
+
+
+def _check_weights(folder: Path) -> None:
+    """Check that the weights are there, all of them and to their ends."""
+    index, names = folder / INDEX, [WEIGHTS]
+    if not (folder / WEIGHTS).is_file() and index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{INDEX} is damaged, or is none: {first_line(error)}.") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}: a model is uploaded whole, and as safetensors.")
+    for name in names:
+        tensor_headers(folder / name)

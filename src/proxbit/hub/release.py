@@ -1,0 +1,112 @@
+"""`write_release`: the folder that is given to others, written whole or not at all."""
+
+import shutil
+import uuid
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from proxbit.analysis.card import quantization_card
+from proxbit.errors import CheckpointError, ModelStateError
+from proxbit.hub.files import CARD_NAME, save_weights
+from proxbit.hub.model_card import README, model_card
+from proxbit.patching import state_of
+
+__all__ = ["RELEASE_FILES", "write_release"]
+
+# What a release may hold, by pattern: a folder with anything else in it is somebody's, and stays as it is.
+RELEASE_FILES = (
+    CARD_NAME,
+    README,
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+class _Saves(Protocol):
+    def save_pretrained(self, save_directory: str | Path) -> Any: ...
+
+
+def write_release(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    processing_class: _Saves | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write what is needed to use a model, and to know what it is, into a folder.
+
+    The folder holds the weights (safetensors), `config.json`, the configuration of the processor, a model card
+    (`README.md`) and `quantization_card.json` with the checksums of the weights. It is written beside its place and
+    renamed, so that it is there as a whole or not at all. An older release in its place is replaced.
+
+    Args:
+        model: a packed model; or a latent one, to be trained on.
+        folder: where to; made if it does not exist.
+        processing_class: the image processor or processor of the model, whose configuration is saved too.
+        run: facts of the training for the cards, such as `trainer.run_record()` gives; see `analysis.run.RUN_FIELDS`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelStateError: if the model is float, or no model of transformers.
+        CheckpointError: if the folder holds something else than a release; it is left as it is.
+        CardError: if the record of the run is not valid.
+    """
+    folder = Path(folder).absolute()
+    if not isinstance(model, PreTrainedModel):
+        raise ModelStateError(f"A release is loaded with from_pretrained, so a {type(model).__name__} cannot be one.")
+    if state_of(model) == "float":
+        raise ModelStateError("A release is packed or latent, this model is float: save it with save_pretrained.")
+    _check_place(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made, old = (folder.with_name(f".{folder.name}.{part}.{uuid.uuid4().hex[:8]}") for part in ("new", "old"))
+    made.mkdir()
+    try:
+        if processing_class is not None:
+            processing_class.save_pretrained(made)
+        card = quantization_card(model, run=run, files=save_weights(model, made))
+        card.save(made)
+        model_card(model, card, run=run, name=folder.name, processing_class=processing_class).save(made / README)
+        if folder.exists():
+            folder.rename(old)
+        try:
+            made.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _check_place(folder: Path) -> None:
+    """Raise CheckpointError if there is anything that is no release."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; a release is a folder.")
+    names = sorted(path.name for path in folder.iterdir())
+    others = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in RELEASE_FILES)]
+    if others or (names and CARD_NAME not in names):
+        what = ", ".join((others or names)[:5])
+        raise CheckpointError(
+            f"{folder} holds something else than a release of proxbit ({what}{', ...' if len(others) > 5 else ''}), "
+            "which would be lost. Choose another folder, or empty this one."
+        )

@@ -1,0 +1,101 @@
+"""`PushingTrainer`: a Trainer of latent models that uploads packed ones."""
+
+import copy
+from collections.abc import Mapping
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import run_as_future
+from torch import nn
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
+
+from proxbit.errors import ConfigError
+from proxbit.hub import pack
+from proxbit.hub.push import push
+from proxbit.training.distillation import DistillationTrainer
+
+__all__ = ["PushingTrainer"]
+
+
+class PushingTrainer(DistillationTrainer):
+    """A `DistillationTrainer` of a latent model. To the Hub goes what ships: the packed model, with its cards."""
+
+    def run_record(self) -> dict[str, Any]:
+        """What is known of this run, for the cards; see `analysis.run.RUN_FIELDS`."""
+        raise NotImplementedError
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        latent: bool = False,
+        run: Mapping[str, Any] | None = None,
+    ) -> "str | Future[str] | None":
+        """Upload what ships: the packed model, its configuration, the processor, and both cards.
+
+        A copy is packed; the model of the trainer stays latent, and can be trained on. The repository is
+        `args.hub_model_id`, or one of the user's that is called as the output folder is.
+
+        Args:
+            commit_message: of the commit.
+            blocking: whether to return only when it is uploaded.
+            token, revision, private: instead of `args.hub_token`, `args.hub_revision` and `args.hub_private_repo`.
+            latent: upload the latent model instead, for others to train on.
+            run: facts for the cards that `run_record` does not know, such as `{"license": "mit"}`.
+
+        Returns:
+            The address of the commit, or its future; None in all processes but the first.
+
+        Raises:
+            ConfigError: under FSDP or DeepSpeed, where no process holds the whole model.
+            ModelStateError: if the model is no model of transformers.
+            HubError: if the Hub refuses, or is not reached.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigError(
+                "No process holds the whole model. Save it, trainer.save_model(folder); then load it in one process, "
+                "and proxbit.push(proxbit.pack(model), repo)."
+            )
+        if not self.is_world_process_zero():
+            return None
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._finish_current_push()
+        upload = partial(
+            push,
+            self._copy_to_push(latent),
+            self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+            message=commit_message,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            private=self.args.hub_private_repo if private is None else private,
+            latent=latent,
+            processing_class=self.processing_class,
+            run=self.run_record() | dict(run or {}),
+        )
+        if blocking:
+            return upload()
+        future = run_as_future(upload)
+        self.push_in_progress = PushInProgress([future])
+        return future
+
+    def _copy_to_push(self, latent: bool) -> nn.Module:
+        model: nn.Module = copy.deepcopy(self.accelerator.unwrap_model(self.model)).cpu()
+        return model if latent else pack(model)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """With `args.push_to_hub`, at every save: the packed model, or what `args.hub_strategy` says of checkpoints."""
+        if not self.is_world_process_zero():
+            return
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            super()._push_from_checkpoint(checkpoint_folder)
+        elif self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            pending = self.push_in_progress is not None and not self.push_in_progress.is_done()
+            if self.args.hub_always_push or not pending:
+                self.push_to_hub(f"Training in progress, step {self.state.global_step}", blocking=False)
