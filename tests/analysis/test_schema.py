@@ -56,6 +56,7 @@ def test_every_kind_knows_its_own(kind):
         ("number", 32, "32"),
         ("yes or no", False, "no"),
         ("numbers", [-1.0, 1.0], "-1, 1"),
+        ("object", {"end": None, "bf16": False}, "end: none, bf16: False"),
         ("counts", {"W1A8": 12, "W32A32": 2}, "W1A8: 12, W32A32: 2"),
         ("files", {"a": {"bytes": 4096, "sha256": "ab" * 32}}, f"a: 4,096 bytes, SHA-256 {'ab' * 32}"),
     ],

@@ -95,7 +95,10 @@ KINDS: dict[str, Kind] = {
     "counts": Kind(_named(_is_whole), _pairs(_number)),
     "metrics": Kind(_named(_named(_is_number)), _pairs(_pairs(_number))),
     "latency": Kind(_is_latency, lambda value: _pairs(_number)(value["milliseconds"])),
-    "object": Kind(lambda value: isinstance(value, dict) and _is_json(value), _pairs(str)),
+    "object": Kind(
+        lambda value: isinstance(value, dict) and _is_json(value),
+        _pairs(lambda value: "none" if value is None else str(value)),
+    ),
     "files": Kind(_named(_is_file), _pairs(lambda file: f"{file['bytes']:,} bytes, SHA-256 {file['sha256']}")),
 }
 

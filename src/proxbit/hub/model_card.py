@@ -19,7 +19,7 @@ README = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 SHOWN_LABELS = 20
 # Facts of a run that have a place of their own.
-_ELSEWHERE = {"model_id", "metrics", "latency", "std", "split", "eval_samples"}
+_ELSEWHERE = {"model_id", "calibration_samples", "metrics", "latency", "std", "split", "eval_samples"}
 _LABELLED = {"image-classification", "object-detection", "image-segmentation"}
 
 # Pipelines that take a picture alone, and the classes that they run.
@@ -203,7 +203,7 @@ def _use(model: PreTrainedModel, card: QuantizationCard, tag: str | None) -> str
 def _limits(card: QuantizationCard, run: Mapping[str, Any]) -> Iterator[str]:
     """What follows from the facts; nothing is claimed that nobody looked at."""
     if card["state"] == "packed":
-        yield "It cannot be trained on: that takes its latent checkpoint. Adapters beside it can be trained."
+        yield "It cannot be trained on: that takes its latent checkpoint."
     else:
         yield "It is simulated: neither small nor fast until it is packed."
     metrics, dataset = run["metrics"] or {}, run["dataset"] or run["dataset_id"]
