@@ -81,7 +81,8 @@ def test_a_model_is_uploaded_with_its_processor(hub):
 
 def test_nothing_else_of_the_folder_leaves_the_machine(hub, release):
     torch.save({}, release / "training_args.bin")
-    (release / ".env").write_text("secret")
+    (release / ".secrets.json").write_text("{}")
+    (release / "notes").write_text("secret")
     (release / "checkpoint-3").mkdir()
     shutil.copy(release / "model.safetensors", release / "checkpoint-3")
     proxbit.push(release, "me/tiny")

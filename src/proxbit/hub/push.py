@@ -194,7 +194,7 @@ def _copy_release(source: Path, folder: Path, processing_class: Any, run: Mappin
     _check_weights(source)
     folder.mkdir()
     for file in source.iterdir():
-        if file.is_file() and file.suffix in SUFFIXES:
+        if file.is_file() and file.suffix in SUFFIXES and not file.name.startswith("."):
             shutil.copyfile(file, folder / file.name)
     if processing_class is not None:
         processing_class.save_pretrained(folder)
