@@ -4,6 +4,7 @@ __all__ = [
     "ActivationError",
     "CheckpointError",
     "ConfigError",
+    "DataError",
     "LatentError",
     "ModelStateError",
     "MuRangeError",
@@ -32,6 +33,10 @@ class PatternError(ProxbitError):
 
 class ModelStateError(ProxbitError):
     """A model that is not in the state (float, latent, packed) that the call needs."""
+
+
+class DataError(ProxbitError):
+    """Pictures or labels that a model cannot be trained or evaluated with."""
 
 
 class LatentError(ProxbitError):

@@ -1,6 +1,6 @@
 """`proxbit bench`: how fast a model of the user is, float and packed, and where the time goes."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -13,6 +13,7 @@ from torch import nn
 from proxbit.analysis.environment import environment
 from proxbit.analysis.timing import Timings, operator_shares, time_rounds, torch_threads
 from proxbit.analysis.variants import forward_calls, packed_copy, variants
+from proxbit.cli.checkpoints import architecture, load_model
 from proxbit.config import QUANT_METHOD, BinarizationConfig
 from proxbit.errors import CheckpointError
 
@@ -20,35 +21,21 @@ __all__ = ["bench"]
 
 
 def load(name: str, random: bool) -> nn.Module:
-    """The model of a folder or of the hub, in the class its configuration names.
+    """The model of a folder or of the hub, in fp32; with random weights if asked.
 
     Raises:
         CheckpointError: if there is no such model, or no weights and none were asked for at random.
     """
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"There is no model {name!r}, neither in a folder nor on the hub: {_first_line(error)}"
-        ) from error
-    model_class = getattr(transformers, next(iter(config.architectures or []), ""), None)
+    config, model_class = architecture(name)
     if random:
         return _random(config, model_class)
-    loader = model_class or transformers.AutoModelForImageClassification
     try:
-        model: nn.Module = loader.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{name!r} has no weights in safetensors; --random takes random ones. {_first_line(error)}"
-        ) from error
-    return model
+        return load_model(name, torch.float32)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} (--random takes random weights, and needs a config.json only.)") from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _random(config: transformers.PreTrainedConfig, model_class: type[nn.Module] | None) -> nn.Module:
+def _random(config: transformers.PreTrainedConfig, model_class: Any | None) -> nn.Module:
     """A model with random weights, packed where its configuration says that it is of proxbit."""
     stored = config.__dict__.pop("quantization_config", None)
     make = model_class or transformers.AutoModelForImageClassification.from_config
