@@ -6,6 +6,7 @@ A command is the function of its name in the module `proxbit.cli.<name>`, which 
 
 import sys
 from importlib import import_module
+from inspect import getdoc
 from typing import Any
 
 import typer
@@ -45,7 +46,8 @@ class LazyGroup(TyperGroup):
             return name, command, rest
         alone = typer.Typer(**SETTINGS)
         function = getattr(import_module(f"proxbit.cli.{name}"), name)
-        alone.command(name, context_settings=READ_THEMSELVES.get(name))(function)
+        paragraphs = (escape(" ".join(each.split())) for each in (getdoc(function) or "").split("\n\n"))
+        alone.command(name, help="\n\n".join(paragraphs), context_settings=READ_THEMSELVES.get(name))(function)
         return name, typer.main.get_command(alone), rest
 
 
@@ -54,7 +56,11 @@ def _stand_in() -> None:
 
 
 app = typer.Typer(
-    name="proxbit", help="1-bit vision transformers with ProxConnect++.", no_args_is_help=True, cls=LazyGroup, **SETTINGS
+    name="proxbit",
+    help="1-bit vision transformers with ProxConnect++.",
+    no_args_is_help=True,
+    cls=LazyGroup,
+    **SETTINGS,
 )
 for _name, _help in COMMANDS.items():
     app.command(_name, help=_help)(_stand_in)

@@ -134,7 +134,7 @@ class ModelSummary:
 
     def to_text(self, width: int = WIDTH) -> str:
         """The table for a terminal of so many columns: a narrow one gets fewer."""
-        columns = [column for column in COLUMNS if width >= WIDTH or not column.wide]
+        columns = [column for column in COLUMNS if column.at in (None, "wide" if width >= WIDTH else "narrow")]
         table = Table(title=f"{self.model} ({self.state})", box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
         table.add_column("module", overflow="fold", min_width=38 if width >= WIDTH else None)
         for column in columns:
@@ -208,12 +208,12 @@ def _short(value: int | None) -> str:
 
 @dataclass(frozen=True)
 class _Column:
-    """A column behind the name of the layer; a wide one is left out where a terminal is narrow."""
+    """A column behind the name of the layer; some are for a wide terminal only, or for a narrow one."""
 
     title: str
     cell: Callable[[LayerSummary], str]
     justify: Literal["left", "right"] = "right"
-    wide: bool = False
+    at: Literal["wide", "narrow"] | None = None
 
 
 def _macs(layer: LayerSummary) -> str:
@@ -222,13 +222,14 @@ def _macs(layer: LayerSummary) -> str:
 
 COLUMNS = (
     _Column("state", lambda layer: layer.state, "left"),
-    _Column("bits", lambda layer: str(layer.bits), wide=True),
+    _Column("bits", lambda layer: str(layer.bits), at="wide"),
     _Column("1-bit", lambda layer: _short(layer.binary_parameters) if layer.binary_parameters else ""),
     _Column("float", lambda layer: _short(layer.float_parameters) if layer.float_parameters else ""),
     _Column("bytes", lambda layer: f"{_short(layer.bytes)}B" if layer.bytes >= 1000 else f"{layer.bytes} B"),
-    _Column("1-bit MACs", lambda layer: _macs(layer) if layer.state != "float" else ""),
-    _Column("float MACs", lambda layer: _macs(layer) if layer.state == "float" else ""),
-    _Column("kernel", lambda layer: layer.kernel, "left", wide=True),
+    _Column("1-bit MACs", lambda layer: _macs(layer) if layer.state != "float" else "", at="wide"),
+    _Column("float MACs", lambda layer: _macs(layer) if layer.state == "float" else "", at="wide"),
+    _Column("MACs", _macs, at="narrow"),
+    _Column("kernel", lambda layer: layer.kernel, "left", at="wide"),
 )
 
 

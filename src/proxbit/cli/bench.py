@@ -1,5 +1,6 @@
 """`proxbit bench`: how fast a model of the user is, float and packed, and where the time goes."""
 
+import json
 from typing import Annotated, Any
 
 import torch
@@ -63,6 +64,22 @@ def table_of(timings: Timings, shares: dict[str, dict[str, float]]) -> Table:
     return table
 
 
+def as_rows(model: nn.Module, timings: Timings, shares: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """The table, unrounded."""
+    return {
+        "model": type(model).__name__,
+        "variants": {
+            name: {
+                "ms": 1e3 * timings.median(name),
+                "spread": timings.spread(name),
+                "times_as_fast_as_float": timings.ratio(name, "float"),
+                "shares": shares[name],
+            }
+            for name in timings.seconds
+        },
+    }
+
+
 def bench(
     model: Annotated[str, typer.Argument(help="A folder, or a name on the hub.")],
     batch: Annotated[int, typer.Option(min=1, help="Pictures in a forward pass.")] = 1,
@@ -71,11 +88,14 @@ def bench(
     random: Annotated[
         bool, typer.Option("--random", help="Random weights: the folder needs no more than a config.json.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Time a model as float, bf16, int8 dynamic and packed, and show what its time goes into.
+    """Time a model, float and packed, and show where its time goes.
 
-    A packed model is timed with its own activations; of a float model a packed copy with the default configuration is
-    timed, untrained.
+    It is timed as float, bf16, int8 dynamic and packed. A packed model keeps its own activations; of a float model a
+    packed copy with the default configuration is timed, untrained.
+
+    Example: proxbit bench vit-1bit --batch 8
     """
     with torch_threads(threads):
         loaded = load(model, random)
@@ -83,6 +103,9 @@ def bench(
         timings = time_rounds(calls, rounds)
         shares = {name: operator_shares(call) for name, call in calls.items()}
         here = environment()
+    if as_json:
+        typer.echo(json.dumps(as_rows(loaded, timings, shares), indent=1))
+        return
     console = Console()
     what = f"{type(loaded).__name__}, batch {batch}, threads {here.threads}"
     console.print(f"{what}; {here}", highlight=False, markup=False, soft_wrap=True)

@@ -51,7 +51,9 @@ def load_model(name: str, dtype: torch.dtype | str = "auto", **changes: Any) -> 
     try:
         model: nn.Module = loader.from_pretrained(name, dtype=dtype, use_safetensors=True, **changes)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"The weights of {name!r} cannot be read from safetensors: {first_line(error)}") from error
+        raise CheckpointError(
+            f"The weights of {name!r} cannot be read from safetensors: {first_line(error)}"
+        ) from error
     return model.eval()
 
 

@@ -11,8 +11,7 @@ from transformers import ImageClassificationPipeline, PreTrainedModel
 
 from proxbit.analysis.timing import time_rounds
 from proxbit.analysis.variants import forward_calls
-from proxbit.errors import DataError
-from proxbit.training.image_folders import IMAGE, LABEL, LeftOut, Pictures, match_labels
+from proxbit.training.image_folders import IMAGE, LABEL, LeftOut, Pictures, match_labels, relabel
 from proxbit.training.metrics import Accuracy, BalancedAccuracy
 
 __all__ = ["Evaluation", "evaluate_pictures"]
@@ -87,11 +86,7 @@ def evaluate_pictures(
         DataError: if a class is none of the model's labels.
     """
     numbers = match_labels(pictures.names, model.config.label2id, name)
-    found = pictures.dataset[LABEL]
-    strange = sorted({label for label in found if label not in numbers})
-    if strange:
-        raise DataError(f"The labels {strange[:10]} are none of {name}, which has {len(numbers)}.")
-    data = pictures.dataset.remove_columns(LABEL).add_column(LABEL, [numbers[label] for label in found])
+    data = relabel(pictures, numbers, name)
     model.config.id2label = {i: str(i) for i in range(model.config.num_labels)}
     pipeline = ImageClassificationPipeline(model=model, image_processor=processor, batch_size=batch)
     with torch.inference_mode():

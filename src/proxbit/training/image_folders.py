@@ -12,7 +12,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from proxbit.errors import DataError
 
-__all__ = ["LeftOut", "Pictures", "load_splits", "match_labels", "pick_split", "read_pictures"]
+__all__ = [
+    "LeftOut",
+    "Pictures",
+    "class_names",
+    "load_splits",
+    "match_labels",
+    "pick_split",
+    "read_pictures",
+    "relabel",
+]
 
 IMAGE, LABEL = "image", "label"
 LAYOUT = "Pictures lie in a folder for each class, such as DATA/cat/1.jpg, or DATA/train/cat/1.jpg for parts of a set."
@@ -98,13 +107,14 @@ def read_pictures(dataset: datasets.Dataset, watch: Watch = lambda items, total:
         else:
             left_out.append(LeftOut(str(stored["path"] or f"picture {i}"), reason))
     if not kept:
-        raise DataError(f"None of {len(raw)} pictures can be read; the first: {left_out[0].picture}: {left_out[0].reason}.")
-    feature = dataset.features[label]
-    names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        first = "".join(f" {each.picture}: {each.reason}." for each in left_out[:1])
+        raise DataError(f"None of {len(raw)} pictures can be read.{first}")
     labels = [int(number) for number in raw.select(kept)[label]]
-    chosen = dataset.select_columns([image]).rename_column(image, IMAGE).select(kept)
-    chosen = chosen.cast_column(IMAGE, datasets.Image(mode="RGB")).add_column(LABEL, labels)
-    return Pictures(chosen, names, tuple(left_out))
+    chosen = dataset.select(kept).select_columns([image]).cast_column(image, datasets.Image(mode="RGB"))
+    if image != IMAGE:
+        chosen = chosen.rename_column(image, IMAGE)
+    chosen = chosen.add_column(LABEL, labels)
+    return Pictures(chosen, class_names(dataset), tuple(left_out))
 
 
 def _columns(dataset: datasets.Dataset) -> tuple[str, str]:
@@ -112,13 +122,20 @@ def _columns(dataset: datasets.Dataset) -> tuple[str, str]:
     features = dataset.features
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     named = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    labels = named or [name for name in ("label", "labels") if str(getattr(features.get(name), "dtype", "")).startswith("int")]
+    numbers = [name for name in ("label", "labels") if name in features and features[name].dtype.startswith("int")]
+    labels = named or numbers
     if len(images) != 1 or len(labels) != 1:
         raise DataError(
             f"One column of pictures and one of class labels are needed; found {images} and {labels} among "
             f"{list(features)}. {LAYOUT}"
         )
     return images[0], labels[0]
+
+
+def class_names(dataset: datasets.Dataset) -> tuple[str, ...] | None:
+    """The names of the labels of a dataset, in their order; None if they are numbers only."""
+    feature = dataset.features[_columns(dataset)[1]]
+    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
 def _why_unreadable(stored: dict[str, Any]) -> str | None:
@@ -153,6 +170,19 @@ def match_labels(names: Sequence[str] | None, label2id: Mapping[str, int], what:
             f"{_some(list(label2id))}. Name the folders as the labels, or set label2id in its config.json."
         )
     return {i: known[_plain(name)] for i, name in enumerate(names)}
+
+
+def relabel(pictures: Pictures, numbers: Mapping[int, int], what: str) -> datasets.Dataset:
+    """The pictures with the model's numbers as labels.
+
+    Raises:
+        DataError: for a label that has none.
+    """
+    labels = pictures.dataset[LABEL]
+    strange = sorted(set(labels) - set(numbers))
+    if strange:
+        raise DataError(f"Pictures with the labels {strange[:10]}: those of {what} are 0 to {max(numbers.values())}.")
+    return pictures.dataset.remove_columns(LABEL).add_column(LABEL, [numbers[label] for label in labels])
 
 
 def _plain(name: str) -> str:
