@@ -1,5 +1,6 @@
 """Models that commands read and write: a name becomes a model, a model becomes a folder."""
 
+import os
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -71,9 +72,9 @@ def check_new_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} is a folder with files in it; nothing is overwritten. Name a new folder.")
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; name a new folder.")
-    above = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise CheckpointError(f"{folder} cannot be made: {above} is a file.")
+    above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise CheckpointError(f"{folder} cannot be made: {above} is no folder that can be written to.")
 
 
 def save(model: nn.Module, processor: Any | None, folder: Path) -> None:

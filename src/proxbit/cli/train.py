@@ -20,6 +20,7 @@ from proxbit.cli.checkpoints import architecture, check_new_folder, load_model, 
 from proxbit.cli.progress import watch
 from proxbit.errors import CheckpointError, ConfigError, DataError, ModelStateError, ProxbitError
 from proxbit.hub import pack
+from proxbit.hub.compat import is_model_folder
 from proxbit.patching import state_of
 from proxbit.training.arguments import ProxConnectArguments
 from proxbit.training.image_folders import (
@@ -30,6 +31,7 @@ from proxbit.training.image_folders import (
     match_labels,
     pick_split,
     read_pictures,
+    relabel,
 )
 from proxbit.training.metrics import classification_metrics
 from proxbit.training.recipes import DEFAULT_RECIPE
@@ -190,6 +192,8 @@ def make_trainer(given: PictureArguments, args: ProxConnectArguments) -> ProxCon
     out = Path(args.output_dir)
     if args.resume_from_checkpoint is None:
         check_new_folder(out)
+    elif not is_model_folder(args.resume_from_checkpoint):
+        raise CheckpointError(f"resume_from_checkpoint: {args.resume_from_checkpoint!r} is no checkpoint.")
     train_split, test_split = pick_splits(given)
     processor = load_processor(given.model)
     if processor is None:
