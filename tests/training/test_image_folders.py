@@ -34,7 +34,7 @@ def test_what_cannot_be_read_is_left_out_with_a_reason(folder, pictures):
     assert len(pictures.dataset) == READABLE
     found = {each.picture: each.reason for each in pictures.left_out}
     assert set(found) == {str(folder / "temple" / UNREADABLE[0]), str(folder / "flower" / UNREADABLE[1])}
-    assert "truncated" in found[str(folder / "temple" / "cut.jpg")]
+    assert "truncated" in found[str(folder / "temple" / "cut.jpg")].casefold()
     assert found[str(folder / "flower" / "text.jpg")] == "not a picture"
 
 
