@@ -73,3 +73,14 @@ def test_imagenet_runs_on_made_pictures(tmp_path):
     assert "accuracy of the packed model" in done.stdout
     config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     assert (config["state"], config["activations"]) == ("packed", "int8")
+
+
+def test_digits_writes_what_the_demo_holds(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "train_digits.py"), "--smoke", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    demo = EXAMPLES.parent / "src" / "proxbit" / "demo" / "digits"
+    shipped = {str(file.relative_to(demo)) for file in demo.rglob("*") if file.is_file()} - {"README.md"}
+    assert shipped <= {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")}
+    made, kept = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, demo))
+    assert made["quantization_config"] == kept["quantization_config"]

@@ -5,6 +5,7 @@ __all__ = [
     "CardError",
     "CheckpointError",
     "ConfigError",
+    "DataError",
     "HubError",
     "LatentError",
     "ModelStateError",
@@ -34,6 +35,10 @@ class PatternError(ProxbitError):
 
 class ModelStateError(ProxbitError):
     """A model that is not in the state (float, latent, packed) that the call needs."""
+
+
+class DataError(ProxbitError):
+    """Pictures or labels that a model cannot be trained or evaluated with."""
 
 
 class LatentError(ProxbitError):

@@ -1,18 +1,125 @@
-"""The program as a whole: its commands, and how it refuses."""
+"""The program as a whole: its commands, what it imports, and how it refuses; in a terminal and in a pipe."""
 
+import fcntl
+import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
+from importlib import import_module
+from inspect import getdoc
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import proxbit.cli
+from picture_folders import odd_folder, tiny_classifier
 from proxbit.cli.app import app, main
+from proxbit_cli import COMMANDS
+
+NO_COMMANDS = {"__init__", "app", "checkpoints", "progress"}
+DEMO = Path(proxbit.__file__).parent / "demo" / "digits"
+# Many commands in one process, each with its exit status behind it.
+SESSION = """
+import sys
+from proxbit_cli import main
+for line in sys.argv[1:]:
+    sys.argv = ["proxbit", *line.split("|")]
+    try:
+        main()
+        status = 0
+    except SystemExit as ended:
+        status = ended.code or 0
+    print(f"=== {status}", flush=True)
+    print("===", file=sys.stderr, flush=True)
+"""
 
 
-def test_help_names_the_commands():
-    result = CliRunner().invoke(app, ["--help"])
-    assert result.exit_code == 0
-    assert "pairs" in result.output and "plot" in result.output
+def in_a_terminal(code, *arguments):
+    """What a terminal of 80 columns shows."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 80, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    command = [sys.executable, "-c", code, *arguments]
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env={**environment, "TERM": "xterm-256color"}
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                part = os.read(ours, 65536)
+            except OSError:  # The other side is closed.
+                break
+            if not part:
+                break
+            shown += part
+    os.close(ours)
+    assert process.returncode == 0, shown.decode()
+    return shown.decode().replace("\r\n", "\n")
+
+
+def plain(text):
+    """Without colors and bars: a line is what is left of it when it has been overwritten."""
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    return "\n".join(line.rpartition("\r")[2] for line in text.split("\n"))
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory, photographs):
+    """What a terminal shows of several commands, with colors."""
+    folder = tmp_path_factory.mktemp("terminal")
+    model, data = tiny_classifier(folder / "model"), odd_folder(folder / "photos", photographs)
+    commands = {
+        "demo": ["demo"],
+        "evaluate": ["evaluate", str(model), str(data)],
+        "train help": ["train", "--help"],
+        "mistake": ["summary", str(folder / "nowhere")],
+        "taken": ["unpack", str(DEMO), str(folder)],
+    }
+    shown = in_a_terminal(SESSION, *("|".join(command) for command in commands.values()))
+    parts = re.split(r"=== (\d+)\n===\n", shown)
+    assert len(parts) == 2 * len(commands) + 1
+    return {name: (parts[2 * i], int(parts[2 * i + 1])) for i, name in enumerate(commands)}
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    """In a terminal, with every command on a line of its own."""
+    code = (
+        "import sys; from proxbit_cli import main; sys.argv = ['proxbit', '--help']\n"
+        "try: main()\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "assert not {'torch', 'transformers', 'proxbit', 'numpy'} & set(sys.modules)"
+    )
+    shown = plain(in_a_terminal(code))
+    assert max(map(len, shown.splitlines())) <= 80
+    for name, text in COMMANDS.items():
+        assert re.search(rf"^│ {name} +{re.escape(text)} +│$", shown, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_its_line_and_an_example(name):
+    command = getattr(import_module(f"proxbit.cli.{name}"), name)
+    text = getdoc(command)
+    assert text.splitlines()[0] == COMMANDS[name]
+    assert f"\n\nExample: proxbit {name}" in text
+    shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "80"})
+    assert shown.exit_code == 0 and f"Example: proxbit {name}" in shown.output
+    assert max(map(len, shown.output.splitlines())) <= 80
+    assert "…" not in shown.output
+
+
+def test_every_file_is_a_command_of_the_program():
+    files = {file.stem for file in Path(proxbit.cli.__file__).parent.glob("*.py")}
+    assert files - NO_COMMANDS == set(COMMANDS)
+
+
+def test_a_typing_mistake_gets_a_hint():
+    done = CliRunner().invoke(app, ["summery"])
+    assert done.exit_code == 2 and "Did you mean 'summary'?" in done.output
 
 
 def test_a_refusal_is_one_line_and_exit_status_2(monkeypatch, capsys, tmp_path):
@@ -25,11 +132,34 @@ def test_a_refusal_is_one_line_and_exit_status_2(monkeypatch, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_program_is_installed():
-    from_script = subprocess.run(
-        [sys.executable, "-c", "from proxbit.cli import main; main()", "plot", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "regularizer" in from_script.stdout
+def test_a_fault_of_the_program_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["proxbit", "env"])
+    monkeypatch.setattr("proxbit.cli.env.environment", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+@pytest.mark.parametrize("name", ["mistake", "taken"])
+def test_mistakes_in_a_terminal(session, name):
+    shown, status = session[name]
+    assert status == 2
+    assert "Traceback" not in shown and len(re.findall("^Error: ", plain(shown), re.MULTILINE)) == 1
+
+
+def test_nothing_is_wider_than_the_terminal(session):
+    """But messages, which the terminal wraps by itself."""
+    for name in ("demo", "evaluate", "train help"):
+        shown, status = session[name]
+        tables = [line for line in plain(shown).splitlines() if line.startswith(tuple("│┃╭╰┌└├"))]
+        assert status == 0 and tables and max(map(len, tables)) <= 80, name
+
+
+def test_the_demo_draws_in_colors(session):
+    shown, _ = session["demo"]
+    assert shown.count("▀") >= 10 * 12 * 6
+    assert "\x1b[38;2;" in shown or "\x1b[38;5;" in shown
+
+
+def test_evaluate_in_a_terminal(session):
+    shown, _ = session["evaluate"]
+    assert "2 left out:" in shown and "cut.jpg: " in shown and "text.jpg: not a picture" in shown

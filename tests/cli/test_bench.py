@@ -1,5 +1,6 @@
 """`proxbit bench`, on tiny models. No test depends on how fast a machine is."""
 
+import json
 import re
 
 import pytest
@@ -104,3 +105,12 @@ def test_the_table_is_what_was_measured():
     cells = [list(column.cells) for column in table.columns]
     assert [column[1] for column in cells] == ["[bold]packed, sign[/]", "100.00", "0%", "3.00", "50%", "20%", "30%"]
     assert [column[0] for column in cells][1:4] == ["300.00", "33%", "1.00"]
+
+
+def test_as_json(tmp_path, architecture):
+    architecture.save_pretrained(tmp_path)
+    found = json.loads(run(tmp_path, "--random", "--json").stdout)
+    assert found["model"] == "ViTForImageClassification"
+    packed = found["variants"]["packed, float"]
+    assert packed["ms"] > 0 and packed["times_as_fast_as_float"] > 0
+    assert sum(packed["shares"].values()) == pytest.approx(1)

@@ -1,5 +1,7 @@
 """`proxbit env`."""
 
+import json
+
 import torch
 from typer.testing import CliRunner
 
@@ -25,3 +27,8 @@ def test_the_reference_comes_with_one_line_of_advice(monkeypatch):
     native.cache_clear()
     assert result.exit_code == 0
     assert result.output.splitlines()[-1].startswith("Packed layers run on the plain torch reference")
+
+
+def test_as_json():
+    found = json.loads(CliRunner().invoke(app, ["env", "--json"]).stdout)
+    assert found["torch"] == torch.__version__ and found["kernel level"] in found["levels available"]

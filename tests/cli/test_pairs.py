@@ -1,5 +1,7 @@
 """`proxbit pairs`."""
 
+import json
+
 from typer.testing import CliRunner
 
 from proxbit.cli.app import app
@@ -21,3 +23,12 @@ def test_a_narrow_terminal_still_shows_every_name():
     result = CliRunner().invoke(app, ["pairs"], env={"COLUMNS": "80"})
     assert all(f"│ {name} " in result.output for name in PAIRS)
     assert max(map(len, result.output.splitlines())) <= 80
+
+
+def test_as_json():
+    found = json.loads(CliRunner().invoke(app, ["pairs", "--json"]).stdout)
+    assert {row["name"]: row["sound"] for row in found} == {name: PAIRS.get(name).sound for name in PAIRS}
+
+
+def test_no_link_is_cut_off():
+    assert "…" not in CliRunner().invoke(app, ["pairs"], env={"COLUMNS": "80"}).output

@@ -3,9 +3,9 @@
 import io
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -130,12 +130,15 @@ class ModelSummary:
         return sum(layer.macs or 0 for layer in self.layers if layer.state != "float")
 
     def __str__(self) -> str:
+        return self.to_text()
+
+    def to_text(self, width: int = WIDTH) -> str:
+        """The table for a terminal of so many columns: a narrow one gets fewer."""
+        columns = [column for column in COLUMNS if column.at in (None, "wide" if width >= WIDTH else "narrow")]
         table = Table(title=f"{self.model} ({self.state})", box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
-        table.add_column("module", overflow="fold", min_width=38)
-        table.add_column("state")
-        for column in ("bits", "1-bit", "float", "bytes", "1-bit MACs", "float MACs"):
-            table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("kernel", no_wrap=True)
+        table.add_column("module", overflow="fold", min_width=38 if width >= WIDTH else None)
+        for column in columns:
+            table.add_column(column.title, justify=column.justify, no_wrap=True)
         shown = ""
         for layer in self.layers:
             block, name = _block_and_name(layer.name)
@@ -143,24 +146,18 @@ class ModelSummary:
                 table.add_row(f"{block}" if block else "")
                 shown = block
             times = f" ×{layer.count}" if layer.count > 1 else ""
-            macs = _short(layer.macs) if layer.macs is None or layer.macs else ""
-            table.add_row(
-                f"{'  ' if block else ''}{name}{times}",
-                layer.state,
-                str(layer.bits),
-                _short(layer.binary_parameters) if layer.binary_parameters else "",
-                _short(layer.float_parameters) if layer.float_parameters else "",
-                f"{_short(layer.bytes)}B" if layer.bytes >= 1000 else f"{layer.bytes} B",
-                macs if layer.state != "float" else "",
-                macs if layer.state == "float" else "",
-                layer.kernel,
-            )
+            table.add_row(f"{'  ' if block else ''}{name}{times}", *(column.cell(layer) for column in columns))
         stream = io.StringIO()
-        console = Console(file=stream, width=WIDTH, color_system=None, highlight=False)
+        console = Console(file=stream, width=width, color_system=None, highlight=False)
         console.print(table)
         for line in self._totals():
-            console.print(line, soft_wrap=True)
+            console.print(line, soft_wrap=width >= WIDTH)
         return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Layers and totals as JSON types."""
+        totals = ("state", "binary_parameters", "float_parameters", "file_bytes", "packed_bytes", "float32_bytes")
+        return {**asdict(self), **{name: getattr(self, name) for name in (*totals, "binary_macs")}}
 
     def _totals(self) -> Iterator[str]:
         weights = self.binary_parameters + self.float_parameters
@@ -207,6 +204,33 @@ def _short(value: int | None) -> str:
             return f"{size:.3g}{unit}"
         size /= 1000
     return f"{size:.3g} T"
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column behind the name of the layer; some are for a wide terminal only, or for a narrow one."""
+
+    title: str
+    cell: Callable[[LayerSummary], str]
+    justify: Literal["left", "right"] = "right"
+    at: Literal["wide", "narrow"] | None = None
+
+
+def _macs(layer: LayerSummary) -> str:
+    return _short(layer.macs) if layer.macs is None or layer.macs else ""
+
+
+COLUMNS = (
+    _Column("state", lambda layer: layer.state, "left"),
+    _Column("bits", lambda layer: str(layer.bits), at="wide"),
+    _Column("1-bit", lambda layer: _short(layer.binary_parameters) if layer.binary_parameters else ""),
+    _Column("float", lambda layer: _short(layer.float_parameters) if layer.float_parameters else ""),
+    _Column("bytes", lambda layer: f"{_short(layer.bytes)}B" if layer.bytes >= 1000 else f"{layer.bytes} B"),
+    _Column("1-bit MACs", lambda layer: _macs(layer) if layer.state != "float" else "", at="wide"),
+    _Column("float MACs", lambda layer: _macs(layer) if layer.state == "float" else "", at="wide"),
+    _Column("MACs", _macs, at="narrow"),
+    _Column("kernel", lambda layer: layer.kernel, "left", at="wide"),
+)
 
 
 def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None) -> ModelSummary:

@@ -1,4 +1,4 @@
-"""The command line: `proxbit`, one file a command."""
+"""The commands of the program `proxbit`, one file a command; `proxbit_cli` names them."""
 
 from proxbit.cli.app import main
 

@@ -1,6 +1,7 @@
 """`proxbit bench`: how fast a model of the user is, float and packed, and where the time goes."""
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -13,42 +14,29 @@ from torch import nn
 from proxbit.analysis.environment import environment
 from proxbit.analysis.timing import Timings, operator_shares, time_rounds, torch_threads
 from proxbit.analysis.variants import forward_calls, packed_copy, variants
+from proxbit.cli.checkpoints import architecture, load_model
 from proxbit.config import QUANT_METHOD, BinarizationConfig
 from proxbit.errors import CheckpointError
 
 __all__ = ["bench"]
 
 
-def load(name: str, random: bool, dtype: torch.dtype | str = torch.float32) -> nn.Module:
-    """The model of a folder or of the hub, in the class its configuration names.
+def load(name: str, random: bool) -> nn.Module:
+    """The model of a folder or of the hub, in fp32; with random weights if asked.
 
     Raises:
         CheckpointError: if there is no such model, or no weights and none were asked for at random.
     """
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"There is no model {name!r}, neither in a folder nor on the hub: {_first_line(error)}"
-        ) from error
-    model_class = getattr(transformers, next(iter(config.architectures or []), ""), None)
+    config, model_class = architecture(name)
     if random:
         return _random(config, model_class)
-    loader = model_class or transformers.AutoModelForImageClassification
     try:
-        model: nn.Module = loader.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{name!r} has no weights in safetensors; --random takes random ones. {_first_line(error)}"
-        ) from error
-    return model
+        return load_model(name, torch.float32)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} (--random takes random weights, and needs a config.json only.)") from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _random(config: transformers.PreTrainedConfig, model_class: type[nn.Module] | None) -> nn.Module:
+def _random(config: transformers.PreTrainedConfig, model_class: Any | None) -> nn.Module:
     """A model with random weights, packed where its configuration says that it is of proxbit."""
     stored = config.__dict__.pop("quantization_config", None)
     make = model_class or transformers.AutoModelForImageClassification.from_config
@@ -76,6 +64,22 @@ def table_of(timings: Timings, shares: dict[str, dict[str, float]]) -> Table:
     return table
 
 
+def as_rows(model: nn.Module, timings: Timings, shares: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """The table, unrounded."""
+    return {
+        "model": type(model).__name__,
+        "variants": {
+            name: {
+                "ms": 1e3 * timings.median(name),
+                "spread": timings.spread(name),
+                "times_as_fast_as_float": timings.ratio(name, "float"),
+                "shares": shares[name],
+            }
+            for name in timings.seconds
+        },
+    }
+
+
 def bench(
     model: Annotated[str, typer.Argument(help="A folder, or a name on the hub.")],
     batch: Annotated[int, typer.Option(min=1, help="Pictures in a forward pass.")] = 1,
@@ -84,11 +88,14 @@ def bench(
     random: Annotated[
         bool, typer.Option("--random", help="Random weights: the folder needs no more than a config.json.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Time a model as float, bf16, int8 dynamic and packed, and show what its time goes into.
+    """Time a model, float and packed, and show where its time goes.
 
-    A packed model is timed with its own activations; of a float model a packed copy with the default configuration is
-    timed, untrained.
+    It is timed as float, bf16, int8 dynamic and packed. A packed model keeps its own activations; of a float model a
+    packed copy with the default configuration is timed, untrained.
+
+    Example: proxbit bench vit-1bit --batch 8
     """
     with torch_threads(threads):
         loaded = load(model, random)
@@ -96,6 +103,9 @@ def bench(
         timings = time_rounds(calls, rounds)
         shares = {name: operator_shares(call) for name, call in calls.items()}
         here = environment()
+    if as_json:
+        typer.echo(json.dumps(as_rows(loaded, timings, shares), indent=1))
+        return
     console = Console()
     what = f"{type(loaded).__name__}, batch {batch}, threads {here.threads}"
     console.print(f"{what}; {here}", highlight=False, markup=False, soft_wrap=True)

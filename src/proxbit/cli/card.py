@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from proxbit.analysis.card import CARD_FIELDS, CARD_NAME, QuantizationCard, quantization_card
-from proxbit.cli.bench import load
+from proxbit.cli.checkpoints import load_model
 from proxbit.errors import CheckpointError
 from proxbit.hub.files import check_files, weight_files
 
@@ -38,7 +38,7 @@ def card_of(name: str) -> QuantizationCard:
         return found
     if not local:
         folder = _fetched(name, WEIGHTS)
-    model = load(str(folder), random=False, dtype="auto")
+    model = load_model(str(folder))
     run = {"model_id": None if local else name, "base_model": None}
     return quantization_card(model, run=run, files=weight_files(folder))
 

@@ -1,5 +1,9 @@
 """`proxbit env`: what runs here, for bug reports and for whoever wonders why it is slow."""
 
+import json
+from typing import Annotated
+
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -9,12 +13,12 @@ from proxbit.analysis.environment import environment
 __all__ = ["env"]
 
 
-def env() -> None:
-    """Show versions, the processor, and which kernels run."""
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions, the processor, and which kernels run.
+
+    Example: proxbit env
+    """
     here = environment()
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
     rows = {
         **here.versions,
         "CPU": here.cpu,
@@ -25,6 +29,12 @@ def env() -> None:
         "levels available": ", ".join((*here.levels, "reference")),
         "PROXBIT_ISA": here.isa or "not set",
     }
+    if as_json:
+        typer.echo(json.dumps({**rows, "advice": here.advice}, indent=1))
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, escape(value))
     console = Console()

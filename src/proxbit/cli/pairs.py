@@ -1,5 +1,10 @@
 """`proxbit pairs`: the family as a table."""
 
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,13 +21,20 @@ def _cells(row: PairSummary) -> list[str]:
     return [f"[bold]{escape(row.name)}[/]", escape(formulas), f"{verdict}\n{escape(row.reason)}", escape(row.source)]
 
 
-def pairs() -> None:
-    """List the quantizer pairs: name, F and B, sound or not and why, source."""
+def pairs(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the quantizer pairs: F, B, sound or not and why, source.
+
+    Example: proxbit pairs
+    """
+    rows = summarize_pairs()
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
+        return
     table = Table(show_lines=True)
     table.add_column("name", no_wrap=True)
     table.add_column("forward F, backward B", ratio=4)
     table.add_column("verdict of the theory", ratio=3)
-    table.add_column("source", ratio=3)
-    for row in summarize_pairs():
+    table.add_column("source", ratio=3, overflow="fold")
+    for row in rows:
         table.add_row(*_cells(row))
     Console().print(table)

@@ -27,7 +27,12 @@ def plot(
         str, typer.Option(help="Parameters of the pair as JSON, such as '{\"levels\": [-1, 0, 1]}'.")
     ] = "{}",
 ) -> None:
-    """Draw F, B, the proximal map P, the transform T and the regularizer r of a quantizer pair."""
+    """Draw F, B, P, T and the regularizer of a quantizer pair.
+
+    P is its proximal map, T its transform: F is T of P.
+
+    Example: proxbit plot bnn++ --mu 1 --mu 10 --out bnn++.svg
+    """
     try:
         values = json.loads(parameters)
     except json.JSONDecodeError as error:

@@ -18,7 +18,9 @@ def push(
     path: Annotated[Path, typer.Argument(help="The folder of a packed model, as save_pretrained wrote it.")],
     repo: Annotated[str, typer.Argument(help="Where to: owner/name, or a name of yours. It is made if there is none.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A branch, which is made if there is none. By default: main.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, which is made if there is none. By default: main.")
+    ] = None,
     token: Annotated[
         str | None, typer.Option(help="A token that may write. By default: HF_TOKEN, or that of `hf auth login`.")
     ] = None,

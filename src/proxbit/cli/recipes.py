@@ -14,9 +14,11 @@ __all__ = ["recipes"]
 
 
 def recipes(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the recipes: name, what it makes, its configuration, its training arguments, source.
+    """List the recipes: what each makes, and what it sets.
 
-    Use one by name: ProxConnectArguments("out", recipe="w1a8").
+    Use one by name: `proxbit binarize MODEL OUT --recipe w1a8`, or ProxConnectArguments("out", recipe="w1a8").
+
+    Example: proxbit recipes
     """
     found = {name: RECIPES.get(name) for name in RECIPES}
     if as_json:

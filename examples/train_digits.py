@@ -1,0 +1,122 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["proxbit[examples]"]
+# ///
+"""Train the model of `proxbit demo`: a 1-bit vision transformer that reads handwritten digits.
+
+    python examples/train_digits.py        # about 3 minutes on 2 CPU cores; writes runs/digits
+
+Trains a float vision transformer on four fifths of the 1,797 digits of scikit-learn (8 x 8 grey pictures), makes it
+latent, trains it with ProxConnect++ and distillation from the float model, packs it, and writes what
+src/proxbit/demo/digits holds: the packed model, its image processor, and the first test picture of each digit.
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, set_seed
+
+import proxbit
+from proxbit.training import DistillationArguments, DistillationTrainer
+from proxbit.training.metrics import classification_metrics
+
+SIDE, FLOAT_EPOCHS, BINARY_EPOCHS = 8, 80, 60
+
+
+def pictures() -> tuple[list[Image.Image], np.ndarray]:
+    """All digits as grey pictures, black on white as they were written, and their labels."""
+    digits = load_digits()
+    grey = np.clip(255 - 16 * digits.images, 0, 255).astype(np.uint8)
+    return [Image.fromarray(one) for one in grey], digits.target
+
+
+def make_model() -> tuple[ViTForImageClassification, ViTImageProcessorPil]:
+    """A narrow ViT whose patches are 2 x 2 pixels, and its image processor."""
+    names = [str(digit) for digit in range(10)]
+    config = ViTConfig(
+        image_size=SIDE,
+        patch_size=2,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+    )
+    return ViTForImageClassification(config), ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
+
+
+def rows(chosen: list[Image.Image], labels: np.ndarray, processor: ViTImageProcessorPil) -> list[dict]:
+    """What a Trainer takes: pixels as the model's own processor makes them, and labels."""
+    pixels = processor([one.convert("RGB") for one in chosen], return_tensors="pt")["pixel_values"]
+    return [{"pixel_values": p, "labels": int(label)} for p, label in zip(pixels, labels)]
+
+
+def arguments(kind, folder: Path, epochs: int):
+    """The training arguments that both runs share."""
+    return kind(
+        str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=128,
+        per_device_eval_batch_size=128,
+        learning_rate=3e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        weight_decay=0.05,
+        logging_steps=60,
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=False,
+    )
+
+
+def main() -> None:
+    """Train, pack, and write the folder of the demo."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder for the model and the samples")
+    parser.add_argument("--smoke", action="store_true", help="one epoch on few pictures: does it run?")
+    options = parser.parse_args()
+    float_epochs, binary_epochs = (1, 1) if options.smoke else (FLOAT_EPOCHS, BINARY_EPOCHS)
+    set_seed(0)
+    drawn, labels = pictures()
+    if options.smoke:
+        drawn, labels = drawn[:100], labels[:100]
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    model, processor = make_model()
+    data = {
+        "train_dataset": rows([drawn[i] for i in train], labels[train], processor),
+        "eval_dataset": rows([drawn[i] for i in test], labels[test], processor),
+        "compute_metrics": classification_metrics,
+    }
+    args = arguments(DistillationArguments, options.out / "float", float_epochs)
+    trainer = DistillationTrainer(model=model, args=args, **data)
+    trainer.train()
+    found = {"float": trainer.evaluate()["eval_accuracy"]}
+
+    teacher = copy.deepcopy(model).eval()
+    proxbit.binarize(model, proxbit.BinarizationConfig(weights="bnn++"))
+    args = arguments(proxbit.ProxConnectArguments, options.out / "latent", binary_epochs)
+    trainer = proxbit.ProxConnectTrainer(model=model, args=args, teacher=teacher, **data)
+    trainer.train()
+    found["packed"] = trainer.evaluate()["eval_accuracy"]
+
+    proxbit.pack(model).save_pretrained(options.out)
+    processor.save_pretrained(options.out)
+    (options.out / "samples").mkdir(exist_ok=True)
+    for digit in range(10):
+        first = next(i for i in test if labels[i] == digit)
+        drawn[first].save(options.out / "samples" / f"{digit}.png")
+    (options.out / "accuracy.json").write_text(json.dumps({**found, "test_pictures": len(test)}, indent=1))
+    print(proxbit.summary(model))
+    print(f"accuracy on {len(test)} pictures: float {found['float']:.1%}, packed {found['packed']:.1%}")
+    print(f"Wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""`proxbit evaluate`: what a classifier gets right, and how fast."""
+
+import json
+from dataclasses import asdict
+from functools import partial
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from proxbit.cli.checkpoints import load_model, load_processor
+from proxbit.cli.progress import watch
+from proxbit.errors import CheckpointError
+from proxbit.patching import state_of
+from proxbit.training.evaluation import Evaluation, evaluate_pictures
+from proxbit.training.image_folders import load_splits, pick_split, read_pictures
+
+__all__ = ["evaluate"]
+
+PREFERRED = ("test", "validation")
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="An image classifier in any state: a folder, or a name on the hub.")],
+    data: Annotated[str, typer.Argument(help="A folder with a folder for each class, or a dataset on the hub.")],
+    split: Annotated[
+        str | None, typer.Option(help="The part of the data. [default: test, validation, or the only one]")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures in a forward pass.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure accuracy, latency and throughput on pictures.
+
+    Pictures that cannot be read are left out, and listed. The names of the classes are labels of the model.
+
+    Example: proxbit evaluate vit-1bit photos --batch 8
+    """
+    splits = load_splits(data)
+    chosen = pick_split(splits, split, PREFERRED)
+    loaded, processor = load_model(model), load_processor(model)
+    if processor is None:
+        raise CheckpointError(f"{model!r} has no preprocessor_config.json: it is not known how pictures are prepared.")
+    pictures = read_pictures(splits[chosen], partial(watch, "Reading pictures"))
+    result = evaluate_pictures(
+        loaded, processor, pictures, name=repr(model), batch=batch, watch=partial(watch, "Classifying")
+    )
+    facts = {"model": model, "state": state_of(loaded), "data": data, "split": chosen, "batch": batch}
+    if as_json:
+        typer.echo(json.dumps({**facts, **asdict(result)}, indent=1))
+        return
+    show(f"{model} ({facts['state']}) on {data}, {chosen}", result, batch)
+
+
+def show(title: str, result: Evaluation, batch: int) -> None:
+    """The numbers, and below them what was left out."""
+    console = Console()
+    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    table = Table(show_header=False)
+    rows = {
+        "pictures": f"{result.pictures:,}",
+        "accuracy": f"{result.accuracy:.2%}",
+        "balanced accuracy": f"{result.balanced_accuracy:.2%}",
+        "latency": f"{result.latency_ms:.2f} ms: the model alone, one picture",
+        "throughput": f"{result.pictures_per_second:.1f} pictures/s: the whole pipeline, batch {batch}",
+    }
+    for row in rows.items():
+        table.add_row(*row)
+    console.print(table)
+    if result.left_out:
+        console.print(f"{len(result.left_out)} left out:", highlight=False)
+    for each in result.left_out:
+        console.print(f"  {each.picture}: {each.reason}", highlight=False, markup=False, soft_wrap=True)

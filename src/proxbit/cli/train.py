@@ -1,0 +1,260 @@
+"""`proxbit train`: from a float model and pictures to a packed classifier."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from functools import partial
+from inspect import getdoc
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+import yaml
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import HfArgumentParser, TrainingArguments
+
+from proxbit.cli.checkpoints import architecture, check_new_folder, load_model, load_processor, save
+from proxbit.cli.progress import watch
+from proxbit.errors import CheckpointError, ConfigError, DataError, ModelStateError, ProxbitError
+from proxbit.hub import pack
+from proxbit.hub.compat import is_model_folder
+from proxbit.patching import state_of
+from proxbit.training.arguments import ProxConnectArguments
+from proxbit.training.image_folders import (
+    IMAGE,
+    LABEL,
+    class_names,
+    load_splits,
+    match_labels,
+    pick_split,
+    read_pictures,
+    relabel,
+)
+from proxbit.training.metrics import classification_metrics
+from proxbit.training.recipes import DEFAULT_RECIPE
+from proxbit.training.trainer import ProxConnectTrainer
+
+__all__ = ["PictureArguments", "parse", "train"]
+
+HELD_OUT = ("validation", "test")
+Read = Callable[[Dataset], Dataset]
+
+
+@dataclass
+class PictureArguments:
+    """What is trained, and with which pictures; each field's `metadata["help"]` says what it is."""
+
+    model: str = field(metadata={"help": "A float or latent image classifier: a folder, or a name on the hub."})
+    data: str = field(metadata={"help": "A folder with a folder for each class, or a dataset on the hub."})
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "A float classifier with the same labels, for distillation."},
+    )
+    train_split: str | None = field(default=None, metadata={"help": "None: train, or the only one."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "None: validation, test, or eval_fraction of the pictures of train_split."}
+    )
+    eval_fraction: float = field(
+        default=0.1, metadata={"help": "Where there is no split to evaluate with: the share held out, in (0, 1)."}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eval_fraction < 1:
+            raise ConfigError(f"eval_fraction must be between 0 and 1, not {self.eval_fraction}.")
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser, whose refusals are those of proxbit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}. See `proxbit train --help`.")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The fields of a YAML or JSON file.
+
+    Raises:
+        ConfigError: if there is no such file, or it is no mapping.
+    """
+    try:
+        found = yaml.safe_load(path.read_text())  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML or JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} must hold fields and their values, such as `learning_rate: 1e-4`.")
+    return found
+
+
+def parse(arguments: list[str]) -> tuple[PictureArguments, ProxConnectArguments]:
+    """The fields from a file, if one comes first, and from options, which win.
+
+    Raises:
+        ConfigError: for unknown fields, or values that are not valid.
+    """
+    parser = _Parser((PictureArguments, ProxConnectArguments), allow_abbrev=False, add_help=False)
+    if arguments and not arguments[0].startswith("-"):
+        _take(parser, read_settings(Path(arguments[0])), arguments[0])
+        arguments = arguments[1:]
+    try:
+        pictures, training, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    except ProxbitError:
+        raise
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise ConfigError(f"These arguments do not work: {error}") from error
+    if unknown:
+        raise ConfigError(f"Unknown: {' '.join(unknown)}. See `proxbit train --help`.")
+    training.remove_unused_columns = False
+    return pictures, training
+
+
+def _take(parser: HfArgumentParser, settings: Mapping[str, Any], path: str) -> None:
+    """Make the settings of a file the defaults of the options."""
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in settings.items():
+        if name not in actions:
+            near = get_close_matches(str(name), actions, n=3)
+            hint = f" Did you mean {' or '.join(near)}?" if near else " See `proxbit train --help`."
+            raise ConfigError(f"{path}: there is no field {name!r}.{hint}")
+        if isinstance(value, list) and actions[name].nargs is None:
+            raise ConfigError(f"{path}: {name} takes one value, not {value!r}.")
+        actions[name].required = False
+        # A number as text goes through the type of its option, as it would on the command line.
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        actions[name].default = str(value) if number else value
+
+
+def pick_splits(given: PictureArguments) -> tuple[Dataset, Dataset | None]:
+    """The pictures to train with, and those to evaluate with where they are a split of their own."""
+    splits = load_splits(given.data)
+    name = pick_split(splits, given.train_split, ["train"])
+    held_out = given.eval_split or next((other for other in HELD_OUT if other in splits and other != name), None)
+    if held_out is None:
+        return splits[name], None
+    train, test = splits[name], splits[pick_split(splits, held_out, [])]
+    if class_names(train) != class_names(test):
+        raise DataError(f"The classes of {name} and {held_out} differ: {class_names(train)} and {class_names(test)}.")
+    return train, test
+
+
+def read_data(train: Dataset, test: Dataset | None, read: Read, given: PictureArguments, seed: int) -> list[Dataset]:
+    """Both datasets, with nothing but pictures that can be read."""
+    if test is not None:
+        return [read(train), read(test)]
+    found = read(train)
+    if len(found) < 2:
+        raise DataError(f"{given.data} holds one picture; two are needed, to train with and to evaluate with.")
+    parts = found.train_test_split(test_size=given.eval_fraction, seed=seed)
+    return [parts["train"], parts["test"]]
+
+
+def read_labeled(dataset: Dataset, numbers: Mapping[int, int], name: str) -> Dataset:
+    """The pictures that can be read, with the model's labels; the others are named on standard error."""
+    pictures = read_pictures(dataset, partial(watch, "Reading pictures"))
+    for each in pictures.left_out:
+        typer.echo(f"left out: {each.picture}: {each.reason}", err=True)
+    return relabel(pictures, numbers, repr(name))
+
+
+def load_for(name: str, names: Sequence[str] | None) -> tuple[nn.Module, dict[int, int]]:
+    """The model, and its number of each class: with its own labels if they fit, else with a new head."""
+    config, _ = architecture(name)
+    changes: dict[str, Any] = {}
+    try:
+        numbers = match_labels(names, config.label2id, repr(name))
+    except DataError:
+        label2id = {label: i for i, label in enumerate(names or ())}
+        numbers = {i: i for i in label2id.values()}
+        changes = {"id2label": dict(enumerate(label2id)), "label2id": label2id, "ignore_mismatched_sizes": True}
+        typer.echo(f"{name} gets a new head for {len(numbers)} classes, which are none of its labels.", err=True)
+    model = load_model(name, **changes)
+    if state_of(model) == "packed":
+        raise ModelStateError(f"{name!r} is packed, and cannot be trained; name its latent checkpoint.")
+    return model, numbers
+
+
+def prepare(batch: dict[str, Any], processor: Any) -> dict[str, Any]:
+    """Pictures and labels as the model takes them."""
+    pixels = processor(batch[IMAGE], return_tensors="pt")["pixel_values"]
+    return {"pixel_values": list(pixels), "labels": batch[LABEL]}
+
+
+def labels_of(model: nn.Module) -> dict[str, int]:
+    """The numbers of a classifier's labels, by name."""
+    labels: dict[str, int] = model.config.label2id  # type: ignore[union-attr, assignment]
+    return labels
+
+
+def make_trainer(given: PictureArguments, args: ProxConnectArguments) -> ProxConnectTrainer:
+    """The Trainer with everything that was asked for, checked; nothing is written yet."""
+    out = Path(args.output_dir)
+    if args.resume_from_checkpoint is None:
+        check_new_folder(out)
+    elif not is_model_folder(args.resume_from_checkpoint):
+        raise CheckpointError(f"resume_from_checkpoint: {args.resume_from_checkpoint!r} is no checkpoint.")
+    train_split, test_split = pick_splits(given)
+    processor = load_processor(given.model)
+    if processor is None:
+        raise CheckpointError(f"{given.model!r} has no preprocessor_config.json: how are pictures prepared for it?")
+    model, numbers = load_for(given.model, class_names(train_split))
+    if state_of(model) == "float" and args.recipe is None:
+        args.recipe = DEFAULT_RECIPE
+    teacher = None if given.teacher is None else load_model(given.teacher)
+    if teacher is not None and labels_of(teacher) != labels_of(model):
+        raise ConfigError(f"The labels of the teacher {given.teacher!r} are not those of the model.")
+    read = partial(read_labeled, numbers=numbers, name=given.model)
+    train_set, test_set = read_data(train_split, test_split, read, given, args.seed)
+    transform = partial(prepare, processor=processor)
+    return ProxConnectTrainer(
+        model=model,
+        args=args,
+        teacher=teacher,
+        train_dataset=train_set.with_transform(transform),
+        eval_dataset=test_set.with_transform(transform),
+        processing_class=processor,
+        compute_metrics=classification_metrics,
+    )
+
+
+def train(context: typer.Context) -> None:
+    """Train a 1-bit classifier on pictures, evaluate, pack and save it.
+
+    Example: proxbit train --model google/vit-base-patch16-224 --data photos --output_dir runs/photos
+
+    Example: proxbit train config.yaml --learning_rate 1e-4
+
+    Fields come from options, and from a YAML or JSON file where one is named first; options win. OUTPUT_DIR is new, or
+    empty, and gets: latent/ (to train on), packed/ (to ship), the numbers in eval_results.json.
+    """
+    given, args = parse(context.args)
+    trainer = make_trainer(given, args)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    metrics = trainer.evaluate()
+    if not trainer.is_world_process_zero():
+        return
+    out = Path(args.output_dir)
+    trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+    model, processor = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    model.save_pretrained(out / "latent")
+    processor.save_pretrained(out / "latent")
+    table = Table(show_header=False)
+    for name, value in metrics.items():
+        if "accuracy" in name:
+            table.add_row(name.removeprefix("eval_").replace("_", " "), f"{value:.2%}")
+    Console().print(table)
+    save(pack(model), processor, out / "packed")
+
+
+def _fields() -> str:
+    """The fields that transformers does not have, a paragraph each."""
+    inherited = {item.name for item in fields(TrainingArguments)}
+    own = [*fields(PictureArguments), *(item for item in fields(ProxConnectArguments) if item.name not in inherited)]
+    lines = [f"--{item.name}: {item.metadata['help']}" for item in own]
+    link = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
+    return "\n\n".join([*lines, f"And the fields of transformers.TrainingArguments: {link}"])
+
+
+train.__doc__ = f"{getdoc(train)}\n\n{_fields()}"

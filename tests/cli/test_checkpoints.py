@@ -1,0 +1,65 @@
+"""Names become models, models become folders; mistakes become sentences."""
+
+import pytest
+import torch
+import transformers as hf
+
+import proxbit
+from picture_folders import tiny_classifier
+from proxbit.cli.checkpoints import architecture, check_new_folder, load_model, load_processor, save
+from proxbit.errors import CheckpointError
+from proxbit.patching import state_of
+from tiny_models import vit
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny_classifier(tmp_path / "float")
+
+
+def test_a_model_comes_in_the_class_of_its_configuration(tmp_path, folder):
+    assert architecture(str(folder))[1] is hf.ViTForImageClassification
+    hf.ViTModel(vit()).save_pretrained(tmp_path / "backbone")
+    assert type(load_model(str(tmp_path / "backbone"))) is hf.ViTModel
+
+
+@pytest.mark.parametrize("state", ["float", "latent", "packed"])
+def test_every_state_is_loaded_ready_to_be_used(tmp_path, folder, state, capsys):
+    model = load_model(str(folder))
+    if state != "float":
+        proxbit.binarize(model)
+        if state == "packed":
+            proxbit.pack(model)
+        save(model, load_processor(str(folder)), tmp_path / state)
+        assert f"Wrote {tmp_path / state}" in capsys.readouterr().out
+    loaded = load_model(str(tmp_path / state))
+    assert state_of(loaded) == state and not loaded.training
+    assert isinstance(load_processor(str(tmp_path / state)), hf.ViTImageProcessorPil)
+
+
+@pytest.mark.parametrize("harm", ["nowhere", "no weights", "cut off", "pickled"])
+def test_what_is_no_model_is_refused(folder, harm):
+    weights = folder / "model.safetensors"
+    if harm == "cut off":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif harm != "nowhere":
+        weights.unlink()
+    if harm == "pickled":
+        torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="There is no model" if harm == "nowhere" else "safetensors"):
+        load_model(str(folder / "nowhere" if harm == "nowhere" else folder))
+
+
+def test_there_need_be_no_processor(tmp_path):
+    hf.ViTModel(vit()).save_pretrained(tmp_path)
+    assert load_processor(str(tmp_path)) is None
+
+
+def test_only_a_new_or_empty_folder_is_written_to(tmp_path):
+    (tmp_path / "file").write_text("x")
+    check_new_folder(tmp_path / "new" / "deep")
+    (tmp_path / "empty").mkdir()
+    check_new_folder(tmp_path / "empty")
+    for taken in (tmp_path, tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(CheckpointError):
+            check_new_folder(taken)

@@ -1,0 +1,72 @@
+"""`proxbit demo`: what is in the package is small, free to ship, and reads digits."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+from typer.testing import CliRunner
+
+import proxbit
+from proxbit.cli.app import app
+from proxbit.cli.demo import half_blocks
+
+DEMO = Path(proxbit.__file__).parent / "demo"
+
+
+@pytest.fixture(scope="module")
+def found():
+    done = CliRunner().invoke(app, ["demo", "--json"])
+    assert done.exit_code == 0, done.exception
+    return json.loads(done.stdout)
+
+
+def test_it_is_small():
+    assert sum(file.stat().st_size for file in DEMO.rglob("*") if file.is_file()) < 300_000
+    config = json.loads((DEMO / "digits" / "config.json").read_text())
+    assert config["quantization_config"]["state"] == "packed"
+
+
+def test_ten_digits_are_read(found):
+    readings = found["readings"]
+    assert [reading["truth"] for reading in readings] == list("0123456789")
+    assert sum(reading["prediction"] == reading["truth"] for reading in readings) >= 9
+    assert all(0.1 < reading["certainty"] <= 1 for reading in readings)
+
+
+def test_sizes_are_those_of_the_files(found):
+    """The header of a file differs by its names on disk: less than a hundredth."""
+    assert found["packed"]["bytes"] == pytest.approx((DEMO / "digits" / "model.safetensors").stat().st_size, rel=0.01)
+    assert found["float"]["bytes"] > 8 * found["packed"]["bytes"]
+    assert found["float"]["latency_ms"] > 0 and found["packed"]["latency_ms"] > 0
+
+
+def test_the_samples_are_digits_of_scikit_learn():
+    digits = load_digits()
+    drawn = np.clip(255 - 16 * digits.images, 0, 255).astype(np.uint8)
+    for path in (DEMO / "digits" / "samples").glob("*.png"):
+        same = (drawn == np.asarray(Image.open(path))).all(axis=(1, 2))
+        assert {str(label) for label in digits.target[same]} == {path.stem}
+
+
+def test_licence_and_maker_are_named():
+    text = (DEMO / "digits" / "README.md").read_text()
+    assert all(words in text for words in ("CC BY 4.0", "Alpaydin", "python examples/train_digits.py", "model_cards/"))
+
+
+def test_two_pixels_are_one_character():
+    picture = Image.fromarray(np.array([[0, 255, 0, 255], [0, 255, 255, 0]], dtype=np.uint8))
+    assert half_blocks(picture, colors=False).plain == "█ ▀▄\n"
+    styled = half_blocks(picture, colors=True)
+    assert styled.plain == "▀▀▀▀\n"
+    shades = [(span.style.color.triplet.red, span.style.bgcolor.triplet.red) for span in styled.spans]
+    assert shades == [(0, 0), (255, 255), (0, 255), (255, 0)]
+
+
+def test_in_a_pipe_pictures_are_ink_on_paper():
+    shown = CliRunner().invoke(app, ["demo"], env={"COLUMNS": "80"}).stdout
+    assert "\x1b" not in shown and "██" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "10 are right" in shown and "smaller" in shown

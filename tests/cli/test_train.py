@@ -1,0 +1,116 @@
+"""`proxbit train`: fields from options and files, pictures to packed model, and what is refused."""
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from typer.testing import CliRunner
+
+import proxbit
+from picture_folders import odd_folder, tiny_classifier
+from proxbit.cli.app import app
+from proxbit.cli.train import parse
+from proxbit.errors import CheckpointError, ConfigError, DataError, ModelStateError
+from proxbit.patching import state_of
+
+FAST = ["--max_steps", "2", "--logging_steps", "1", "--report_to", "none", "--use_cpu", "true", "--save_strategy", "no"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, photographs):
+    folder = tmp_path_factory.mktemp("train")
+    tiny_classifier(folder / "float")
+    odd_folder(folder / "photos", photographs)
+    return folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+
+
+def test_pictures_make_a_packed_model(place, tmp_path):
+    options = ["--model", place / "float", "--teacher", place / "float", "--data", place / "photos", *FAST]
+    done = run(*options, "--eval_fraction", "0.25", "--recipe", "w1a8", "--output_dir", tmp_path / "out")
+    assert done.exit_code == 0, done.exception
+    assert done.stderr.count("left out: ") == 2 and "accuracy" in done.stdout
+    out = tmp_path / "out"
+    config = json.loads((out / "packed" / "config.json").read_text())["quantization_config"]
+    assert (config["state"], config["activations"]) == ("packed", "int8")
+    assert 0 <= json.loads((out / "eval_results.json").read_text())["eval_accuracy"] <= 1
+    states = {name: hf.AutoModelForImageClassification.from_pretrained(out / name) for name in ("latent", "packed")}
+    assert {name: state_of(model) for name, model in states.items()} == {"latent": "latent", "packed": "packed"}
+    assert (out / "packed" / "preprocessor_config.json").is_file()
+    assert states["packed"].config.label2id == {"flower": 0, "other": 1, "temple": 2}
+    start = hf.AutoModelForImageClassification.from_pretrained(place / "float")
+    assert not torch.equal(states["latent"].classifier.weight, start.classifier.weight)
+
+
+def test_other_classes_get_a_new_head_from_a_file(place, tmp_path):
+    tiny_classifier(tmp_path / "other", names=("a", "b", "c"))
+    settings = {"model": str(tmp_path / "other"), "data": str(place / "photos"), "output_dir": str(tmp_path / "out")}
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    done = run(tmp_path / "run.json", *FAST)
+    assert done.exit_code == 0, done.exception
+    assert "a new head for 2 classes" in done.stderr
+    made = hf.AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "packed")
+    assert made.config.id2label == {0: "flower", 1: "temple"} and made.classifier.weight.shape[0] == 2
+
+
+def test_options_win_over_the_file(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "model: m\ndata: d\nlearning_rate: 1e-4\nmax_steps: 7\nmu_end: 5\nremove_unused_columns: true\n"
+    )
+    given, args = parse([str(tmp_path / "a.yaml"), "--max_steps", "9", "--data", "e", "--use_cpu", "true"])
+    assert (given.model, given.data, given.teacher) == ("m", "e", None)
+    assert (args.learning_rate, args.max_steps, args.mu_end) == (1e-4, 9, 5.0)
+    assert args.remove_unused_columns is False
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "words"),
+    [
+        ("lerning_rate: 1", [], "there is no field 'lerning_rate'. Did you mean learning_rate"),
+        ("learning_rate: [1]", [], "learning_rate takes one value"),
+        ("learning_rate: fast", [], "invalid float value: 'fast'"),
+        ("- 1", [], "must hold fields"),
+        ("a: [", [], "cannot be read as YAML or JSON"),
+        ("model: m", [], "required: --data"),
+        ("data: d", ["--model", "m", "--epochs", "3"], "Unknown: --epochs 3"),
+        ("data: d", ["--model", "m", "--recipe", "w9"], "Unknown recipe 'w9'"),
+        ("data: d", ["--model", "m", "--eval_fraction", "1"], "eval_fraction"),
+        ("data: d", ["--model", "m", "--eval_strategy", "now"], "now"),
+    ],
+    ids=["field", "list", "number", "no fields", "not yaml", "missing", "option", "recipe", "fraction", "choice"],
+)
+def test_fields_that_do_not_work_are_refused(tmp_path, text, arguments, words):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(proxbit.ProxbitError) as refused:
+        parse([str(tmp_path / "a.yaml"), *arguments])
+    assert words in str(refused.value)
+
+
+def test_a_file_that_is_not_there():
+    with pytest.raises(ConfigError, match="nowhere.yaml cannot be read"):
+        parse(["nowhere.yaml"])
+
+
+def test_refusals_write_nothing(place, tmp_path):
+    model = hf.ViTForImageClassification.from_pretrained(place / "float")
+    proxbit.pack(proxbit.binarize(model)).save_pretrained(tmp_path / "packed")
+    hf.ViTImageProcessorPil().save_pretrained(tmp_path / "packed")
+    tiny_classifier(tmp_path / "stranger", names=("temple", "other", "flower"))
+    good = {"--model": place / "float", "--data": place / "photos", "--output_dir": tmp_path / "out"}
+    for changes, error in (
+        ({"--model": tmp_path / "nowhere"}, CheckpointError),
+        ({"--model": tmp_path / "packed"}, ModelStateError),
+        ({"--data": tmp_path / "nowhere"}, DataError),
+        ({"--eval_split": "test"}, DataError),
+        ({"--teacher": tmp_path / "stranger"}, ConfigError),
+        ({"--resume_from_checkpoint": tmp_path}, CheckpointError),
+    ):
+        options = [part for pair in (good | changes).items() for part in pair]
+        assert isinstance(run(*options, *FAST).exception, error), changes
+    assert not (tmp_path / "out").exists()
+    taken = [part for pair in (good | {"--output_dir": place / "float"}).items() for part in pair]
+    assert isinstance(run(*taken, *FAST).exception, CheckpointError)

@@ -1,0 +1,126 @@
+"""Pictures as users have them: what is read, what is left out, and whose labels they bear."""
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from picture_folders import CLASSES, READABLE, UNREADABLE, odd_folder
+from proxbit.errors import DataError
+from proxbit.training.image_folders import (
+    Pictures,
+    class_names,
+    load_splits,
+    match_labels,
+    pick_split,
+    read_pictures,
+    relabel,
+)
+
+LABEL2ID = {"flower": 0, "other": 1, "temple": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, photographs):
+    return odd_folder(tmp_path_factory.mktemp("pictures"), photographs)
+
+
+@pytest.fixture(scope="module")
+def pictures(folder):
+    return read_pictures(load_splits(str(folder))["train"])
+
+
+def test_what_cannot_be_read_is_left_out_with_a_reason(folder, pictures):
+    assert len(pictures.dataset) == READABLE
+    found = {each.picture: each.reason for each in pictures.left_out}
+    assert set(found) == {str(folder / "temple" / UNREADABLE[0]), str(folder / "flower" / UNREADABLE[1])}
+    assert "truncated" in found[str(folder / "temple" / "cut.jpg")].casefold()
+    assert found[str(folder / "flower" / "text.jpg")] == "not a picture"
+
+
+def test_every_picture_is_in_rgb_and_upright(folder, pictures):
+    """The turned ones have their sides swapped, and every pixel is where a viewer shows it."""
+    modes = {picture.mode for picture in pictures.dataset["image"]}
+    assert modes == {"RGB"}
+    stored = Image.open(folder / "flower" / "turned.jpg")
+    upright = np.rot90(np.asarray(stored), -1)
+    assert any(np.array_equal(np.asarray(picture), upright) for picture in pictures.dataset["image"])
+
+
+def test_the_watcher_sees_every_picture(folder):
+    seen = []
+
+    def watch(items, total):
+        seen.append(total)
+        yield from items
+
+    read_pictures(load_splits(str(folder))["train"], watch)
+    assert seen == [READABLE + len(UNREADABLE)]
+
+
+def test_classes_are_the_folders_and_get_the_numbers_of_the_model(pictures):
+    assert pictures.names == tuple(sorted(CLASSES))
+    numbers = match_labels(pictures.names, LABEL2ID, "the model")
+    assert numbers == {0: 0, 1: 2}
+    assert sorted(relabel(pictures, numbers, "the model")["label"]) == [0] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("names", "label2id", "expected"),
+    [
+        (["a", "b"], {"b": 1, "a": 0}, {0: 0, 1: 1}),
+        (["tiger_cat", "Egyptian-cat"], {"egyptian cat": 5, "Tiger cat": 3}, {0: 3, 1: 5}),
+        (None, {"x": 0, "y": 1}, {0: 0, 1: 1}),
+    ],
+    ids=["the same", "spelled otherwise", "numbers only"],
+)
+def test_labels_match(names, label2id, expected):
+    assert match_labels(names, label2id, "the model") == expected
+
+
+def test_strange_classes_are_refused_with_both_lists():
+    with pytest.raises(DataError, match="no labels of 'm': 'dog'. Its labels are: 'flower', 'other', 'temple'"):
+        match_labels(["dog", "flower"], LABEL2ID, "'m'")
+
+
+def test_a_label_without_a_class_is_refused(pictures):
+    """As in the test split of datasets whose labels are secret."""
+    secret = pictures.dataset.remove_columns("label").add_column("label", [-1] * READABLE)
+    with pytest.raises(DataError, match=r"labels \[-1\]"):
+        relabel(Pictures(secret, None, ()), {0: 0, 1: 1}, "the model")
+
+
+def test_splits_are_those_of_the_folder(tmp_path, photographs):
+    for name in ("train", "test"):
+        odd_folder(tmp_path / name, photographs)
+    splits = load_splits(str(tmp_path))
+    assert set(splits) == {"train", "test"}
+    assert pick_split(splits, None, ["test", "validation"]) == "test"
+    assert pick_split(splits, "train", ["test"]) == "train"
+    with pytest.raises(DataError, match="no split 'dev'; there are: train, test"):
+        pick_split(splits, "dev", [])
+    with pytest.raises(DataError, match="Which split"):
+        pick_split(splits, None, ["validation"])
+
+
+@pytest.mark.parametrize("what", ["nowhere", "empty", "file", "unreadable"])
+def test_what_is_no_folder_of_pictures_is_refused(tmp_path, what):
+    path = tmp_path / what
+    if what == "file":
+        path.write_text("x")
+    elif what != "nowhere":
+        path.mkdir()
+    if what == "unreadable":
+        (path / "cat").mkdir()
+        (path / "cat" / "1.jpg").write_text("x")
+    with pytest.raises(DataError):
+        read_pictures(load_splits(str(path))["train"])
+
+
+def test_other_columns_do_not_matter_and_other_names_are_understood(photographs):
+    data = datasets.Dataset.from_dict({"img": [Image.fromarray(photographs[0][:9, :9])] * 2, "labels": [1, 0]})
+    read = read_pictures(data.cast_column("img", datasets.Image()))
+    assert read.dataset.column_names == ["image", "label"] and class_names(data) is None
+    assert list(read.dataset["label"]) == [1, 0]
+    with pytest.raises(DataError, match="One column of pictures"):
+        read_pictures(data.remove_columns("labels"))
