@@ -11,6 +11,7 @@ from proxbit.cli.env import env
 from proxbit.cli.pairs import pairs
 from proxbit.cli.plot import plot
 from proxbit.cli.recipes import recipes
+from proxbit.cli.report import report
 from proxbit.errors import ProxbitError
 
 __all__ = ["app", "main"]
@@ -27,6 +28,7 @@ app.command()(env)
 app.command()(pairs)
 app.command()(plot)
 app.command()(recipes)
+app.command()(report)
 
 
 def main() -> None:
