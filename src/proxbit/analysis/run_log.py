@@ -1,4 +1,4 @@
-"""The log of a training run: one file of plain JSON lines beside its checkpoints. Trainers write it, reports read it."""
+"""The log of a training run: JSON lines beside its checkpoints. Trainers write it, reports read it."""
 
 import json
 import math

@@ -51,9 +51,7 @@ class Gallery:
         pixels = batch.get("pixel_values")
         if not isinstance(pixels, Tensor) or pixels.ndim != 4:
             return {}
-        pictures = [
-            {"png": png, **answer} for png, answer in zip(_png(pixels, processor), self.answers, strict=True)
-        ]
+        pictures = [{"png": png, **answer} for png, answer in zip(_png(pixels, processor), self.answers, strict=True)]
         return {"total": self.total, "right": self.right, "pictures": pictures}
 
 

@@ -94,9 +94,7 @@ class RunRecorder(TrainerCallback):
         """Keep what `choose` found, until the training has ended."""
         self.found = found
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the pictures of an evaluation after the training."""
         if not self.training:
             self._add_predictions(args, state, kwargs.get("processing_class"))

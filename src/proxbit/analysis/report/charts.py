@@ -67,7 +67,7 @@ def short(value: float, digits: int = 4) -> str:
     if value and not 1e-3 <= abs(value) < 1e5:
         mantissa, _, exponent = f"{value:.1e}".partition("e")
         return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value:.{digits}g}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def line_chart(
@@ -115,7 +115,7 @@ def line_chart(
         path = "M" + "L".join(f"{x} {y}" for x, y, *_ in places)
         drawn.append((curve.name, curve.style, path + ("h0.1" if len(places) == 1 else "")))
         data.append({"name": curve.name, "points": places})
-    ends = ", ".join(f"{c.name}: from {label(c.points[0][1])} to {label(c.points[-1][1])}" for c in thinned)
+    ends = "; ".join(f"{c.name}: from {label(c.points[0][1])} to {label(c.points[-1][1])}" for c in thinned)
     return Chart(
         title=title,
         text=f"{title} over the epochs. {ends}.",
@@ -160,7 +160,7 @@ def outline(shares: Sequence[float], top: float) -> str:
 
 
 def outline_ticks(low: float, high: float, bins: int) -> list[tuple[float, str]]:
-    """Place and label of the whole numbers below an `outline` of bins from low to high, with one more bin at each end."""
+    """Place and label of the whole numbers below an `outline` of bins from low to high, and one more at each end."""
     step = (RIGHT - LEFT) / (bins + 2)
     whole = range(math.ceil(low), math.floor(high) + 1)
     return [(round(LEFT + step * (1 + (x - low) / (high - low) * bins), 1), str(x).replace("-", "−")) for x in whole]

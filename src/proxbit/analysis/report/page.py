@@ -93,7 +93,7 @@ def write_report(run: str | Path, path: str | Path | None = None) -> Path:
         raise ConfigError(f"{target.parent} is not a folder: {target} cannot be written.")
     try:
         text = _render(folder.resolve().name, log, card)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{folder / RUN_LOG} lacks what a report needs ({error!r}).") from error
     part = target.with_name(f"{target.name}.part")
     part.write_text(text, encoding="utf-8")
@@ -202,8 +202,16 @@ def _charts(log: RunLog) -> list[Chart]:
         curves = [Curve(name, _points(log, key), style) for key, (name, style) in panel.keys.items()]
         curves = [curve for curve in curves if curve.points]
         if curves:
-            options = {"log": panel.log, "percent": panel.percent, "note": panel.note}
-            charts.append(line_chart(panel.title, curves, end=end, hard_from=hard_from, **options))
+            chart = line_chart(
+                panel.title,
+                curves,
+                end=end,
+                log=panel.log,
+                percent=panel.percent,
+                hard_from=hard_from,
+                note=panel.note,
+            )
+            charts.append(chart)
     return charts
 
 
@@ -241,7 +249,9 @@ def _warnings(log: RunLog) -> list[str]:
         found.append(f"This run has done {steps:,} of {log.run['steps']:,} steps: it goes on, or was stopped early.")
     gap = _last(log, "hardening_gap")
     if gap is not None and gap > 0.01 and steps >= log.run["steps"]:
-        found.append(f"The training ended soft (gap {short(gap)}): the packed model is not quite the one that was trained.")
+        found.append(
+            f"The training ended soft (gap {short(gap)}): the packed model is not quite the one that was trained."
+        )
     if any("loss" in row and row["loss"] is None for row in log.logs):
         found.append("Some losses were NaN or infinite; they are left out of the curves.")
     return found
@@ -249,9 +259,9 @@ def _warnings(log: RunLog) -> list[str]:
 
 def _density(counts: np.ndarray) -> np.ndarray:
     """Snapshots as columns, the largest latents on top, each column brightest where most weights are."""
-    inside = counts[:, 1:-1].astype(float)
-    inside = inside / inside.max(axis=1, keepdims=True).clip(1)
-    return inside.T[::-1]
+    inside = counts[:, 1:-1]
+    density: np.ndarray = inside / inside.max(axis=1, keepdims=True).clip(1)
+    return density.T[::-1]
 
 
 def _layers(log: RunLog) -> list[dict[str, Any]]:
@@ -262,9 +272,9 @@ def _layers(log: RunLog) -> list[dict[str, Any]]:
     counted = [snapshot["flip_ratio"] for snapshot in log.layers if snapshot["flip_ratio"] is not None]
     flips = np.array(counted).reshape(len(counted), len(log.run["layers"]))
     top = max(float(flips.max(initial=0.0)), 1e-9)
-    low, high, bins = log.run["edges"]
-    middles = low + (np.arange(bins) + 0.5) * (high - low) / bins
-    near, rows = np.abs(middles) < 0.25, []
+    bins = np.arange(log.run["edges"][2])
+    # The middle bin, and one on each side.
+    near, rows = np.abs(bins - bins.mean()) < 2, []
     for place, layer in enumerate(log.run["layers"]):
         counts = latents[:, place]
         total = counts.sum(axis=1).clip(1)
@@ -303,11 +313,13 @@ def _together(log: RunLog) -> dict[str, Any] | None:
     counts = np.array([np.array(snapshot["latents"]).sum(axis=0) for snapshot in log.layers])
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
     top = float(shares[[0, -1]].max())
+    low, high, bins = log.run["edges"]
     return {
         "heat": heat_map(_density(counts)),
         "first": outline(shares[0], top),
         "last": outline(shares[-1], top),
-        "xticks": outline_ticks(*log.run["edges"]),
+        "xticks": outline_ticks(low, high, bins),
+        "near": 1.5 * (high - low) / bins,
         "begin": log.layers[0].get("epoch") or 0,
         "end": log.layers[-1].get("epoch") or 0,
     }
