@@ -29,6 +29,7 @@ COMMANDS = {
     "plot": "Draw F, B, P, T and the regularizer of a quantizer pair.",
     "push": "Upload a packed model to the Hub, with its cards.",
     "recipes": "List the recipes: what each makes, and what it sets.",
+    "report": "Write a page about a training run.",
     "summary": "Show what a model is made of: states, bits, bytes, kernels.",
     "train": "Train a 1-bit classifier on pictures, evaluate, pack and save it.",
     "unpack": "Make a packed model float, for people without proxbit.",

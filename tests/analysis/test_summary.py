@@ -135,3 +135,14 @@ def test_numbers_in_names_fold_only_between_dots():
     names = [layer.name for layer in proxbit.summary(model).layers]
     assert names == ["norm_1", "norm_2"]
     assert not re.search(r"norm_1-2", str(proxbit.summary(model)))
+
+
+def test_without_running_the_model():
+    """Everything but the multiply-accumulates is the same, and the model is not called."""
+    model = proxbit.binarize(FAMILIES["vit"](), proxbit.BinarizationConfig())
+    full = proxbit.summary(model)
+    model.forward = None
+    short = proxbit.summary(model, count_macs=False)
+    assert (short.total_macs, short.binary_macs) == (None, None)
+    assert (short.file_bytes, short.packed_bytes) == (full.file_bytes, full.packed_bytes)
+    assert "not counted: not asked for" in str(short)

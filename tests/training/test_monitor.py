@@ -12,7 +12,7 @@ import proxbit
 from proxbit.config import BinarizationConfig
 from proxbit.nn import latent_layers, set_mu
 from proxbit.training import FlipCounter, hardening_gap
-from proxbit.training.monitor import layer_hardening_gap
+from proxbit.training.monitor import latent_histogram, layer_hardening_gap
 from tiny_models import vit
 
 
@@ -162,3 +162,51 @@ def test_watching_changes_nothing():
     hardening_gap(model)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def layer_of(rows, **changes):
+    """A latent layer that holds the given rows."""
+    model = make(**changes)
+    layer = next(layer for _, layer in latent_layers(model))
+    layer.weight = nn.Parameter(torch.tensor(rows))
+    return layer
+
+
+def test_latents_are_counted_in_row_units():
+    """Rows with mean |w| = 1 and 10 count alike. Bins are 6 / 41 wide, from -3 on."""
+    rows = [[0.0, 0.2, -0.2, 3.6], [0.0, 2.0, -2.0, 36.0]]
+    expected = [0] * 43
+    for value in (0.0, 0.2, -0.2):
+        expected[1 + int((value + 3) // (6 / 41))] = 2
+    expected[42] = 2
+    assert latent_histogram(layer_of(rows)).tolist() == expected
+    assert latent_histogram(layer_of([[-4.0, 1e-3, 1e-3, 1e-3]])).tolist()[0] == 1
+
+
+def test_latents_are_centred_where_the_layer_does():
+    plain, centred = layer_of([[9.0, 9.0, 11.0, 11.0]]), layer_of([[9.0, 9.0, 11.0, 11.0]], pair="adabin")
+    assert np.flatnonzero(latent_histogram(plain)).tolist() == [
+        1 + int((0.9 + 3) // (6 / 41)),
+        1 + int((1.1 + 3) // (6 / 41)),
+    ]
+    assert np.flatnonzero(latent_histogram(centred)).tolist() == [
+        1 + int((-1 + 3) // (6 / 41)),
+        1 + int((1 + 3) // (6 / 41)),
+    ]
+
+
+def test_what_is_no_number_is_not_counted():
+    counts = latent_histogram(layer_of([[float("nan"), 1.0], [1.0, -1.0], [0.0, 0.0]]))
+    assert counts.shape == (43,)
+    assert int(counts.sum()) == 4
+
+
+def test_ratios_of_layers_add_up():
+    model = make()
+    counter, seen = FlipCounter(model), latents(model)
+    move(model, 1)
+    total = counter.flip_ratio()
+    now = latents(model)
+    assert counter.ratios == {name: pytest.approx(count({name: seen[name]}, {name: now[name]})) for name in seen}
+    sizes = {name: weight.size for name, weight in seen.items()}
+    assert total == pytest.approx(sum(counter.ratios[name] * sizes[name] for name in sizes) / sum(sizes.values()))

@@ -233,18 +233,19 @@ COLUMNS = (
 )
 
 
-def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None) -> ModelSummary:
+def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None, *, count_macs: bool = True) -> ModelSummary:
     """What a model is made of: states, bits, bytes, multiply-accumulates, kernels.
 
     Args:
         model: any module, in any state.
         inputs: keyword arguments of one forward pass with one picture, to count multiply-accumulates with. None: a
             blank picture of the size in the model's configuration (224 x 224 if it has none).
+        count_macs: False: do not run the model, and count none.
 
     Returns:
         A table to print (`str`) or to read (its attributes).
     """
-    macs, total, note = _count_macs(model, inputs)
+    macs, total, note = _count_macs(model, inputs) if count_macs else (None, None, "not asked for")
     seen: set[int] = set()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     layers = []

@@ -19,7 +19,7 @@ def push(
     repo: Annotated[str, typer.Argument(help="Where to: owner/name, or a name of yours. It is made if there is none.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[
-        str | None, typer.Option(help="A branch, which is made if there is none. By default: main.")
+        str | None, typer.Option(help="A branch; it is made if there is none. By default: main.")
     ] = None,
     token: Annotated[
         str | None, typer.Option(help="A token that may write. By default: HF_TOKEN, or that of `hf auth login`.")

@@ -5,8 +5,20 @@ from torch import Tensor, nn
 
 from proxbit.nn import LatentWeight, Surroundings, latent_layers
 from proxbit.packing import pack_signs
+from proxbit.quantizers.scaling import row_divisor, row_offset
 
-__all__ = ["FlipCounter", "hardening_gap", "layer_hardening_gap", "overflow_penalty", "overflow_shares"]
+__all__ = [
+    "LATENT_EDGES",
+    "FlipCounter",
+    "hardening_gap",
+    "latent_histogram",
+    "layer_hardening_gap",
+    "overflow_penalty",
+    "overflow_shares",
+]
+
+# Edges of the bins of `latent_histogram`: the first, the last, and how many bins lie between them.
+LATENT_EDGES = (-3.0, 3.0, 41)
 
 
 class FlipCounter:
@@ -14,11 +26,15 @@ class FlipCounter:
 
     Args:
         model: a latent model.
+
+    Attributes:
+        ratios: of the last count, the flip ratio of each layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.signs = self._signs()
+        self.ratios: dict[str, float] = {}
 
     def _signs(self) -> dict[str, Tensor]:
         return {name: pack_signs(layer.hard_rows().values) for name, layer in latent_layers(self.model)}
@@ -29,9 +45,29 @@ class FlipCounter:
         flips, total = 0, 0
         for name, layer in latent_layers(self.model):
             changed = before[name] ^ self.signs[name]
-            flips += sum(int(((changed >> bit) & 1).sum()) for bit in range(8))
+            flipped = sum(int(((changed >> bit) & 1).sum()) for bit in range(8))
+            self.ratios[name] = flipped / max(1, layer.weight.numel())
+            flips += flipped
             total += layer.weight.numel()
         return flips / max(1, total)
+
+
+@torch.no_grad()
+def latent_histogram(layer: LatentWeight) -> Tensor:
+    r"""How the latent weights of a layer lie, in row units.
+
+    Formula:
+        counts of w / mean |w| of its row, where rows are centred if the layer centres them: below -3, in 41 bins of
+        equal width from -3 to 3, from 3 on. What is not a number is not counted.
+
+    Returns:
+        `[43]`, int64, on the device of the weight.
+    """
+    low, high, bins = LATENT_EDGES
+    rows = layer.weight.flatten(1).float()
+    rows = rows - row_offset(rows, layer.center)
+    places = (rows / row_divisor(rows, "row")).sub_(low).mul_(bins / (high - low)).floor_().clamp_(-1, bins)
+    return torch.bincount(places.nan_to_num_(nan=bins + 1).long().add_(1).flatten(), minlength=bins + 3)[:-1]
 
 
 @torch.no_grad()

@@ -21,9 +21,11 @@ from proxbit.training.anomalies import watch_activations
 from proxbit.training.arguments import ProxConnectArguments
 from proxbit.training.calibration import BATCHES, calibrate
 from proxbit.training.callbacks import MuCallback
+from proxbit.training.gallery import choose
 from proxbit.training.monitor import FlipCounter, hardening_gap, overflow_penalty, overflow_shares
 from proxbit.training.push import PushingTrainer
 from proxbit.training.recipes import get_recipe
+from proxbit.training.recorder import RunRecorder
 from proxbit.training.run_record import run_record
 from proxbit.training.stages import Stage, stages
 
@@ -39,7 +41,8 @@ class ProxConnectTrainer(PushingTrainer):
     - `evaluate` reports the hard model, which is what ships, with soft values and their gap beside it;
     - activation quantizers that have not been calibrated start from the first training examples, see `calibrate`;
     - with accumulators of few bits, the loss grows by what overflows, and logs hold `overflow_share`;
-    - logs hold `mu`, `flip_ratio` (since the log before) and `hardening_gap`;
+    - logs hold `mu`, `flip_ratio` (since the log before) and `hardening_gap`, wherever `report_to` sends them;
+    - the output folder gets a `proxbit_run.jsonl`, from which `proxbit report` makes a page;
     - `run_record` tells what cards say of the training, and `create_model_card` writes the model card of proxbit;
     - `push_to_hub` uploads the packed model, with its cards.
 
@@ -86,6 +89,8 @@ class ProxConnectTrainer(PushingTrainer):
         self.add_callback(MuCallback(self.model, self._begin, self._stages))
         self._flips = FlipCounter(self.model)
         self._calibration_samples: int | None = None
+        self._recorder = RunRecorder(self.model, lambda: self._flips)
+        self.add_callback(self._recorder)
         if self.args.detect_anomalies:
             watch_activations(self.model)
 
@@ -191,6 +196,9 @@ class ProxConnectTrainer(PushingTrainer):
         """Evaluate the hard model; add `{prefix}_soft_*` of F_mu, and `{prefix}_gap_*` = soft - hard."""
         arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         hard: EvalLoopOutput = super().evaluation_loop(*arguments)
+        if self._recorder.active and metric_key_prefix.startswith("eval"):
+            names = self.model.config.id2label if isinstance(self.model, PreTrainedModel) else {}
+            self._recorder.evaluated(choose(dataloader, hard, names))
         self._close_evaluation_bar()
         with soft_evaluation(self.model):
             soft = super().evaluation_loop(*arguments).metrics

@@ -1,0 +1,188 @@
+"""What a training leaves for its report: layers against direct counts, where it goes on, what it leaves alone."""
+
+import os
+import struct
+
+import numpy as np
+import pytest
+import torch
+from tensorboardX.proto.event_pb2 import Event
+from transformers import TrainerCallback, ViTForImageClassification
+
+import proxbit
+from proxbit.analysis.report import write_report
+from proxbit.analysis.run_log import RUN_LOG, read_log
+from proxbit.config import BinarizationConfig
+from proxbit.nn import latent_layers
+from proxbit.training import ProxConnectArguments, ProxConnectTrainer
+from proxbit.training.metrics import classification_metrics
+from tiny_models import LABELS, SIDE, vit
+
+
+def make(pair="bnn++", **changes):
+    torch.manual_seed(1)
+    model = ViTForImageClassification(vit(id2label={0: "roof", 1: "flower", 2: "<b>sky"}))
+    return proxbit.binarize(model, BinarizationConfig(weights=pair, **changes))
+
+
+def examples(crops, count):
+    return [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(count, SIDE))]
+
+
+def prepare(folder, crops, model=None, callbacks=None, **changes):
+    fixed = dict(report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", logging_steps=2)
+    training = dict(per_device_train_batch_size=4, max_steps=6, learning_rate=1e-2, eval_steps=3, hard_fraction=0.5)
+    return ProxConnectTrainer(
+        model=make() if model is None else model,
+        args=ProxConnectArguments(str(folder), **(fixed | training | changes)),
+        train_dataset=examples(crops, 8),
+        eval_dataset=examples(crops, 12),
+        callbacks=callbacks,
+        compute_metrics=classification_metrics,
+    )
+
+
+class Latents(TrainerCallback):
+    """The latents when training begins, and after every step."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.found.append({name: layer.weight.detach().numpy().copy() for name, layer in latent_layers(model)})
+
+    on_step_end = on_train_begin
+
+
+def row_units(weight):
+    rows = weight.reshape(len(weight), -1).astype(np.float32)
+    return rows / np.abs(rows).mean(1, keepdims=True)
+
+
+def test_a_run_from_beginning_to_end(tmp_path, crops):
+    """Logs are those of the Trainer; layers are counted anew from the weights; then the page is made of it."""
+    latents, model = Latents(), make(include=["*.mlp.*", "vit.embeddings.patch_embeddings.projection"])
+    trainer = prepare(tmp_path, crops, model, [latents], eval_strategy="steps")
+    trainer.train()
+    log = read_log(tmp_path)
+    names = list(latents.found[0])
+    assert [layer["name"] for layer in log.run["layers"]] == names
+    assert [tuple(layer["shape"]) for layer in log.run["layers"]] == [w.shape for w in latents.found[0].values()]
+    assert {layer["kind"] for layer in log.run["layers"]} == {"BinaryLinear", "BinaryConv2d"}
+    assert {layer["pair"] for layer in log.run["layers"]} == {"bnn++"}
+    assert (log.run["model"], log.run["steps"], log.run["settings"]["learning_rate"]) == (type(model).__name__, 6, 1e-2)
+    assert log.run["binary_parameters"] == sum(weight.size for weight in latents.found[0].values())
+
+    def numbers(rows):
+        return [{key: row[key] for key in row if key not in ("event", "hard", "total_flos")} for row in rows]
+
+    assert numbers(log.logs) == numbers(trainer.state.log_history)
+    assert [row["hard"] for row in log.logs if "loss" in row] == [False, True, True]
+
+    assert [row["step"] for row in log.layers] == [0, 2, 4, 6]
+    edges = np.array([-np.inf, *np.linspace(-3, 3, 42), np.inf])
+    for row, before in zip(log.layers, [None, 0, 2, 4], strict=True):
+        for place, name in enumerate(names):
+            weight = latents.found[row["step"]][name]
+            counts = np.histogram(row_units(weight), edges)[0]
+            assert sum(row["latents"][place]) == weight.size
+            # Values on an edge may fall to either side.
+            assert np.abs(np.cumsum(counts) - np.cumsum(row["latents"][place])).max() <= 2
+            if before is not None:
+                flipped = (latents.found[before][name] >= 0) != (weight >= 0)
+                assert row["flip_ratio"][place] == pytest.approx(flipped.mean(), abs=1e-6)
+    assert log.layers[0]["flip_ratio"] is None
+    assert max(log.layers[-1]["flip_ratio"]) > 0
+
+    assert (log.predictions["step"], log.predictions["total"]) == (6, 12)
+    assert {one["label"] for one in log.predictions["pictures"]} == {"roof", "flower", "<b>sky"}
+    text = write_report(tmp_path).read_text()
+    assert "6 of 6 steps" in text and "&lt;b&gt;sky" in text and "<b>sky" not in text
+
+
+def test_nothing_is_written_without_logs(tmp_path, crops):
+    trainer = prepare(tmp_path, crops, logging_strategy="no", eval_strategy="steps")
+    trainer.train()
+    trainer.evaluate()
+    assert not (tmp_path / RUN_LOG).exists()
+
+
+def test_an_evaluation_alone_leaves_the_log_of_an_earlier_run(tmp_path, crops):
+    prepare(tmp_path, crops).train()
+    before = (tmp_path / RUN_LOG).read_bytes()
+    prepare(tmp_path, crops).evaluate()
+    assert (tmp_path / RUN_LOG).read_bytes() == before
+
+
+def test_evaluations_after_the_training_take_the_place_of_the_pictures(tmp_path, crops):
+    trainer = prepare(tmp_path, crops)
+    trainer.train()
+    assert read_log(tmp_path).predictions is None
+    trainer.evaluate()
+    assert read_log(tmp_path).predictions["total"] == 12
+    trainer.evaluate(examples(crops, 5))
+    trainer.predict(examples(crops, 7))
+    assert read_log(tmp_path).predictions["total"] == 5
+    assert (tmp_path / RUN_LOG).read_text().count('"event":"predictions"') == 1
+    assert read_log(tmp_path).logs[-1]["eval_accuracy"] == trainer.state.log_history[-1]["eval_accuracy"]
+
+
+def test_recording_does_not_disturb(tmp_path, crops):
+    """The weights at the end are those of a training without logs."""
+    ends = []
+    for strategy in ("steps", "no"):
+        model = make()
+        settings = dict(logging_strategy=strategy, logging_steps=1, eval_strategy="steps")
+        prepare(tmp_path / strategy, crops, model, **settings).train()
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
+def test_snapshots_are_bounded(tmp_path, crops, monkeypatch):
+    """One at the beginning, one at the first log, and as many as there may be."""
+    monkeypatch.setattr("proxbit.training.recorder.SNAPSHOTS", 4)
+    prepare(tmp_path, crops, max_steps=16, logging_steps=1).train()
+    log = read_log(tmp_path)
+    assert sum("loss" in row for row in log.logs) == 16
+    assert [row["step"] for row in log.layers] == [0, 1, 4, 8, 12, 16]
+
+
+def test_a_training_that_resumes_goes_on_in_the_same_file(tmp_path, crops):
+    settings = dict(save_strategy="steps", save_steps=2)
+    prepare(tmp_path, crops, **settings).train()
+    whole = read_log(tmp_path)
+    checkpoint = tmp_path / "checkpoint-4"
+    prepare(tmp_path, crops, **settings).train(resume_from_checkpoint=str(checkpoint))
+    resumed = read_log(tmp_path)
+    assert [(row["step"], "loss" in row) for row in resumed.logs] == [
+        (row["step"], "loss" in row) for row in whole.logs
+    ]
+    assert [(row["step"], row["latents"]) for row in resumed.layers] == [
+        (row["step"], row["latents"]) for row in whole.layers
+    ]
+
+
+def scalars(folder):
+    """The numbers in the files of TensorBoard: records of length, checksum, `Event`, checksum."""
+    found = {}
+    for path in folder.rglob("events.out.tfevents.*"):
+        data, place = path.read_bytes(), 0
+        while place < len(data):
+            (length,) = struct.unpack_from("<Q", data, place)
+            event = Event.FromString(data[place + 12 : place + 12 + length])
+            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            place += 16 + length
+    return found
+
+
+def test_live_logs_reach_tensorboard(tmp_path, crops, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", os.fspath(tmp_path / "board"))
+    trainer = prepare(tmp_path / "out", crops, report_to="tensorboard", eval_strategy="steps")
+    trainer.train()
+    found = scalars(tmp_path / "board")
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 3
+    for row in rows:
+        for key in ("mu", "flip_ratio", "hardening_gap"):
+            assert found[f"train/{key}", row["step"]] == pytest.approx(row[key], rel=1e-6)
+    assert found["eval/soft_accuracy", 6] == pytest.approx(trainer.state.log_history[-2]["eval_soft_accuracy"])
