@@ -20,7 +20,7 @@ __all__ = ["COMMANDS", "LazyGroup", "app", "main"]
 COMMANDS = {
     "bench": "Time a model, float and packed, and show where its time goes.",
     "binarize": "Make a float model latent: ready to be trained.",
-    "card": "Print the quantization card of a model, or compare two.",
+    "card": "Show the quantization card of a model, or compare two.",
     "demo": "Classify ten pictures with a small 1-bit model.",
     "env": "Show versions, the processor, and which kernels run.",
     "evaluate": "Measure accuracy, latency and throughput on pictures.",

@@ -74,9 +74,12 @@ def card(
     against: Annotated[str | None, typer.Option(help="Another model, to be shown beside it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the quantization card of a model: every choice that changes what it computes, its sizes, its accuracy.
+    """Show the quantization card of a model, or compare two.
 
-    A model that has no quantization_card.json gets one computed. Example: proxbit card vit-base-1bit --against vit-base
+    It says every choice that changes what the model computes, its sizes, its accuracy. A model that has no
+    quantization_card.json gets one computed.
+
+    Example: proxbit card vit-base-1bit --against vit-base
     """
     names = [model] if against is None else [model, against]
     cards = [card_of(name) for name in names]

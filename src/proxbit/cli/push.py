@@ -26,9 +26,9 @@ def push(
     ] = None,
     latent: Annotated[bool, typer.Option("--latent", help="Upload a latent model, to be trained further.")] = False,
 ) -> None:
-    """Upload a packed model to the Hub: weights, configuration, preprocessor and cards, in one commit.
+    """Upload a packed model to the Hub, with its cards.
 
-    Cards that the folder lacks are added to the upload; the folder stays as it is.
+    Weights, configuration, preprocessor and cards go in one commit. Cards that the folder lacks are added to the upload; the folder stays as it is.
 
     What is on the Hub already is not sent again: an interrupted upload goes on.
 

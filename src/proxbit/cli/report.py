@@ -15,10 +15,12 @@ def report(
     run: Annotated[Path, typer.Argument(help="The output folder of a ProxConnectTrainer.")],
     out: Annotated[Path | None, typer.Option(help="The page. [default: RUN/report.html]")] = None,
 ) -> None:
-    """Write one HTML file about a run: curves, latent weights, flips, layers, pictures, the quantization card.
+    """Write a page about a training run.
 
-    It opens from disk, without a network; of a run that still trains it shows what there is so far. For example:
-    proxbit report out
+    It shows curves, latent weights, flips, layers, pictures and the quantization card, in one HTML file that opens from
+    disk, without a network. Of a run that still trains it shows what there is so far.
+
+    Example: proxbit report out
     """
     path = write_report(run, out)
     Console().print(f"Wrote {path}", highlight=False, soft_wrap=True)

@@ -61,6 +61,7 @@ PANELS = (
 
 
 def bytes_text(count: int) -> str:
+    """A number of bytes in the unit that it is read in."""
     size = float(count)
     for unit in ("B", "kB", "MB"):
         if size < 1000:
