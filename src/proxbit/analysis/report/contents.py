@@ -61,7 +61,7 @@ PANELS = (
 
 
 def bytes_text(count: int) -> str:
-    """A number of bytes in the unit that it is read in."""
+    """Bytes with a unit and three digits."""
     size = float(count)
     for unit in ("B", "kB", "MB"):
         if size < 1000:
@@ -71,6 +71,7 @@ def bytes_text(count: int) -> str:
 
 
 def percent_text(value: float) -> str:
+    """A fraction in percent, with two or three digits."""
     return f"{short(100 * value, 2 if value < 0.1 else 3)} %"
 
 
