@@ -18,16 +18,17 @@ def push(
     path: Annotated[Path, typer.Argument(help="The folder of a packed model, as save_pretrained wrote it.")],
     repo: Annotated[str, typer.Argument(help="Where to: owner/name, or a name of yours. It is made if there is none.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A branch. [default: main]")] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch. By default: main.")] = None,
     token: Annotated[
-        str | None, typer.Option(help="A token that may write. [default: HF_TOKEN, or that of `hf auth login`]")
+        str | None, typer.Option(help="A token that may write. By default: HF_TOKEN, or that of `hf auth login`.")
     ] = None,
     latent: Annotated[bool, typer.Option("--latent", help="Upload a latent model, to be trained further.")] = False,
 ) -> None:
     """Upload a packed model to the Hub: weights, configuration, preprocessor and cards, in one commit.
 
-    Cards that the folder lacks are written for the upload; the folder stays as it is. Files that are on the Hub
-    already are not sent again, so an interrupted upload goes on where it stopped.
+    Cards that the folder lacks are added to the upload; the folder stays as it is.
+
+    What is on the Hub already is not sent again: an interrupted upload goes on.
 
     Example: proxbit push vit-base-1bit me/vit-base-1bit --private
     """
