@@ -18,9 +18,7 @@ def push(
     path: Annotated[Path, typer.Argument(help="The folder of a packed model, as save_pretrained wrote it.")],
     repo: Annotated[str, typer.Argument(help="Where to: owner/name, or a name of yours. It is made if there is none.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[
-        str | None, typer.Option(help="A branch; it is made if there is none. By default: main.")
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch. By default: main.")] = None,
     token: Annotated[
         str | None, typer.Option(help="A token that may write. By default: HF_TOKEN, or that of `hf auth login`.")
     ] = None,
@@ -28,7 +26,8 @@ def push(
 ) -> None:
     """Upload a packed model to the Hub, with its cards.
 
-    Weights, configuration, preprocessor and cards go in one commit. Cards that the folder lacks are added to the upload; the folder stays as it is.
+    Weights, configuration, preprocessor and cards go in one commit. Cards that the folder lacks are added to the upload;
+    the folder stays as it is.
 
     What is on the Hub already is not sent again: an interrupted upload goes on.
 
