@@ -9,7 +9,8 @@ import proxbit
 from proxbit.errors import UnknownNameError
 from proxbit.nn import latent_layers
 from proxbit.quantizers import MuSchedule
-from proxbit.training import MuCallback, stages
+from proxbit.training import MuCallback, overflow_shares, stages
+from proxbit.training.monitor import overflow_penalty
 from tiny_models import FAMILIES, SIDE
 
 
@@ -81,6 +82,24 @@ def test_until_then_a_layer_is_float(model):
         layer.hardened = True
         torch.testing.assert_close(layer.train()(x), hard)
         layer.hardened = False
+
+
+@pytest.mark.parametrize("bits", [None, 4], ids=["wide sums", "sums of 4 bits"])
+def test_waiting_layers_are_float_once_they_are_calibrated_too(bits, crops):
+    """What calibration takes off the inputs and gives to the biases is still there, and no sum is cut."""
+    float_model, pixels = FAMILIES["vit"]().eval(), crops(4, SIDE)
+    for module in float_model.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.normal_(module.bias)
+    expected = float_model(pixels).logits
+    config = proxbit.BinarizationConfig(weights="fp", activations="sign", accumulator_bits=bits)
+    model = proxbit.calibrate(proxbit.binarize(float_model, config), [pixels]).train()
+    assert max(float(layer.activation.threshold.detach().abs().max()) for _, layer in latent_layers(model)) > 1
+    model(pixels)
+    for _, layer in latent_layers(model):
+        layer.waits = frozenset({"weight", "activation"})
+    torch.testing.assert_close(model(pixels).logits, expected, rtol=1e-4, atol=1e-5)
+    assert overflow_shares(model) == {} and not overflow_penalty(model).requires_grad
 
 
 def test_the_callback_lets_layers_join(model):
