@@ -14,13 +14,15 @@ from proxbit.errors import ConfigError, ModelStateError
 from proxbit.nn import ActivationQuantizer, BinaryLinear, soft_evaluation
 from proxbit.patching import state_of
 
-__all__ = ["calibrate"]
+__all__ = ["BATCHES", "calibrate"]
 
+# Batches that are looked at before training.
+BATCHES = 4
 # Tokens a layer is shown. Means over more of them do not differ by what matters.
 TOKENS = 8192
 
 
-def calibrate(model: nn.Module, data: Iterable[Any], *, batches: int = 4, batch_size: int = 16) -> nn.Module:
+def calibrate(model: nn.Module, data: Iterable[Any], *, batches: int = BATCHES, batch_size: int = 16) -> nn.Module:
     """Set thresholds, steps and scales of activation quantizers from a few batches, which run with float activations.
 
     The threshold of a sign is the mean of its channel, and the bias takes over what that mean contributed; scales and
