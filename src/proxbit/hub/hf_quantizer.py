@@ -9,7 +9,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 
 from proxbit.config import QUANT_METHOD, BinarizationConfig
 from proxbit.errors import ConfigError
-from proxbit.hub.checkpoint import check_learned, check_loaded, check_packed_files, learned_modules, reset_learned
+from proxbit.hub.checkpoint import check_learned, check_loaded, check_packed_files, reset_learned
+from proxbit.nn import learned_modules
 from proxbit.patching import check_latents, check_packed_layers, matches, packed_layers, to_float, to_latent, to_packed
 
 __all__ = ["ProxbitHfQuantizer", "attach", "detach"]
@@ -43,7 +44,7 @@ class ProxbitHfQuantizer(HfQuantizer):
             self.quantization_config = _fit_patterns(model, self.quantization_config)
         _, self.quantization_config = to_latent(model, self.quantization_config)
         if not self.pre_quantized:
-            # What the activation quantizers learn is in no float checkpoint: it starts at its defaults.
+            # What is learned beside the weights is in no float checkpoint: it starts at its defaults.
             own = [rf"^{re.escape(name)}\." for name, _ in learned_modules(model)]
             model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *own]
         if state == "packed":

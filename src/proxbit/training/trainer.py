@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from proxbit.errors import ConfigError, ModelStateError, MuRangeError, ProxbitError
 from proxbit.hub import binarize
-from proxbit.nn import ActivationQuantizer, RPReLU, latent_layers, soft_evaluation
+from proxbit.nn import latent_layers, learned_modules, soft_evaluation
 from proxbit.patching import check_latents, state_of
 from proxbit.quantizers import AGGREGATE, MuSchedule
 from proxbit.training.anomalies import watch_activations
@@ -36,7 +36,8 @@ class ProxConnectTrainer(DistillationTrainer):
     - latent weights are a parameter group of their own: no weight decay, a learning rate factor of their own;
     - with a teacher, the loss is mixed with distillation, see `DistillationTrainer`;
     - `evaluate` reports the hard model, which is what ships, with soft values and their gap beside it;
-    - activation quantizers that have not been calibrated start from the first training examples, see `calibrate`;
+    - quantizers of activations and attention that have not been calibrated start from the first training examples, see
+      `calibrate`;
     - layers may join in the order of a `Progression`; what it goes by is taken from the same examples, and kept in
       checkpoints;
     - with accumulators of few bits, the loss grows by what overflows, and logs hold `overflow_share`;
@@ -153,8 +154,7 @@ class ProxConnectTrainer(DistillationTrainer):
 
     def _calibrate(self) -> None:
         """Start what nobody has calibrated yet from the first examples, which are the same in every process."""
-        quantizers = [module for module in self.model.modules() if isinstance(module, ActivationQuantizer)]
-        if self.train_dataset is None or all(each.calibrated or not each.learns for each in quantizers):
+        if self.train_dataset is None or all(module.calibrated for _, module in learned_modules(self.model)):
             return
         with torch.random.fork_rng():
             calibrate(self.model, self._first_batches())
@@ -205,9 +205,8 @@ class ProxConnectTrainer(DistillationTrainer):
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """As the Trainer's, without what activation quantizers and RPReLUs learn: it does not decay."""
-        kinds = (ActivationQuantizer, RPReLU)
-        learned = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+        """As the Trainer's, without what is learned beside the weights: it does not decay."""
+        learned = [name for name, _ in learned_modules(model)]
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if name.rpartition(".")[0] not in learned]
 
