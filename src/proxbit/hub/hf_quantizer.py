@@ -87,7 +87,11 @@ class ProxbitHfQuantizer(HfQuantizer):
 
 
 def _fit_patterns(model: PreTrainedModel, config: BinarizationConfig) -> BinarizationConfig:
-    """The stored patterns for another head: a backbone may be loaded from a task model's folder, and the reverse."""
+    """The stored patterns for another head: a backbone may be loaded from a task model's folder, and the reverse.
+
+    A checkpoint that says nothing of learned attention has none, however it is run.
+    """
+    config = config.replace(learned_attention=config.learned_attention or [])
     if config.include is None:
         return config
     prefix = f"{model.base_model_prefix}."
@@ -98,7 +102,11 @@ def _fit_patterns(model: PreTrainedModel, config: BinarizationConfig) -> Binariz
         return next((s for s in spellings if any(matches(name, s) for name in names)), pattern)
 
     overrides = {fitted(pattern): changes for pattern, changes in (config.overrides or {}).items()}
-    return config.replace(include=[fitted(pattern) for pattern in config.include], overrides=overrides or None)
+    return config.replace(
+        include=[fitted(pattern) for pattern in config.include],
+        overrides=overrides or None,
+        learned_attention=[fitted(pattern) for pattern in config.learned_attention or ()],
+    )
 
 
 def attach(model: PreTrainedModel, config: BinarizationConfig) -> None:
