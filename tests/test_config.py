@@ -27,7 +27,8 @@ VERSION_1 = """
 CHANGES = {
     "defaults": {},
     "patterns": dict(include=["vit.layers.*", "*.fc1"], modules_to_not_convert=["vit.layers.0"]),
-    "empty lists": dict(include=[], modules_to_not_convert=[]),
+    "empty lists": dict(include=[], modules_to_not_convert=[], learned_attention=[]),
+    "learned attention": dict(learned_attention=["vit.layers.*.attention"]),
     "raw form": dict(weights="pc", normalize="none", scale="fixed"),
     "packed": dict(weights="bnn", normalize="tensor", state="packed"),
     "centred": dict(weights="bnn++", normalize="std", center="remove"),
@@ -56,6 +57,7 @@ INVALID = [
     (dict(include=5), ConfigError, "include must be a list of patterns.* not 5"),
     (dict(modules_to_not_convert="a"), ConfigError, "modules_to_not_convert must be a list"),
     (dict(modules_to_not_convert=True), ConfigError, "modules_to_not_convert must be a list"),
+    (dict(learned_attention=True), ConfigError, "learned_attention must be a list of patterns"),
     (dict(format_version=0), CheckpointError, "format_version must be a whole number from 1 on"),
     (dict(format_version="1"), CheckpointError, "format_version must be a whole number .* not '1'"),
     (dict(format_version=2), CheckpointError, "format_version 2; this proxbit reads up to 1.*pip"),

@@ -90,6 +90,14 @@ class BinarizationConfig(QuantizationConfigMixin):
             "accumulator_mode. Of two patterns the later one wins."
         },
     )
+    learned_attention: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Patterns (fnmatch) of the attention modules that learn the scale of their probabilities, for runs "
+            "as 'proxbit_binary'; the others take the mean of each row. None: those that run so when the model is "
+            "binarized."
+        },
+    )
     include: list[str] | None = field(
         default=None,
         metadata={
@@ -145,7 +153,7 @@ class BinarizationConfig(QuantizationConfigMixin):
         self._check_site("", {name: getattr(self, name) for name in SITE})
         self._check_overrides()
         self._resolve_pair()
-        for name in ("include", "modules_to_not_convert"):
+        for name in ("include", "modules_to_not_convert", "learned_attention"):
             self._check_patterns(name)
 
     def _resolve_pair(self) -> None:

@@ -6,9 +6,20 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from proxbit.nn.attention import ATTENTIONS, binary_attention, int8_attention
+from proxbit.nn import BinaryProbabilities
+from proxbit.nn.attention import binary_attention, int8_attention
 
-both = pytest.mark.parametrize("attention", [int8_attention, binary_attention], ids=["int8", "binary"])
+
+def learned_attention(module, *operands, **options):
+    """Binary, by a module that has learned its scale."""
+    module.add_module("binary_probabilities", BinaryProbabilities())
+    nn.init.constant_(module.binary_probabilities.scale, 1.5)
+    return binary_attention(module, *operands, **options)
+
+
+every = pytest.mark.parametrize(
+    "attention", [int8_attention, binary_attention, learned_attention], ids=["int8", "binary", "learned"]
+)
 B, H, L, D = 2, 4, 9, 8
 
 
@@ -61,6 +72,22 @@ def test_binary_is_what_its_formula_says():
     )
 
 
+def test_a_learned_scale_is_that_of_the_module():
+    """Of the even share 1 / L; int8 attention has no use for it."""
+    q, k, v = (x.double() for x in operands())
+    made = module()
+    output, weights = learned_attention(made, q, k, v, None)
+    signs = [np.where(x.numpy() >= 0, 1, -1) for x in (q, k, v)]
+    size = [np.abs(x.numpy()).mean(axis, keepdims=True) for x, axis in ((q, -1), (k, -1), (v, -2))]
+    scores = np.einsum("bhld,bhkd->bhlk", signs[0], signs[1]) * size[0] * np.swapaxes(size[1], -1, -2)
+    b = softmax(scores / np.sqrt(D)) >= 0.75 / L
+    expected = np.einsum("bhlk,bhkd->bhld", b, signs[2]) * 1.5 / L * size[2]
+    np.testing.assert_allclose(weights.detach().numpy(), b * 1.5 / L, rtol=1e-6)
+    np.testing.assert_allclose(output.detach().numpy(), expected.swapaxes(1, 2), rtol=1e-6)
+    assert not torch.equal(binary_attention(module(), q, k, v, None)[1] > 0, weights > 0)
+    assert torch.equal(int8_attention(made, q, k, v, None)[0], int8_attention(module(), q, k, v, None)[0])
+
+
 def test_int8_is_near_sdpa_and_binary_follows_it():
     q, k, v = operands()
     exact = sdpa(q, k, v).transpose(1, 2)
@@ -69,7 +96,7 @@ def test_int8_is_near_sdpa_and_binary_follows_it():
     assert float(torch.corrcoef(torch.stack([binary.flatten(), exact.flatten()]))[0, 1]) > 0.5
 
 
-@both
+@every
 @pytest.mark.parametrize("form", ["boolean", "added"])
 def test_masked_keys_are_not_seen(attention, form):
     q, k, v = operands()
@@ -85,7 +112,7 @@ def test_masked_keys_are_not_seen(attention, form):
     torch.testing.assert_close(masked[0], plain[0])
 
 
-@both
+@every
 def test_a_query_that_may_see_nothing_gets_zeros(attention):
     q, k, v = operands()
     mask = torch.ones(B, 1, L, L, dtype=torch.bool)
@@ -95,7 +122,7 @@ def test_a_query_that_may_see_nothing_gets_zeros(attention):
     assert bool(torch.isfinite(result).all())
 
 
-@both
+@every
 def test_causal_without_a_mask(attention):
     q, k, v = operands()
     lower = torch.ones(L, L, dtype=torch.bool).tril()[None, None]
@@ -104,7 +131,7 @@ def test_causal_without_a_mask(attention):
     torch.testing.assert_close(attention(module(), q, k, v, None, is_causal=True)[0], expected)
 
 
-@both
+@every
 def test_grouped_keys_scaling_and_a_bias_of_positions(attention):
     q, k, v = operands(heads=2)
     result = attention(module(num_key_value_groups=2), q, k, v, None, scaling=0.7)[0]
@@ -115,7 +142,7 @@ def test_grouped_keys_scaling_and_a_bias_of_positions(attention):
     torch.testing.assert_close(result, attention(module(), q, *wide, bias.expand(B, H, L, L))[0])
 
 
-@both
+@every
 def test_dropout_in_training_only(attention):
     q, k, v = operands()
     plain = attention(module(), q, k, v, None)[0]
@@ -136,13 +163,17 @@ def test_gradients_of_int8_pass_straight():
         assert float((a - b).norm() / b.norm()) < 0.05
 
 
-def test_gradients_of_binary_reach_every_operand():
+@pytest.mark.parametrize("attention", [binary_attention, learned_attention])
+def test_gradients_of_binary_reach_every_operand(attention):
     q, k, v = (x.requires_grad_() for x in operands())
-    binary_attention(module(), q, k, v, None)[0].square().sum().backward()
-    assert all(bool(torch.isfinite(x.grad).all()) and float(x.grad.abs().sum()) > 0 for x in (q, k, v))
+    made = module()
+    attention(made, q, k, v, None)[0].square().sum().backward()
+    learned = [q, k, v, *made.parameters()]
+    assert len(learned) == 3 + (attention is learned_attention)
+    assert all(bool(torch.isfinite(x.grad).all()) and float(x.grad.abs().sum()) > 0 for x in learned)
 
 
-@both
+@every
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_dtypes_and_empty_batches(attention, dtype):
     q, k, v = operands(dtype=dtype)
@@ -154,10 +185,13 @@ def test_dtypes_and_empty_batches(attention, dtype):
     assert torch.equal(zeros, torch.zeros_like(zeros))
 
 
-@pytest.mark.parametrize("name", list(ATTENTIONS))
-def test_compiled_in_one_graph(name):
+@every
+def test_compiled_in_one_graph(attention):
     torch._dynamo.reset()
     q, k, v = operands()
-    made, attention = module(), ATTENTIONS[name]
+    made = module()
+    if attention is learned_attention:
+        attention(made, q, k, v, None)
+        attention = binary_attention
     compiled = torch.compile(lambda q, k, v: attention(made, q, k, v, None)[0], fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v), attention(made, q, k, v, None)[0])

@@ -72,7 +72,7 @@ def test_the_resolved_configuration_names_the_selection(model):
     twin = copy.deepcopy(model)
     report, resolved = to_latent(model, config)
     assert resolved.modules_to_not_convert is None
-    assert resolved == config.replace(include=resolved.include, modules_to_not_convert=None)
+    assert resolved == config.replace(include=resolved.include, modules_to_not_convert=None, learned_attention=[])
     again, resolved_again = to_latent(twin, resolved)
     assert again.converted == report.converted
     assert resolved_again == resolved

@@ -1,5 +1,7 @@
 """Calibration: parameters that fit the data, a function that stays near, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -149,3 +151,42 @@ def test_calibrating_twice_is_calibrating_once(crops):
     second = parameters(proxbit.calibrate(once, batches))
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def binary_attention(**changes):
+    model = FAMILIES["vit"]()
+    model.set_attn_implementation("proxbit_binary")
+    for layer in model.vit.layers:
+        torch.nn.init.normal_(layer.attention.q_proj.weight, std=0.5)
+        torch.nn.init.normal_(layer.attention.k_proj.weight, std=0.5)
+    return proxbit.binarize(model, proxbit.BinarizationConfig(**changes))
+
+
+def scales(model):
+    return [layer.attention.binary_probabilities.scale.detach().clone() for layer in model.vit.layers]
+
+
+def test_scales_of_probabilities_are_those_of_the_data(crops, tmp_path):
+    """The second attention sees the first one with probabilities as they are. The Trainer does it, and trains them."""
+    batches = list(DataLoader(examples(crops), batch_size=4))
+    model, seen = binary_attention(), []
+    fresh = copy.deepcopy(model)
+    proxbit.calibrate(model, batches)
+    first, second = model.vit.layers
+    first.attention.binary_probabilities.register_forward_hook(lambda module, given, _: (given[0], torch.ones(())))
+    second.attention.binary_probabilities.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    with torch.no_grad(), proxbit.soft_evaluation(model.eval()):
+        for batch in batches:
+            model(batch["pixel_values"])
+    units = torch.cat(seen).flatten() * seen[0].shape[-1]
+    tried = torch.linspace(0.5, 12, 4000)
+    errors = [float((units - s * (units >= s / 2)).square().sum()) for s in tried]
+    assert float(scales(model)[1]) == pytest.approx(float(tried[errors.index(min(errors))]), abs=0.02)
+    assert scales(model)[0] != scales(model)[1]
+
+    run = trainer(fresh, crops, tmp_path, weight_decay=0.1, learning_rate=1e-2)
+    assert not any("binary_probabilities" in name for name in run.get_decay_parameter_names(run.model))
+    run.train()
+    assert all(module.calibrated for _, module in proxbit.nn.learned_modules(run.model))
+    moved = [float((after - before).abs()) for after, before in zip(scales(run.model), scales(model), strict=True)]
+    assert all(1e-3 < way < 0.05 for way in moved)

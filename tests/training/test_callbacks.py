@@ -12,7 +12,7 @@ from proxbit.config import BinarizationConfig
 from proxbit.errors import MuRangeError
 from proxbit.nn import latent_layers
 from proxbit.quantizers import MuSchedule
-from proxbit.training import MuCallback, ProxConnectArguments, ProxConnectTrainer
+from proxbit.training import LayerScores, MuCallback, ProxConnectArguments, ProxConnectTrainer
 from tiny_models import LABELS, SIDE, vit
 
 RATE, STEPS = 0.5, 3
@@ -178,3 +178,17 @@ def test_a_run_that_ends_soft_is_told(model, recwarn):
     callback.on_step_begin(None, state(9), TrainerControl())
     callback.on_train_end(arguments, state(10), TrainerControl())
     assert not list(recwarn)
+
+
+def test_scores_are_those_of_the_state_that_a_run_resumes_from():
+    scores = {"a": 0.1, "b": 1 / 3}
+    begun = TrainerState(stateful_callbacks=[LayerScores(scores)])
+    assert begun.stateful_callbacks["LayerScores"]["args"] == {"scores": scores}
+    callback = LayerScores({"of a run before": 1.0})
+    for step, expected in ((3, scores), (0, {})):
+        begun.global_step = step
+        callback.on_train_begin(None, begun, TrainerControl())
+        assert callback.scores == expected
+    callback.scores = scores
+    callback.on_train_begin(None, state(3), TrainerControl())
+    assert callback.scores == {}

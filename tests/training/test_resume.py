@@ -1,6 +1,7 @@
 """Checkpoints of a run: latent, reloadable, the best of them, and resumed as if training had never stopped."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -17,9 +18,16 @@ from transformers import (
 
 import proxbit
 from proxbit.config import BinarizationConfig
+from proxbit.errors import ConfigError
 from proxbit.nn import latent_layers
 from proxbit.patching import state_of
-from proxbit.training import DistillationArguments, DistillationTrainer, ProxConnectArguments, ProxConnectTrainer
+from proxbit.training import (
+    DistillationArguments,
+    DistillationTrainer,
+    LayerScores,
+    ProxConnectArguments,
+    ProxConnectTrainer,
+)
 from tiny_models import LABELS, SIDE, vit
 
 HALF = 5
@@ -79,6 +87,13 @@ def proxconnect(folder, model, data, **kwargs):
     return ProxConnectTrainer(model=model, args=args, train_dataset=data, **kwargs)
 
 
+def progressive(folder, model, data, restore=False, **kwargs):
+    """The least sensitive layers first; at the stop, some of them still wait."""
+    changes = dict(progression="taylor", activations_first=0.4, restore_callback_states_from_checkpoint=restore)
+    args = ProxConnectArguments(**settings(folder, hard_fraction=0.3, **changes))
+    return ProxConnectTrainer(model=model, args=args, train_dataset=data, **kwargs)
+
+
 def distilled(folder, model, data, **kwargs):
     return proxconnect(folder, model, data, teacher=make(9, latent=False), **kwargs)
 
@@ -105,11 +120,12 @@ def curve(trainer):
     [
         (proxconnect, "vit", True),
         (proxconnect, "clip", True),
+        (progressive, "vit", True),
         (distilled, "vit", True),
         (distilled_float, "vit", False),
         (plain, "clip", False),
     ],
-    ids=["vit", "clip", "vit with teacher", "float vit with teacher", "control"],
+    ids=["vit", "clip", "vit layer by layer", "vit with teacher", "float vit with teacher", "control"],
 )
 def test_resuming_is_as_if_training_had_not_stopped(tmp_path, crops, build, family, latent):
     """Eleven pictures in batches of four: the stop falls inside an epoch. The control is the plain Trainer on the
@@ -131,6 +147,35 @@ def test_resuming_is_as_if_training_had_not_stopped(tmp_path, crops, build, fami
     assert [entry["step"] for entry in curve(rest)] == list(range(1, 2 * HALF + 1))
     kept = [trainer.optimizer.state_dict()["state"] for trainer in (rest, whole)]
     assert all(torch.equal(kept[0][i][name], value) for i in kept[1] for name, value in kept[1][i].items())
+
+
+def test_a_resumed_run_keeps_the_order_it_began_with(tmp_path, crops):
+    """The control: taken anew where the run stopped, the order is another one."""
+    data = examples(crops, 8)
+    progressive(tmp_path, make(1), data, callbacks=[Stop()]).train()
+    file = tmp_path / f"checkpoint-{HALF}" / "trainer_state.json"
+    kept = json.loads(file.read_text())["stateful_callbacks"]["LayerScores"]["args"]["scores"]
+    order = sorted(kept, key=kept.get)
+    waiting = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            waiting.append([name for name, layer in latent_layers(model) if layer.waits])
+
+    trainer = progressive(tmp_path, make(2), data, restore=True, callbacks=[Watch()])
+    trainer.train(resume_from_checkpoint=True)
+    assert 0 < len(waiting[0]) < len(order) and set(waiting[0]) == set(order[-len(waiting[0]) :])
+    last = tmp_path / f"checkpoint-{2 * HALF}" / "trainer_state.json"
+    assert json.loads(last.read_text())["stateful_callbacks"]["LayerScores"]["args"]["scores"] == kept
+
+    anew = progressive(tmp_path, AutoModelForImageClassification.from_pretrained(file.parent), data)
+    anew._stages(2 * HALF)
+    scores = next(each.scores for each in anew.callback_handler.callbacks if isinstance(each, LayerScores))
+    assert sorted(scores, key=scores.get) != order
+
+    file.write_text(file.read_text().replace("LayerScores", "OfAnotherRun"))
+    with pytest.raises(ConfigError, match="can be resumed from checkpoints of a run with this progression only"):
+        progressive(tmp_path, make(2), data).train(resume_from_checkpoint=str(file.parent))
 
 
 def test_a_resumed_run_has_the_mu_of_its_step(tmp_path, crops):

@@ -26,8 +26,8 @@ def push(
 ) -> None:
     """Upload a packed model to the Hub, with its cards.
 
-    Weights, configuration, preprocessor and cards go in one commit. Cards that the folder lacks are added to the upload;
-    the folder stays as it is.
+    Weights, configuration, preprocessor and cards go in one commit. Cards that the folder lacks are added to the
+    upload; the folder stays as it is.
 
     What is on the Hub already is not sent again: an interrupted upload goes on.
 

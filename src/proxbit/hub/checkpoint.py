@@ -1,7 +1,7 @@
 """Checks of packed checkpoint files, from their headers, before any weight is loaded."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,18 +9,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from proxbit.errors import CheckpointError
-from proxbit.nn import ActivationQuantizer, RPReLU
+from proxbit.nn import learned_modules
 from proxbit.packing import packed_columns
 from proxbit.patching.replace import PackedLayer
 
-__all__ = [
-    "check_learned",
-    "check_loaded",
-    "check_packed_files",
-    "learned_modules",
-    "reset_learned",
-    "tensor_headers",
-]
+__all__ = ["check_learned", "check_loaded", "check_packed_files", "reset_learned", "tensor_headers"]
 
 
 def tensor_headers(file: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -105,15 +98,8 @@ def check_loaded(layers: Sequence[tuple[str, PackedLayer]]) -> None:
                 )
 
 
-def learned_modules(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer | RPReLU]]:
-    """What binarized layers learn beside their weights, with the names of the modules that hold it."""
-    for name, module in model.named_modules():
-        if isinstance(module, ActivationQuantizer | RPReLU):
-            yield name, module
-
-
 def check_learned(model: nn.Module) -> None:
-    """Check that what activation quantizers and RPReLUs learned came from the checkpoint, and is finite.
+    """Check that what a model learned beside its weights came from the checkpoint, and is finite.
 
     Raises:
         CheckpointError: naming the layer and the tensor.
@@ -124,11 +110,10 @@ def check_learned(model: nn.Module) -> None:
                 raise CheckpointError(f"{name}.{key} is not in the checkpoint, or has another shape there.")
             if not bool(torch.isfinite(parameter).all()):
                 raise CheckpointError(f"{name}.{key} holds NaN or infinite values.")
-        if isinstance(module, ActivationQuantizer):
-            module.calibrated = True
+        module.calibrated = True
 
 
 def reset_learned(model: nn.Module) -> None:
-    """Set what activation quantizers and RPReLUs learn to where it starts."""
+    """Set what a model learns beside its weights to where it starts."""
     for _, module in learned_modules(model):
         module.reset_parameters()

@@ -9,9 +9,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 
 from proxbit.config import QUANT_METHOD, BinarizationConfig
 from proxbit.errors import ConfigError
-from proxbit.hub.checkpoint import check_learned, check_loaded, check_packed_files, learned_modules, reset_learned
+from proxbit.hub.checkpoint import check_learned, check_loaded, check_packed_files, reset_learned
 from proxbit.hub.downloads import check_downloads
 from proxbit.hub.files import check_against_card
+from proxbit.nn import learned_modules
 from proxbit.patching import check_latents, check_packed_layers, matches, packed_layers, to_float, to_latent, to_packed
 
 __all__ = ["ProxbitHfQuantizer", "attach", "detach"]
@@ -47,7 +48,7 @@ class ProxbitHfQuantizer(HfQuantizer):
             self.quantization_config = _fit_patterns(model, self.quantization_config)
         _, self.quantization_config = to_latent(model, self.quantization_config)
         if not self.pre_quantized:
-            # What the activation quantizers learn is in no float checkpoint: it starts at its defaults.
+            # What is learned beside the weights is in no float checkpoint: it starts at its defaults.
             own = [rf"^{re.escape(name)}\." for name, _ in learned_modules(model)]
             model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *own]
         if state == "packed":
@@ -90,7 +91,11 @@ class ProxbitHfQuantizer(HfQuantizer):
 
 
 def _fit_patterns(model: PreTrainedModel, config: BinarizationConfig) -> BinarizationConfig:
-    """The stored patterns for another head: a backbone may be loaded from a task model's folder, and the reverse."""
+    """The stored patterns for another head: a backbone may be loaded from a task model's folder, and the reverse.
+
+    A checkpoint that says nothing of learned attention has none, however it is run.
+    """
+    config = config.replace(learned_attention=config.learned_attention or [])
     if config.include is None:
         return config
     prefix = f"{model.base_model_prefix}."
@@ -101,7 +106,11 @@ def _fit_patterns(model: PreTrainedModel, config: BinarizationConfig) -> Binariz
         return next((s for s in spellings if any(matches(name, s) for name in names)), pattern)
 
     overrides = {fitted(pattern): changes for pattern, changes in (config.overrides or {}).items()}
-    return config.replace(include=[fitted(pattern) for pattern in config.include], overrides=overrides or None)
+    return config.replace(
+        include=[fitted(pattern) for pattern in config.include],
+        overrides=overrides or None,
+        learned_attention=[fitted(pattern) for pattern in config.learned_attention or ()],
+    )
 
 
 def attach(model: PreTrainedModel, config: BinarizationConfig) -> None:

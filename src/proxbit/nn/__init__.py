@@ -5,8 +5,10 @@ from proxbit.nn.activations import ACTIVATIONS, DEFAULT_ACTIVATION_PAIR, Activat
 from proxbit.nn.binary_conv import BinaryConv2d
 from proxbit.nn.binary_linear import BinaryLinear
 from proxbit.nn.latent import LatentWeight, binary_activations, latent_layers, set_mu, soft_evaluation, start_update
+from proxbit.nn.learned import Learned, learned_modules
 from proxbit.nn.packed_conv import PackedConv2d
 from proxbit.nn.packed_linear import PackedLinear
+from proxbit.nn.probabilities import BinaryProbabilities
 from proxbit.nn.rprelu import RPReLU
 from proxbit.nn.shared_input import SharedInput
 from proxbit.nn.surroundings import Surroundings
@@ -19,7 +21,9 @@ __all__ = [
     "ActivationQuantizer",
     "BinaryConv2d",
     "BinaryLinear",
+    "BinaryProbabilities",
     "LatentWeight",
+    "Learned",
     "PackedConv2d",
     "PackedLinear",
     "RPReLU",
@@ -28,6 +32,7 @@ __all__ = [
     "binary_activations",
     "check_activations",
     "latent_layers",
+    "learned_modules",
     "set_mu",
     "soft_evaluation",
     "start_update",

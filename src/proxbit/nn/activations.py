@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from proxbit.errors import ConfigError
 from proxbit.kernels import quantize_activations, unpack_signs
+from proxbit.nn.learned import SMALLEST, Learned, lsq_scale
 from proxbit.nn.surrogate import binarize_units
 from proxbit.quantizers import QuantizerPair, get_pair
 
@@ -22,10 +23,10 @@ __all__ = [
     "Folded",
     "check_activations",
     "make_activation",
+    "upper_level",
 ]
 
 DEFAULT_ACTIVATION_PAIR = "bireal"
-_SMALLEST = 1e-8
 
 
 class Folded(NamedTuple):
@@ -42,7 +43,7 @@ class Folded(NamedTuple):
     threshold: Tensor | None = None
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(Learned):
     """Floats, as they are: what the others differ from.
 
     Args:
@@ -57,7 +58,6 @@ class ActivationQuantizer(nn.Module):
         direct: whether `prepare` leaves the input as it is.
         binary: whether there are two levels, and a pair.
         mu: sharpness of the pair, see `LatentWeight.mu`.
-        calibrated: whether the parameters come from data: from `calibrate`, or a checkpoint.
     """
 
     kernel = "float"
@@ -188,13 +188,11 @@ class Int4Activation(ActivationQuantizer):
 
     def _set_step(self, mean: float) -> None:
         with torch.no_grad():
-            self.step.fill_(max(2 * mean / math.sqrt(self.high), _SMALLEST))
+            self.step.fill_(max(2 * mean / math.sqrt(self.high), SMALLEST))
 
     def _step(self) -> Tensor:
         """Positive, with the gradient scale of LSQ."""
-        step = self.step.abs() + _SMALLEST
-        share = 1 / math.sqrt(self.columns * self.high)
-        return step.detach() + (step - step.detach()) * share
+        return lsq_scale(self.step, self.columns * self.high)
 
     def parts(self, x: Tensor, hard: bool = True) -> tuple[Tensor, Tensor]:
         step = self._step().to(torch.promote_types(x.dtype, torch.float32))
@@ -256,12 +254,10 @@ class SignActivation(ActivationQuantizer):
         x = x.float()
         with torch.no_grad():
             self.threshold.copy_(x.mean(dim=tuple(range(x.dim() - 1)))) if may_shift else self.threshold.zero_()
-            self.scale.fill_(max(float((x - self.threshold.float().cpu()).abs().mean()), _SMALLEST))
+            self.scale.fill_(max(float((x - self.threshold.float().cpu()).abs().mean()), SMALLEST))
 
     def _positive_scale(self) -> Tensor:
-        scale = self.scale.abs() + _SMALLEST
-        share = 1 / math.sqrt(self.columns)
-        return scale.detach() + (scale - scale.detach()) * share
+        return lsq_scale(self.scale, self.columns)
 
     def _boundary(self) -> Tensor:
         """From where on the upper level is taken, `[I]`."""
@@ -302,15 +298,11 @@ class ElasticActivation(SignActivation):
         return None
 
     def calibrate(self, x: Tensor, may_shift: bool = True) -> None:
-        # Of the two levels 0 and s the best s is the mean of what lies above s / 2.
         values = x.float()
-        scale = values.clamp(min=0).mean() * 2
-        for _ in range(10):
-            above = values[values >= scale / 2]
-            scale = above.mean() if above.numel() else scale / 2
+        scale = upper_level(values, float(values.clamp(min=0).mean()) * 2)
         with torch.no_grad():
             self.threshold.zero_()
-            self.scale.fill_(max(float(scale), _SMALLEST))
+            self.scale.fill_(max(scale, SMALLEST))
 
     def _boundary(self) -> Tensor:
         return self.threshold + self._positive_scale() / 2
@@ -324,6 +316,16 @@ class ElasticActivation(SignActivation):
         half = scale * (self._positive_scale() / 2).to(scale.dtype)
         constant = half * unpack_signs(weight, self.columns).sum(dim=1).to(half.dtype)
         return Folded(half, constant if bias is None else bias + constant, self._boundary())
+
+
+def upper_level(values: Tensor, start: float) -> float:
+    """The s of the two levels 0 and s that are nearest to some values, in least squares."""
+    level = start
+    for _ in range(10):
+        # The best s is the mean of what lies above s / 2.
+        above = values[values >= level / 2]
+        level = float(above.mean()) if above.numel() else level / 2
+    return level
 
 
 ACTIVATIONS: dict[str, type[ActivationQuantizer]] = {

@@ -12,11 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from proxbit.nn.activations import DEFAULT_ACTIVATION_PAIR
+from proxbit.nn.probabilities import BinaryProbabilities, even_share
 from proxbit.nn.surrogate import binarize_units
 from proxbit.quantizers import get_pair
 from proxbit.sign import is_positive
 
-__all__ = ["ATTENTIONS", "Attention", "binary_attention", "int8_attention"]
+__all__ = ["ATTENTIONS", "BINARY", "LEARNED_SCALE", "Attention", "binary_attention", "int8_attention"]
+
+BINARY = "proxbit_binary"
+# The `BinaryProbabilities` of an attention module, if it has any.
+LEARNED_SCALE = "binary_probabilities"
 
 _SMALLEST = 1e-30
 
@@ -55,14 +60,18 @@ def _masked_softmax(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Ten
     return probabilities.masked_fill(nothing, 0.0)
 
 
-def _uint8(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+def _uint8(probabilities: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
     step = probabilities.detach().amax(dim=-1, keepdim=True) / 255
     return _rounded(probabilities, step, 255), step
 
 
-def _zero_or_one(probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """1 where a key has more than its even share of the probability, and the mean of those that do."""
-    share = 1 / (probabilities > 0).sum(dim=-1, keepdim=True).clamp(min=1)
+def _zero_or_one(probabilities: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
+    """As the module learned it; else 1 where a key has its even share of the probability, and the mean of those."""
+    learned = getattr(module, LEARNED_SCALE, None)
+    if isinstance(learned, BinaryProbabilities):
+        result: tuple[Tensor, Tensor] = learned(probabilities)
+        return result
+    share = even_share(probabilities)
     is_one = (probabilities >= share) & (probabilities > 0)
     # Units of an elastic quantizer whose upper level is twice the even share.
     inside = probabilities * (probabilities <= 2 * share) / (2 * share)
@@ -81,11 +90,11 @@ class Attention:
 
     Args:
         quantize: `(x, dim) -> whole numbers, their size along dim`, for queries, keys and values.
-        quantize_probabilities: likewise of P, along its rows.
+        quantize_probabilities: likewise of P along its rows, `(P, module)`.
     """
 
     quantize: Callable[[Tensor, int], tuple[Tensor, Tensor]]
-    quantize_probabilities: Callable[[Tensor], tuple[Tensor, Tensor]]
+    quantize_probabilities: Callable[[Tensor, nn.Module], tuple[Tensor, Tensor]]
 
     def __call__(
         self,
@@ -103,7 +112,8 @@ class Attention:
         """Attend.
 
         Args:
-            module: of the attention; its `training`, `is_causal` and `num_key_value_groups` are read.
+            module: of the attention; its `training`, `is_causal` and `num_key_value_groups` are read, and by a binary
+                attention its learned scale, if it has one.
             query: `[B, H, L, D]`.
             key: `[B, H / groups, K, D]`.
             value: `[B, H / groups, K, D]`.
@@ -130,7 +140,7 @@ class Attention:
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             scores = (q @ k.transpose(-1, -2)) * (q_step * scaling) * k_step.transpose(-1, -2)
             scores = scores if position_bias is None else scores + position_bias.to(scores.dtype)
-            p, p_step = self.quantize_probabilities(_masked_softmax(scores, attention_mask, is_causal))
+            p, p_step = self.quantize_probabilities(_masked_softmax(scores, attention_mask, is_causal), module)
             p = nn.functional.dropout(p, dropout, module.training)
             v, v_step = self.quantize(value, -2)
             result = (p @ v) * p_step * v_step
@@ -140,8 +150,8 @@ class Attention:
 # q, k, v rounded to -127..127 by the largest; p = round(255 P / max P).
 int8_attention = Attention(_int8, _uint8)
 # Signs, and the mean size; p = 1 where P is at least the even share of the keys that can be seen, s_p the mean of these
-# P. Scales: XNOR-Net (Rastegari et al., ECCV 2016), section 3.2; unsigned probabilities: BiT (Liu et al., NeurIPS
-# 2022), section 2.2, which differs in their scale: here it is that of the row.
+# P; or as the `BinaryProbabilities` of the module say. Scales: XNOR-Net (Rastegari et al., ECCV 2016), section 3.2;
+# unsigned probabilities: BiT (Liu et al., NeurIPS 2022), section 2.2.
 binary_attention = Attention(_signs, _zero_or_one)
 
-ATTENTIONS = {"proxbit_int8": int8_attention, "proxbit_binary": binary_attention}
+ATTENTIONS = {"proxbit_int8": int8_attention, BINARY: binary_attention}

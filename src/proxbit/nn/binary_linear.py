@@ -90,7 +90,12 @@ class BinaryLinear(LatentWeight, Surroundings, nn.Linear):
         return self.without_surroundings(layer)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.accumulator is not None:
+        if "activation" in self.waits and not self.is_hard:
+            # The bias has what a calibrated activation takes off its input.
+            shift = self.activation.shift
+            result = nn.functional.linear(input if shift is None else input - shift, self.effective_weight(), self.bias)
+            self.overflow_share = self.overflow_penalty = None
+        elif self.accumulator is not None:
             result = self._narrow(input)
         elif self.is_hard and self.pair.binary and self.activations != "float" and not torch.is_grad_enabled():
             values, scale, offset = self.hard_rows()
@@ -100,19 +105,13 @@ class BinaryLinear(LatentWeight, Surroundings, nn.Linear):
             if offset is not None:
                 result = add_offset(result, self.activation(input), offset)
         else:
-            waits = "activation" in self.waits and not self.is_hard
-            simulated = input if waits else self.activation(input, self.is_hard)
-            result = nn.functional.linear(simulated, self.effective_weight(), self.bias)
+            result = nn.functional.linear(self.activation(input, self.is_hard), self.effective_weight(), self.bias)
         return self.finish(result, input)
 
     def _narrow(self, input: Tensor) -> Tensor:
         """With sums that end in the accumulator: of codes times F in units of the row scale, +-1 where F is hard."""
-        waits = set() if self.is_hard else self.waits
         scale = self.hard_rows().scale
-        if "activation" in waits:
-            codes, unit = input, input.new_ones(())
-        else:
-            codes, unit = self.activation.parts(input, self.is_hard)
+        codes, unit = self.activation.parts(input, self.is_hard)
         # fp32 holds whole numbers up to 2^24.
         dtype = torch.promote_types(codes.dtype, torch.float32)
         with torch.autocast(input.device.type, enabled=False):

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from proxbit.nn.learned import Learned
+
 __all__ = ["RPReLU"]
 
 
-class RPReLU(nn.Module):
+class RPReLU(Learned):
     r"""y = PReLU(x - corner) + lift, with three learned numbers a channel.
 
     Args:
@@ -26,6 +28,7 @@ class RPReLU(nn.Module):
 
     def __init__(self, channels: int, **kind: Any) -> None:
         super().__init__()
+        self.calibrated = True
         self.corner = nn.Parameter(torch.empty(channels, **kind))
         self.slope = nn.Parameter(torch.empty(channels, **kind))
         self.lift = nn.Parameter(torch.empty(channels, **kind))

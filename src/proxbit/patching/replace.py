@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, ModelStateError
 from proxbit.nn import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear, latent_layers
+from proxbit.patching.attention import learn_scales, learned_attentions, unlearn_scales
 from proxbit.patching.fuse import unfuse_layers
 from proxbit.patching.report import BinarizationReport, ModuleDecision
 from proxbit.patching.sites import surroundings
@@ -43,7 +44,7 @@ def to_latent(model: nn.Module, config: BinarizationConfig) -> tuple[Binarizatio
         config: what to select, and which quantizer.
 
     Returns:
-        The report, and a copy of the configuration whose `include` names exactly what was selected.
+        The report, and a copy of the configuration whose patterns name exactly what was selected.
 
     Raises:
         ModelStateError: if the model is latent or packed already.
@@ -58,6 +59,7 @@ def to_latent(model: nn.Module, config: BinarizationConfig) -> tuple[Binarizatio
     decisions = select(model, config)
     pair = config.quantizer_pair()
     around, overrides = surroundings(model, decisions, config)
+    attentions, learned = learned_attentions(model, config)
     replacements: dict[str, BinaryLinear | BinaryConv2d] = {}
     for decision in decisions:
         if not decision.converted:
@@ -74,10 +76,12 @@ def to_latent(model: nn.Module, config: BinarizationConfig) -> tuple[Binarizatio
         replacements[decision.name] = latent
     for name, latent in replacements.items():
         model.set_submodule(name, latent)
+    learn_scales(model, attentions)
     report = BinarizationReport("binarized", tuple(decisions))
     report.attach(model)
     include = explicit_patterns(replacements, report.left)
-    return report, config.replace(include=include, modules_to_not_convert=None, overrides=overrides)
+    changes = {"include": include, "modules_to_not_convert": None, "overrides": overrides, "learned_attention": learned}
+    return report, config.replace(**changes)
 
 
 def _convert(model: nn.Module, action: str, convert: Callable[[nn.Module], nn.Module | None]) -> None:
@@ -138,7 +142,7 @@ def to_packed(model: nn.Module) -> None:
 
 
 def to_float(model: nn.Module) -> None:
-    """Replace latent and packed layers by plain ones that hold plus and minus the row scale.
+    """Replace latent and packed layers by plain ones that hold plus and minus the row scale; nothing learned is left.
 
     Raises:
         ModelStateError: if the model is float already.
@@ -149,3 +153,4 @@ def to_float(model: nn.Module) -> None:
     _convert(
         model, "dequantized", lambda layer: layer.to_float() if isinstance(layer, LatentLayer | PackedLayer) else None
     )
+    unlearn_scales(model)

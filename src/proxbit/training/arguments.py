@@ -121,8 +121,8 @@ class ProxConnectArguments(DistillationArguments):
     progression: str = field(
         default=None,  # type: ignore[assignment]
         metadata={
-            "help": "The order in which layers are binarized: together, front-to-back or mlp-first. None: that of the "
-            "recipe, or together."
+            "help": "The order in which layers are binarized: together, front-to-back, mlp-first, or taylor, the least "
+            "sensitive ones first by the gradient of the first examples. None: that of the recipe, or together."
         },
     )
     latent_learning_rate_factor: float = field(

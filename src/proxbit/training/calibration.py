@@ -1,4 +1,4 @@
-"""Calibration: where the activation quantizers of a latent model start, seen from a few batches."""
+"""Calibration: where the quantizers of activations and attention of a latent model start, seen from a few batches."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,21 +11,23 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import default_data_collator
 
 from proxbit.errors import ConfigError, ModelStateError
-from proxbit.nn import ActivationQuantizer, BinaryLinear, soft_evaluation
+from proxbit.nn import ActivationQuantizer, BinaryLinear, BinaryProbabilities, soft_evaluation
 from proxbit.patching import state_of
 
 __all__ = ["BATCHES", "calibrate"]
 
+# Batches that are looked at before training.
 BATCHES = 4
 # Tokens a layer is shown. Means over more of them do not differ by what matters.
 TOKENS = 8192
 
 
 def calibrate(model: nn.Module, data: Iterable[Any], *, batches: int = BATCHES, batch_size: int = 16) -> nn.Module:
-    """Set thresholds, steps and scales of activation quantizers from a few batches, which run with float activations.
+    """Set thresholds, steps and scales of quantizers from a few batches, which run with float activations.
 
-    The threshold of a sign is the mean of its channel, and the bias takes over what that mean contributed; scales and
-    steps are least-squares or LSQ's. `ProxConnectTrainer` does this by itself before a first training.
+    The threshold of a sign is the mean of its channel, and the bias takes over what that mean contributed; scales,
+    those of probabilities too, and steps are least-squares or LSQ's. `ProxConnectTrainer` does this by itself before a
+    first training.
 
     Args:
         model: a latent model; changed in place.
@@ -47,15 +49,20 @@ def calibrate(model: nn.Module, data: Iterable[Any], *, batches: int = BATCHES, 
         raise ConfigError(f"batches must be at least 1, not {batches}.")
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BinaryLinear)}
     layers = {name: layer for name, layer in layers.items() if layer.activation.learns}
-    if not layers:
+    attentions = {name: module for name, module in model.named_modules() if isinstance(module, BinaryProbabilities)}
+    if not layers and not attentions:
         return model
-    seen = _inputs(model, layers, islice(_batches(data, batch_size), batches), batches)
-    for name, layer in layers.items():
-        if not seen[name]:
+    seen = _inputs(model, layers, attentions, islice(_batches(data, batch_size), batches), batches)
+    for name, rows in seen.items():
+        if not rows:
             raise ConfigError(f"{name} was not called with these batches: nothing is known about its activations.")
-        values = torch.cat(seen[name])
-        if not bool(torch.isfinite(values).all()):
+        if not all(bool(torch.isfinite(values).all()) for values in rows):
             raise ConfigError(f"{name} was given NaN or infinite activations.")
+    for name, module in attentions.items():
+        module.calibrate(seen[name])
+        module.calibrated = True
+    for name, layer in layers.items():
+        values = torch.cat(seen[name])
         _give_back(layer, -1)
         layer.activation.calibrate(values, may_shift=layer.bias is not None)
         _give_back(layer, 1)
@@ -102,11 +109,21 @@ def _as_float(layer: BinaryLinear) -> Iterator[None]:
         layer.accumulator = accumulator
 
 
+def _as_they_are(module: nn.Module, arguments: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """As a hook: probabilities that are not quantized, in units of one."""
+    return arguments[0], torch.ones_like(output[1])
+
+
 def _inputs(
-    model: nn.Module, layers: dict[str, BinaryLinear], batches: Iterable[dict[str, Any]], count: int
+    model: nn.Module,
+    layers: dict[str, BinaryLinear],
+    attentions: dict[str, BinaryProbabilities],
+    batches: Iterable[dict[str, Any]],
+    count: int,
 ) -> dict[str, list[Tensor]]:
-    """A sample of the tokens that each layer is given."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    """A sample of the tokens that each layer is given, and of the rows of each attention."""
+    watched: dict[str, nn.Module] = {**layers, **attentions}
+    seen: dict[str, list[Tensor]] = {name: [] for name in watched}
     share = max(1, TOKENS // count)
 
     def watch(name: str) -> Any:
@@ -119,10 +136,13 @@ def _inputs(
     training, device = model.training, next(model.parameters()).device
     some = False
     with ExitStack() as stack:
-        for name, layer in layers.items():
+        for layer in layers.values():
             stack.enter_context(_without_shift(layer))
             stack.enter_context(_as_float(layer))
-            stack.callback(layer.register_forward_pre_hook(watch(name)).remove)
+        for attention in attentions.values():
+            stack.callback(attention.register_forward_hook(_as_they_are).remove)
+        for name, module in watched.items():
+            stack.callback(module.register_forward_pre_hook(watch(name)).remove)
         stack.callback(model.train, training)
         stack.enter_context(soft_evaluation(model.eval()))
         stack.enter_context(torch.no_grad())

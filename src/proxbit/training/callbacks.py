@@ -1,4 +1,4 @@
-"""The callback of the ProxConnect step: it moves mu along its schedule, and starts the update where the pair says."""
+"""The callbacks of the ProxConnect step: one moves mu along its schedule, one keeps what layers are ordered by."""
 
 import warnings
 from collections.abc import Callable
@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from proxbit.nn import ActivationQuantizer, binary_activations, latent_layers, set_mu, start_update
 from proxbit.quantizers import AGGREGATE, MuSchedule
 from proxbit.training.monitor import hardening_gap
 from proxbit.training.stages import Stage
 
-__all__ = ["MuCallback"]
+__all__ = ["LayerScores", "MuCallback"]
 
 # The hardening gap above which a user is told: a hundredth of the weights' size is below what a picture shows.
 SOFT = 0.01
@@ -93,6 +94,29 @@ class MuCallback(TrainerCallback):
             stage.layer.waits = frozenset(what for what, begin in begins.items() if step < begin)
         for quantizer, begin, own in self.activations:
             quantizer.mu.fill_(own.mu(max(0, step - begin)))
+
+
+class LayerScores(TrainerCallback, ExportableState):
+    """Keeps what layers are ordered by in the state of the Trainer, so that a resumed run has the order it began with.
+
+    Attributes:
+        scores: of the latent layers, by name.
+    """
+
+    def __init__(self, scores: dict[str, float] | None = None) -> None:
+        self.scores = scores or {}
+
+    def state(self) -> dict[str, Any]:
+        """What checkpoints hold."""
+        return {"args": {"scores": self.scores}, "attributes": {}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Read the scores of a run that resumes: the Trainer restores callbacks only where it is asked to."""
+        kept: Any = state.stateful_callbacks
+        own = kept.get(type(self).__name__) if state.global_step else None
+        self.scores = own["args"]["scores"] if own else {}
 
 
 def _from(schedule: MuSchedule, begin: int) -> MuSchedule:

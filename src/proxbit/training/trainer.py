@@ -1,33 +1,36 @@
 """`ProxConnectTrainer`: the ProxConnect++ step inside the ordinary Trainer of transformers."""
 
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from proxbit.analysis.card import quantization_card
-from proxbit.errors import ConfigError, ModelStateError, MuRangeError
+from proxbit.errors import ConfigError, ModelStateError, MuRangeError, ProxbitError
 from proxbit.hub import binarize
 from proxbit.hub.model_card import README, model_card
-from proxbit.nn import ActivationQuantizer, RPReLU, latent_layers, soft_evaluation
+from proxbit.nn import latent_layers, learned_modules, soft_evaluation
 from proxbit.patching import check_latents, state_of
 from proxbit.quantizers import AGGREGATE, MuSchedule
 from proxbit.training.anomalies import watch_activations
 from proxbit.training.arguments import ProxConnectArguments
 from proxbit.training.calibration import BATCHES, calibrate
-from proxbit.training.callbacks import MuCallback
+from proxbit.training.callbacks import LayerScores, MuCallback
 from proxbit.training.gallery import choose
 from proxbit.training.monitor import FlipCounter, hardening_gap, overflow_penalty, overflow_shares
 from proxbit.training.push import PushingTrainer
 from proxbit.training.recipes import get_recipe
 from proxbit.training.recorder import RunRecorder
 from proxbit.training.run_record import run_record
-from proxbit.training.stages import Stage, stages
+from proxbit.training.stages import PROGRESSIONS, Stage, stages
 
 __all__ = ["ProxConnectTrainer"]
 
@@ -39,7 +42,10 @@ class ProxConnectTrainer(PushingTrainer):
     - latent weights are a parameter group of their own: no weight decay, a learning rate factor of their own;
     - with a teacher, the loss is mixed with distillation, see `DistillationTrainer`;
     - `evaluate` reports the hard model, which is what ships, with soft values and their gap beside it;
-    - activation quantizers that have not been calibrated start from the first training examples, see `calibrate`;
+    - quantizers of activations and attention that have not been calibrated start from the first training examples, see
+      `calibrate`;
+    - layers may join in the order of a `Progression`; what it goes by is taken from the same examples, and kept in
+      checkpoints;
     - with accumulators of few bits, the loss grows by what overflows, and logs hold `overflow_share`;
     - logs hold `mu`, `flip_ratio` (since the log before) and `hardening_gap`, wherever `report_to` sends them;
     - the output folder gets a `proxbit_run.jsonl`, from which `proxbit report` makes a page;
@@ -56,7 +62,7 @@ class ProxConnectTrainer(PushingTrainer):
     Raises:
         ModelStateError: if the model is packed, or float and there is no recipe.
         ConfigError: if the teacher has another number of labels; by `train`, for the schedule "aggregate" and a pair
-            with `update_from`.
+            with `update_from`, and for a progression that goes by the loss where there is none.
         LatentError: if a latent weight cannot be binarized.
     """
 
@@ -86,6 +92,8 @@ class ProxConnectTrainer(PushingTrainer):
             raise ModelStateError(f"ProxConnectTrainer trains latent models, this one is {state}. {hint}")
         check_latents(model)
         super().__init__(model=model, args=args, teacher=teacher, **kwargs)
+        if PROGRESSIONS.get(self.args.progression).score is not None:
+            self.add_callback(LayerScores())
         self.add_callback(MuCallback(self.model, self._begin, self._stages))
         self._flips = FlipCounter(self.model)
         self._calibration_samples: int | None = None
@@ -126,23 +134,55 @@ class ProxConnectTrainer(PushingTrainer):
             steps,
             activations_first=self.args.activations_first,
             progression=self.args.progression,
+            scores=self._scores(),
         )
+
+    def _scores(self) -> dict[str, float]:
+        """What the progression goes by: taken at the first step, and kept in checkpoints from then on."""
+        score = PROGRESSIONS.get(self.args.progression).score
+        if score is None:
+            return {}
+        # Restoring callbacks from a checkpoint makes them anew.
+        kept = next(callback for callback in self.callback_handler.callbacks if isinstance(callback, LayerScores))
+        if self.state.global_step == 0:
+            with torch.random.fork_rng():
+                found = score(self.model, self._training_loss, islice(self._first_batches(), BATCHES))
+            # The same in every process, to the last bit: a GPU may sum in any order.
+            values = broadcast(torch.tensor(list(found.values()), device=self.args.device))
+            kept.scores = dict(zip(found, values.tolist(), strict=True))
+        return kept.scores
+
+    def _training_loss(self, batch: Any) -> Tensor:
+        try:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(self.model, self._prepare_inputs(batch))  # type: ignore[return-value]
+        except ProxbitError:
+            raise
+        except ValueError as error:
+            raise ConfigError(
+                f"progression={self.args.progression!r} takes gradients of the training loss, of which there is none: "
+                f"{error}"
+            ) from error
 
     def _calibrate(self) -> None:
         """Start what nobody has calibrated yet from the first examples, which are the same in every process."""
-        quantizers = [module for module in self.model.modules() if isinstance(module, ActivationQuantizer)]
-        if self.train_dataset is None or all(each.calibrated or not each.learns for each in quantizers):
+        if self.train_dataset is None or all(module.calibrated for _, module in learned_modules(self.model)):
             return
+        with torch.random.fork_rng():
+            calibrate(self.model, self._first_batches())
+        seen = BATCHES * self.args.per_device_train_batch_size
+        self._calibration_samples = min(len(self.train_dataset), seen) if has_length(self.train_dataset) else seen
+
+    def _first_batches(self) -> Iterable[Any]:
+        """The first training examples, which are the same in every process."""
         dataset, collator = self.train_dataset, self.data_collator
+        if dataset is None:
+            return ()
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="training")
-        batch_size = self.args.per_device_train_batch_size
-        with torch.random.fork_rng():
-            calibrate(self.model, DataLoader(dataset, batch_size, collate_fn=collator))
-        known = len(dataset) if has_length(dataset) else BATCHES * batch_size
-        self._calibration_samples = min(known, BATCHES * batch_size)
+        return DataLoader(dataset, self.args.per_device_train_batch_size, collate_fn=collator)
 
     def _learning_rates(self, steps: int) -> list[float]:
         """The learning rate of the latents at every step, from the scheduler's own formula."""
@@ -179,9 +219,8 @@ class ProxConnectTrainer(PushingTrainer):
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """As the Trainer's, without what activation quantizers and RPReLUs learn: it does not decay."""
-        kinds = (ActivationQuantizer, RPReLU)
-        learned = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+        """As the Trainer's, without what is learned beside the weights: it does not decay."""
+        learned = [name for name, _ in learned_modules(model)]
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if name.rpartition(".")[0] not in learned]
 

@@ -1,0 +1,40 @@
+"""What proxbit adds to a model and trains beside its weights."""
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+__all__ = ["SMALLEST", "Learned", "learned_modules", "lsq_scale"]
+
+SMALLEST = 1e-8
+
+
+class Learned(nn.Module):
+    """A module with numbers that proxbit adds to a model: they do not decay, and a checkpoint holds all of them.
+
+    Attributes:
+        calibrated: whether data has nothing to say any more about where its parameters start.
+    """
+
+    calibrated: bool
+
+    def reset_parameters(self) -> None:
+        """Set the parameters to where they start without data."""
+
+
+def learned_modules(model: nn.Module) -> Iterator[tuple[str, Learned]]:
+    """What a model learns beside its weights, with the names of the modules that hold it."""
+    for name, module in model.named_modules():
+        if isinstance(module, Learned):
+            yield name, module
+
+
+def lsq_scale(parameter: Tensor, count: int) -> Tensor:
+    r"""A learned scale or step: positive, with a gradient that is 1 / \sqrt{count} times that of what uses it.
+
+    Source:
+        Esser, McKinstry, Bablani, Appuswamy, Modha, Learned Step Size Quantization, ICLR 2020, section 2.2.
+    """
+    scale = parameter.abs() + SMALLEST
+    return scale.detach() + (scale - scale.detach()) / math.sqrt(count)
