@@ -7,26 +7,33 @@
     python examples/train_digits.py        # about 3 minutes on 2 CPU cores; writes runs/digits
 
 Trains a float vision transformer on four fifths of the 1,797 digits of scikit-learn (8 x 8 grey pictures), makes it
-latent, trains it with ProxConnect++ and distillation from the float model, packs it, and writes what
-src/proxbit/demo/digits holds: the packed model, its image processor, and the first test picture of each digit.
+latent, trains it with ProxConnect++ and distillation from the float model, packs it, and writes a release with its
+cards, and the first test picture of each digit: what src/proxbit/demo/digits holds. model_cards/digits-vit-1bit.md is
+the model card of that release.
 """
 
 import argparse
 import copy
-import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, set_seed
+from transformers import EvalPrediction, ViTConfig, ViTForImageClassification, ViTImageProcessorPil, set_seed
 
 import proxbit
+from proxbit.hub.release import write_release
 from proxbit.training import DistillationArguments, DistillationTrainer
 from proxbit.training.metrics import classification_metrics
 
 SIDE, FLOAT_EPOCHS, BINARY_EPOCHS = 8, 80, 60
+FACTS = {
+    "model_id": "digits-vit-1bit",
+    "license": "apache-2.0",
+    "dataset": "Optical Recognition of Handwritten Digits (UCI), the 1,797 pictures that come with scikit-learn",
+}
 
 
 def pictures() -> tuple[list[Image.Image], np.ndarray]:
@@ -76,6 +83,12 @@ def arguments(kind, folder: Path, epochs: int):
     )
 
 
+@torch.inference_mode()
+def predictions(model: torch.nn.Module, examples: list[dict]) -> np.ndarray:
+    """Logits for all examples."""
+    return model.eval()(torch.stack([one["pixel_values"] for one in examples])).logits.numpy()
+
+
 def main() -> None:
     """Train, pack, and write the folder of the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,25 +110,32 @@ def main() -> None:
     args = arguments(DistillationArguments, options.out / "float", float_epochs)
     trainer = DistillationTrainer(model=model, args=args, **data)
     trainer.train()
-    found = {"float": trainer.evaluate()["eval_accuracy"]}
+    in_float = trainer.evaluate()["eval_accuracy"]
 
     teacher = copy.deepcopy(model).eval()
     proxbit.binarize(model, proxbit.BinarizationConfig(weights="bnn++"))
     args = arguments(proxbit.ProxConnectArguments, options.out / "latent", binary_epochs)
     trainer = proxbit.ProxConnectTrainer(model=model, args=args, teacher=teacher, **data)
     trainer.train()
-    found["packed"] = trainer.evaluate()["eval_accuracy"]
+    trainer.evaluate()
 
-    proxbit.pack(model).save_pretrained(options.out)
-    processor.save_pretrained(options.out)
+    run = (
+        trainer.run_record()
+        | FACTS
+        | {"split": "a fifth, stratified", "teacher": f"itself, {float_epochs} epochs float"}
+    )
+    proxbit.pack(model)
+    found = predictions(model, data["eval_dataset"])
+    packed = classification_metrics(EvalPrediction(found, labels[test]))["accuracy"]
+    run["metrics"] = (run["metrics"] or {}) | {"float": {"accuracy": in_float}, "packed": {"accuracy": packed}}
+    folder = write_release(model, options.out / "digits-vit-1bit", processing_class=processor, run=run)
     (options.out / "samples").mkdir(exist_ok=True)
     for digit in range(10):
         first = next(i for i in test if labels[i] == digit)
         drawn[first].save(options.out / "samples" / f"{digit}.png")
-    (options.out / "accuracy.json").write_text(json.dumps({**found, "test_pictures": len(test)}, indent=1))
     print(proxbit.summary(model))
-    print(f"accuracy on {len(test)} pictures: float {found['float']:.1%}, packed {found['packed']:.1%}")
-    print(f"Wrote {options.out}")
+    print(f"accuracy on {len(test)} pictures: float {in_float:.1%}, packed {packed:.1%}")
+    print(f"Wrote {folder}, {options.out / 'samples'}")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ def test_digits_writes_what_the_demo_holds(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     demo = EXAMPLES.parent / "src" / "proxbit" / "demo" / "digits"
-    shipped = {str(file.relative_to(demo)) for file in demo.rglob("*") if file.is_file()} - {"README.md"}
-    assert shipped <= {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")}
-    made, kept = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, demo))
+    release = tmp_path / "digits-vit-1bit"
+    assert {file.name for file in demo.iterdir()} == {file.name for file in release.iterdir()} | {"samples"}
+    assert {file.name for file in demo.glob("samples/*.png")} == {file.name for file in tmp_path.glob("samples/*.png")}
+    made, kept = (json.loads((folder / "config.json").read_text()) for folder in (release, demo))
     assert made["quantization_config"] == kept["quantization_config"]

@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 import proxbit
+from proxbit.analysis.card import QuantizationCard
 from proxbit.cli.app import app
 from proxbit.cli.demo import half_blocks
 
@@ -52,8 +53,16 @@ def test_the_samples_are_digits_of_scikit_learn():
 
 
 def test_licence_and_maker_are_named():
-    text = (DEMO / "digits" / "README.md").read_text()
+    text = (DEMO / "digits" / "samples" / "README.md").read_text()
     assert all(words in text for words in ("CC BY 4.0", "Alpaydin", "python examples/train_digits.py", "model_cards/"))
+
+
+def test_it_is_a_release_and_its_card_is_among_the_model_cards(found):
+    card = QuantizationCard.load(DEMO / "digits")
+    assert found["tested"] == {"float": card["baseline_top1"], "packed": card["quantized_top1"]}
+    assert card["files"]["model.safetensors"]["bytes"] == found["packed"]["bytes"]
+    cards = Path(__file__).parents[2] / "model_cards"
+    assert (cards / "digits-vit-1bit.md").read_text() == (DEMO / "digits" / "README.md").read_text()
 
 
 def test_two_pixels_are_one_character():

@@ -1,6 +1,7 @@
 """Models that commands read and write: a name becomes a model, a model becomes a folder."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -12,13 +13,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from proxbit.errors import CheckpointError
+from proxbit.hub.client import first_line
+from proxbit.hub.release import write_release
+from proxbit.patching import state_of
 
-__all__ = ["architecture", "check_new_folder", "first_line", "load_model", "load_processor", "save"]
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a dependency says, without the pages that follow."""
-    return str(error).partition("\n")[0] or type(error).__name__
+__all__ = ["architecture", "check_new_folder", "load_model", "load_processor", "save"]
 
 
 def architecture(name: str) -> tuple[transformers.PreTrainedConfig, Any | None]:
@@ -77,11 +76,21 @@ def check_new_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} cannot be made: {above} is no folder that can be written to.")
 
 
-def save(model: nn.Module, processor: Any | None, folder: Path) -> None:
-    """Write a model, and its image processor where it has one, as `from_pretrained` reads them; print what was done."""
-    model.save_pretrained(folder)  # type: ignore[operator]
-    if processor is not None:
-        processor.save_pretrained(folder)
+def save(model: Any, processor: Any | None, folder: Path, run: Mapping[str, Any] | None = None) -> None:
+    """Write a model, and its image processor where it has one, as `from_pretrained` reads them; print what was done.
+
+    Args:
+        model: a latent or packed one is written as a release, with its cards.
+        processor: of its pictures.
+        folder: new.
+        run: facts of the training, for the cards.
+    """
+    if state_of(model) == "float":
+        model.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+    else:
+        write_release(model, folder, processing_class=processor, run=run)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     console = Console()
     for line in (*str(model.binarization_report).splitlines(), f"Wrote {folder}, {size:,} bytes"):

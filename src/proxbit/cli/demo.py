@@ -20,6 +20,7 @@ from rich.text import Text
 from torch import nn
 from transformers.utils import logging
 
+from proxbit.analysis.card import QuantizationCard
 from proxbit.analysis.summary import summary
 from proxbit.analysis.timing import Timings, time_rounds
 from proxbit.analysis.variants import forward_calls
@@ -87,8 +88,9 @@ def demo(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
         model, processor = load_model(str(folder)), load_processor(str(folder))
         samples = sorted((folder / "samples").glob("*.png"))
         readings = list(read(model, processor, samples))
-        tested = json.loads((folder / "accuracy.json").read_text())
+        card = QuantizationCard.load(folder)
         pictures = {path.name: Image.open(path).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for path in samples}
+    tested = {"float": card["baseline_top1"], "packed": card["quantized_top1"]}
     sizes, timings = summary(model), compare(model)
     numbers = {
         form: {"bytes": size, "latency_ms": round(1e3 * timings.median(form), 3)}
@@ -105,7 +107,7 @@ def show(
     readings: list[Reading],
     pictures: dict[str, Image.Image],
     numbers: dict[str, dict[str, Any]],
-    tested: dict[str, Any],
+    tested: dict[str, float],
 ) -> None:
     """Pictures with answers, and the two forms of the model."""
     console = Console()
@@ -135,8 +137,8 @@ def show(
     console.print(table)
     count = sum(reading.prediction == reading.truth for reading in readings)
     console.print(
-        f"{count} of these {len(readings)} are right, and {tested['packed']:.1%} of all {tested['test_pictures']} test "
-        f"pictures; of the float model {tested['float']:.1%}.\n"
+        f"{count} of these {len(readings)} are right, and {tested['packed']:.1%} of all test pictures; of the float model "
+        f"{tested['float']:.1%}.\n"
         "A model this small gains bytes, not time: `proxbit bench` times larger ones.",
         highlight=False,
     )

@@ -226,7 +226,8 @@ def train(context: typer.Context) -> None:
     Example: proxbit train config.yaml --learning_rate 1e-4
 
     Fields come from options, and from a YAML or JSON file where one is named first; options win. OUTPUT_DIR is new, or
-    empty, and gets: latent/ (to train on), packed/ (to ship), the numbers in eval_results.json.
+    empty, and gets: latent/ (to train on), packed/ (to ship, with its cards), the numbers in eval_results.json.
+    `proxbit report OUTPUT_DIR` makes a page of the run, `proxbit push OUTPUT_DIR/packed REPO` uploads it.
     """
     given, args = parse(context.args)
     trainer = make_trainer(given, args)
@@ -245,7 +246,8 @@ def train(context: typer.Context) -> None:
         if "accuracy" in name:
             table.add_row(name.removeprefix("eval_").replace("_", " "), f"{value:.2%}")
     Console().print(table)
-    save(pack(model), processor, out / "packed")
+    run = trainer.run_record() | {"dataset": given.data}
+    save(pack(model), processor, out / "packed", run)
 
 
 def _fields() -> str:
