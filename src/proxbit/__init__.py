@@ -16,12 +16,13 @@ from proxbit.quantizers import QuantizerPair, compose, decompose, enhance, heuri
 
 __version__ = version("proxbit")
 
-# Loaded at first use: the Trainer and the tables import much that inference does not need.
+# Loaded at first use: they import much that inference does not need, or, for adapters, what is optional.
 _LAZY = {
     "ProxConnectArguments": "proxbit.training.arguments",
     "ProxConnectTrainer": "proxbit.training.trainer",
     "calibrate": "proxbit.training.calibration",
     "get_recipe": "proxbit.training.recipes",
+    "packed_lora": "proxbit.hub.adapters",
     "register_recipe": "proxbit.training.recipes",
     "summary": "proxbit.analysis.summary",
 }
@@ -42,6 +43,7 @@ __all__ = [
     "fuse",
     "heuristic",
     "pack",
+    "packed_lora",
     "register_pair",
     "set_mu",
     "soft_evaluation",
