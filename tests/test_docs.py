@@ -52,6 +52,11 @@ def test_the_page_of_cards_is_what_the_code_says():
     assert (DOCS / "cards.md").read_text() == script(DOCS / "cards.py").page(), "run: python docs/cards.py"
 
 
+def test_the_page_of_families_is_what_the_tests_hold(tmp_path):
+    script(DOCS / "families.py").write(tmp_path)
+    assert (DOCS / "families.md").read_text() == (tmp_path / "families.md").read_text(), "run: python docs/families.py"
+
+
 def test_where_pairs_are_chosen_their_pull_is_told_of():
     """The steps of `proxquant` and `rpc` must outweigh it; the gallery says so of each, with the default as it is."""
     gallery = (DOCS / "pairs.md").read_text()

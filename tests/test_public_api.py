@@ -47,7 +47,8 @@ def test_import_does_not_load_the_trainer_or_the_pictures():
     """Inference needs neither."""
     code = (
         "import sys, proxbit; "
-        "heavy = [m for m in ('matplotlib', 'datasets', 'evaluate', 'transformers.trainer') if m in sys.modules]; "
+        "names = ('matplotlib', 'datasets', 'evaluate', 'peft', 'transformers.trainer'); "
+        "heavy = [m for m in names if m in sys.modules]; "
         "assert not heavy, heavy; proxbit.ProxConnectTrainer; assert 'transformers.trainer' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

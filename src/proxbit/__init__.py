@@ -16,15 +16,17 @@ from proxbit.quantizers import QuantizerPair, compose, decompose, enhance, heuri
 
 __version__ = version("proxbit")
 
-# Loaded at first use: the Trainer and the tables import much that inference does not need.
+# Loaded at first use: they import much that inference does not need, or, for adapters, what is optional.
 _LAZY = {
     "ProxConnectArguments": "proxbit.training.arguments",
     "ProxConnectTrainer": "proxbit.training.trainer",
     "calibrate": "proxbit.training.calibration",
     "get_recipe": "proxbit.training.recipes",
+    "packed_lora": "proxbit.hub.adapters",
     "push": "proxbit.hub.push",
     "register_recipe": "proxbit.training.recipes",
     "summary": "proxbit.analysis.summary",
+    "write_release": "proxbit.hub.release",
 }
 
 __all__ = [
@@ -44,12 +46,14 @@ __all__ = [
     "fuse",
     "heuristic",
     "pack",
+    "packed_lora",
     "push",
     "register_pair",
     "set_mu",
     "soft_evaluation",
     "start_update",
     "summary",
+    "write_release",
 ]
 
 

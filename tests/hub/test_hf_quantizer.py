@@ -158,13 +158,14 @@ def test_packed_reload_has_the_same_logits(tmp_path, crops, config):
 
 @pytest.mark.parametrize("state", ["latent", "packed"])
 def test_trainable_while_latent(tmp_path, state):
+    """What transformers calls trainable is that adapters can be."""
     model = in_state(state)
     model.save_pretrained(tmp_path)
     for each in (model, load(tmp_path)):
         assert each.is_quantized
         assert each.quantization_method == "proxbit"
         assert each.hf_quantizer.is_serializable()
-        assert each.hf_quantizer.is_trainable is (state == "latent")
+        assert each.hf_quantizer.is_trainable
         assert each.hf_quantizer.is_qat_trainable is (state == "latent")
         assert each.config.quantization_config.state == state
 

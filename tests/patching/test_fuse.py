@@ -47,16 +47,6 @@ def test_a_vision_transformer(activations, crops):
     torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_every_family_keeps_its_results(family, crops):
-    model = packed(FAMILIES[family]())
-    pixels = crops(2, SIDE)
-    with torch.no_grad():
-        before = model(pixels)[0]
-        after = proxbit.fuse(model, {"pixel_values": pixels[:1]})(pixels)[0]
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
-
-
 class Block(nn.Module):
     """A linear layer with something behind it."""
 

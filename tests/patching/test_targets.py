@@ -112,7 +112,22 @@ def test_reasons(model):
     found = reasons(model, include=["vit.layers", "classifier"], modules_to_not_convert=["vit.layers.0"])
     expected = dict.fromkeys(layers(0), "modules_to_not_convert: vit.layers.0")
     assert found == expected | {PATCHES: "not in include"}
-    assert reasons(model) == {PATCHES: "embedding", "classifier": "outside the backbone: task head"}
+    assert reasons(model) == {PATCHES: "embedding", "classifier": "head"}
+
+
+def test_what_lies_beside_the_backbone_is_a_head():
+    found = reasons(FAMILIES["dpt depth"]())
+    assert found["neck.convs.0"] == "outside the backbone: task head"
+    assert found["head.head.0"] == "head"
+
+
+def test_frozen_weights_are_left_unless_they_are_named(model):
+    """Without training a layer would stay at the signs of its float weights."""
+    for name in layers(0):
+        model.get_submodule(name).weight.requires_grad_(False)
+    assert selected(model) == layers(1)
+    assert reasons(model)["vit.layers.0.mlp.fc1"] == "frozen: it would stay at its signs"
+    assert selected(model, include=["vit.layers.0"]) == layers(0)
 
 
 def test_one_decision_for_every_linear_and_convolution(model):
@@ -131,6 +146,9 @@ def test_one_decision_for_every_linear_and_convolution(model):
         ("word_embedding", nn.Linear(8, 8), "embedding"),
         ("blocks__0__relative_position__mlp", nn.Linear(8, 8), "position encoding"),
         ("blocks__0__rel_pos_bias__mlp", nn.Linear(8, 8), "position encoding"),
+        ("blocks__0__attn__meta_mlp__fc1", nn.Linear(8, 8), "position encoding"),
+        ("layers__0__self_attn__sampling_offsets", nn.Linear(8, 8), "where deformable attention looks"),
+        ("text_model__layers__0__fc1", nn.Linear(8, 8), "text side"),
         ("conv_stem__conv", nn.Conv2d(8, 8, 3), "stem"),
         ("stem__0", nn.Conv2d(8, 8, 3), "stem"),
         ("pooler__dense", nn.Linear(8, 8), "pooler"),
@@ -139,6 +157,12 @@ def test_one_decision_for_every_linear_and_convolution(model):
         ("fc", nn.Linear(8, 8), "head"),
         ("classifier__1", nn.Linear(8, 8), "head"),
         ("visual_projection", nn.Linear(8, 8), "head"),
+        ("attn_pool__proj", nn.Linear(8, 8), "pooler"),
+        ("head_dist", nn.Linear(8, 8), "head"),
+        ("classifier_distill", nn.Linear(8, 8), "head"),
+        ("bbox_predictor__layers__0", nn.Linear(8, 8), "head"),
+        ("decoder__mask_projection", nn.Conv2d(8, 8, 1), "head"),
+        ("predictor__layers__0__mlp__fc1", nn.Linear(8, 8), None),
         ("blocks__dwconv", nn.Conv2d(8, 8, 3, groups=8), "depthwise convolution"),
         ("blocks__expanding", nn.Conv2d(8, 16, 3, groups=8), "depthwise convolution"),
         ("blocks__conv", nn.Conv2d(3, 8, 3), "reads the pixels"),

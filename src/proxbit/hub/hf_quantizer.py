@@ -76,13 +76,13 @@ class ProxbitHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the model can be trained: as long as it is latent."""
-        return self.quantization_config.state == "latent"
+        """Whether adapters can be trained on the model: always."""
+        return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Likewise."""
-        return self.is_trainable
+        """Whether its own weights can be trained: as long as it is latent."""
+        return self.quantization_config.state == "latent"
 
     @property
     def is_compileable(self) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from proxbit.errors import ModelStateError
 from proxbit.kernels import Norm
 from proxbit.nn import PackedLinear, SharedInput
+from proxbit.patching.swap import swap
 from proxbit.patching.targets import state_of
 from proxbit.patching.watch import Call, Seen, Use, norms_before, watch
 
@@ -111,14 +112,14 @@ def fuse_layers(model: nn.Module, inputs: dict[str, Tensor]) -> None:
             layer.shared = shared
     for name, layer in _activations_to_fuse(seen).items():
         layer.gelu = True
-        model.set_submodule(name, FusedActivation(model.get_submodule(name)))
+        swap(model, name, FusedActivation(model.get_submodule(name)))
 
 
 def unfuse_layers(model: nn.Module) -> None:
     """Undo `fuse_layers`."""
     for name, module in list(model.named_modules()):
         if isinstance(module, FusedActivation):
-            model.set_submodule(name, module.original)
+            swap(model, name, module.original)
         elif isinstance(module, FusedLayerNorm):
             module.__class__ = nn.LayerNorm  # type: ignore[assignment]
         elif isinstance(module, PackedLinear):

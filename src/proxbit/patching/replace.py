@@ -11,6 +11,7 @@ from proxbit.patching.attention import learn_scales, learned_attentions, unlearn
 from proxbit.patching.fuse import unfuse_layers
 from proxbit.patching.report import BinarizationReport, ModuleDecision
 from proxbit.patching.sites import surroundings
+from proxbit.patching.swap import swap
 from proxbit.patching.targets import CONVERTIBLE, explicit_patterns, select, state_of
 
 __all__ = ["check_latents", "check_packed_layers", "packed_layers", "to_float", "to_latent", "to_packed"]
@@ -75,7 +76,7 @@ def to_latent(model: nn.Module, config: BinarizationConfig) -> tuple[Binarizatio
             latent.check_latent(decision.name)
         replacements[decision.name] = latent
     for name, latent in replacements.items():
-        model.set_submodule(name, latent)
+        swap(model, name, latent)
     learn_scales(model, attentions)
     report = BinarizationReport("binarized", tuple(decisions))
     report.attach(model)
@@ -95,7 +96,7 @@ def _convert(model: nn.Module, action: str, convert: Callable[[nn.Module], nn.Mo
         elif type(module) in CONVERTIBLE:
             decisions.append(ModuleDecision(name, type(module).__name__, _weights(module), False, "float"))
     for name, replacement in replacements.items():
-        model.set_submodule(name, replacement)
+        swap(model, name, replacement)
     BinarizationReport(action, tuple(decisions)).attach(model)
 
 

@@ -18,7 +18,8 @@ __all__ = ["ONE_SIGNED", "reads_one_sign", "surroundings"]
 ONE_SIGNED = {"sign": "elastic", "int4": "uint4"}
 # The second linear layer of a feed-forward block, which reads the output of GELU or ReLU.
 _BEHIND_ACTIVATION = re.compile(
-    r"(.*\.)?(fc2|dense2|lin2|linear_?2|linear_down|pwconv2)|(?!.*atten)(.*\.)?output\.dense"
+    r"(.*\.)?(fc2|dense2|lin2|linear_?2|(linear_down|projection)\.linear|linear_down|down_proj|pwconv2|pointwise_conv2)"
+    r"|(?!.*atten)(.*\.)?output\.dense"
 )
 _GATES = re.compile(r".*gate.*|fc1_[gx]|w12")
 

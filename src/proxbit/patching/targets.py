@@ -21,10 +21,15 @@ PIXEL_CHANNELS = 4
 # Segments of a module's name, and why a module below such a segment stays as it is.
 DEFAULT_SKIPS: tuple[tuple[str, str], ...] = (
     (r"embed.*|.*embeddings?|.*_embed|.*embedder|patch.*proj.*", "embedding"),
-    (r".*position.*|.*rel_pos.*|cpb_mlp", "position encoding"),
+    (r".*position.*|.*rel_pos.*|cpb_mlp|meta_mlp", "position encoding"),
+    (r"sampling_offsets|attention_weights", "where deformable attention looks"),
+    (r"(text|language)_(model|encoder|decoder|backbone|transformer)", "text side"),
     (r"(.*_)?stem", "stem"),
-    (r"pooler|attention_pool(ing)?", "pooler"),
-    (r"(.*_)?(head|heads|classifier|fc)|visual_projection|text_projection|logits", "head"),
+    (r"pooler|att(entio)?n_pool(ing)?", "pooler"),
+    (
+        r"(.*_)?(head|heads|classifier|fc)|(head|classifier)_.*|(visual|text|mask)_projection|.+_predictor|logits",
+        "head",
+    ),
 )
 
 
@@ -36,8 +41,6 @@ def matches(name: str, pattern: str) -> bool:
 
 def _default_reason(name: str, module: nn.Module, backbone: str) -> str | None:
     """Why a module is left alone by default; None if it is binarized."""
-    if backbone and not name.startswith(f"{backbone}."):
-        return "outside the backbone: task head"
     segments = name.split(".")
     # In a pyramid, the "patch embedding" of a later stage is a downsampling convolution like any other.
     later_stage = any(segment.isdigit() and int(segment) > 0 for segment in segments)
@@ -46,6 +49,10 @@ def _default_reason(name: str, module: nn.Module, backbone: str) -> str | None:
         for expression, reason in DEFAULT_SKIPS:
             if re.fullmatch(expression, segment) and not (reason == "embedding" and downsampling):
                 return reason
+    if backbone and not name.startswith(f"{backbone}."):
+        return "outside the backbone: task head"
+    if not module.weight.requires_grad:
+        return "frozen: it would stay at its signs"
     if isinstance(module, nn.Conv2d):
         if module.groups > 1 and module.groups == module.in_channels:
             return "depthwise convolution"
