@@ -64,7 +64,7 @@ def test_where_pairs_are_chosen_their_pull_is_told_of():
     pulling = {name for name in PAIRS if get_pair(name).update_from is not None}
     assert {name for name, section in sections.items() if "`mu_end`" in section} == pulling
     assert all(f"the default of {get_pair(name).schedule[2]:g} outweighs" in sections[name] for name in pulling)
-    readme = (DOCS.parent / "README.md").read_text()
+    readme = (DOCS / "concepts.md").read_text()
     told = next(part for part in readme.split("\n\n") if "mu_end=" in part)
     assert all(f"`{name}`" in told for name in pulling)
     assert all(f"ends at {get_pair(name).schedule[2]:g}." in told for name in pulling)

@@ -4,6 +4,7 @@ The Hub is that of the tests, with a tiny model under the name that the document
 """
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from sklearn.datasets import load_digits
 
 from hub_server import File, Repository
 from proxbit.cli import main
+from proxbit.quantizers import PAIRS
+from proxbit.training import RECIPES
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -49,11 +52,13 @@ def place(hub, monkeypatch, tmp_path):
     files = {path.name: File(path.read_bytes(), large=False) for path in made.iterdir()}
     repository.commit("main", files, [], "a model")
     monkeypatch.chdir(folder)
+    for registry in (PAIRS, RECIPES):  # What a page registers goes with it.
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     return folder
 
 
 def run_command(line, monkeypatch):
-    monkeypatch.setattr(sys, "argv", line.split())
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code in (0, None), line

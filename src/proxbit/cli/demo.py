@@ -137,8 +137,8 @@ def show(
     console.print(table)
     count = sum(reading.prediction == reading.truth for reading in readings)
     console.print(
-        f"{count} of these {len(readings)} are right, and {tested['packed']:.1%} of all test pictures; of the float model "
-        f"{tested['float']:.1%}.\n"
+        f"{count} of these {len(readings)} are right, and {tested['packed']:.1%} of all test pictures; "
+        f"of the float model {tested['float']:.1%}.\n"
         "A model this small gains bytes, not time: `proxbit bench` times larger ones.",
         highlight=False,
     )
