@@ -38,8 +38,7 @@ def test_ten_digits_are_read(found):
 
 
 def test_sizes_are_those_of_the_files(found):
-    """The header of a file differs by its names on disk: less than a hundredth."""
-    assert found["packed"]["bytes"] == pytest.approx((DEMO / "digits" / "model.safetensors").stat().st_size, rel=0.01)
+    assert found["packed"]["bytes"] == (DEMO / "digits" / "model.safetensors").stat().st_size
     assert found["float"]["bytes"] > 8 * found["packed"]["bytes"]
     assert found["float"]["latency_ms"] > 0 and found["packed"]["latency_ms"] > 0
 
@@ -60,7 +59,6 @@ def test_licence_and_maker_are_named():
 def test_it_is_a_release_and_its_card_is_among_the_model_cards(found):
     card = QuantizationCard.load(DEMO / "digits")
     assert found["tested"] == {"float": card["baseline_top1"], "packed": card["quantized_top1"]}
-    assert card["files"]["model.safetensors"]["bytes"] == found["packed"]["bytes"]
     cards = Path(__file__).parents[2] / "model_cards"
     assert (cards / "digits-vit-1bit.md").read_text() == (DEMO / "digits" / "README.md").read_text()
 

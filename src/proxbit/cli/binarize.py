@@ -54,6 +54,7 @@ def binarize(
     accumulator_bits: Annotated[int | None, _option("accumulator_bits", "N")] = None,
     accumulator_mode: Annotated[str | None, _option("accumulator_mode", "NAME")] = None,
     overrides: Annotated[str | None, _option("overrides", "JSON")] = None,
+    learned_attention: Annotated[list[str] | None, _option("learned_attention", "PATTERN")] = None,
     include: Annotated[list[str] | None, _option("include", "PATTERN")] = None,
     modules_to_not_convert: Annotated[list[str] | None, _option("modules_to_not_convert", "PATTERN")] = None,
     normalize: Annotated[str | None, _option("normalize", "NAME")] = None,

@@ -21,7 +21,6 @@ from torch import nn
 from transformers.utils import logging
 
 from proxbit.analysis.card import QuantizationCard
-from proxbit.analysis.summary import summary
 from proxbit.analysis.timing import Timings, time_rounds
 from proxbit.analysis.variants import forward_calls
 from proxbit.cli.checkpoints import load_model, load_processor
@@ -91,10 +90,10 @@ def demo(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
         card = QuantizationCard.load(folder)
         pictures = {path.name: Image.open(path).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for path in samples}
     tested = {"float": card["baseline_top1"], "packed": card["quantized_top1"]}
-    sizes, timings = summary(model), compare(model)
+    timings = compare(model)
     numbers = {
         form: {"bytes": size, "latency_ms": round(1e3 * timings.median(form), 3)}
-        for form, size in (("float", sizes.float32_bytes), ("packed", sizes.packed_bytes))
+        for form, size in (("float", card["float32_bytes"]), ("packed", card["model_bytes"]))
     }
     if as_json:
         found = {"readings": [asdict(reading) for reading in readings], **numbers, "tested": tested}
