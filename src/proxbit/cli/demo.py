@@ -21,7 +21,7 @@ from torch import nn
 from transformers.utils import logging
 
 from proxbit.analysis.card import QuantizationCard
-from proxbit.analysis.timing import Timings, time_rounds
+from proxbit.analysis.timing import Timings, time_rounds, torch_threads
 from proxbit.analysis.variants import forward_calls
 from proxbit.cli.checkpoints import load_model, load_processor
 from proxbit.hub import dequantize, fuse
@@ -71,7 +71,8 @@ def read(model: Any, processor: Any, samples: list[Path]) -> Iterator[Reading]:
 def compare(model: nn.Module) -> Timings:
     """The packed model against plain float layers with the same output, one picture at a time."""
     plain = dequantize(copy.deepcopy(model)).eval()
-    return time_rounds(forward_calls({"float": plain, "packed": fuse(copy.deepcopy(model))}, batch=1), ROUNDS)
+    with torch_threads(1):
+        return time_rounds(forward_calls({"float": plain, "packed": fuse(copy.deepcopy(model))}, batch=1), ROUNDS)
 
 
 def demo(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -138,6 +139,6 @@ def show(
     console.print(
         f"{count} of these {len(readings)} are right, and {tested['packed']:.1%} of all test pictures; "
         f"of the float model {tested['float']:.1%}.\n"
-        "A model this small gains bytes, not time: `proxbit bench` times larger ones.",
+        "Times of a model this small say little: `proxbit bench` times larger ones.",
         highlight=False,
     )
