@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from proxbit.analysis.summary import summary
 from proxbit.config import BinarizationConfig
 from proxbit.hub.files import sha256
-from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, Surroundings
+from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, Surroundings, evaluating
 from proxbit.patching import FusedLayerNorm, blank_picture, packed_layers, state_of
 
 __all__ = ["FORMATS", "Format", "checkpoint_sha", "file_facts", "hub_name", "model_facts"]
@@ -242,14 +242,12 @@ def peak_activation_bytes(model: nn.Module) -> int | None:
         )
 
     handles = [module.register_forward_hook(look) for module in model.modules() if not list(module.children())]
-    training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(**blank_picture(model))
+        with evaluating(model), torch.no_grad():
+            model(**blank_picture(model))
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return None
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return max(sizes)

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear
+from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, evaluating
 from proxbit.packing import packed_columns
 from proxbit.patching import blank_picture
 
@@ -326,16 +326,13 @@ def _fold(layers: list[LayerSummary]) -> Iterator[LayerSummary]:
 def _count_macs(model: nn.Module, inputs: dict[str, Tensor] | None) -> tuple[dict[str, int] | None, int | None, str]:
     """Multiply-accumulates by module name, their total with attention, and a note."""
     inputs = blank_picture(model) if inputs is None else inputs
-    training = model.training
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     try:
-        with torch.no_grad(), counter:
-            model.eval()(**inputs)
+        with evaluating(model), torch.no_grad(), counter:
+            model(**inputs)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return None, None, f"the model did not take a blank picture ({reason}); pass inputs={{...}}"
-    finally:
-        model.train(training)
     root = f"{type(model).__name__}."
     counts = {name.removeprefix(root): sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
     own = {

@@ -6,6 +6,7 @@ from proxbit.nn.binary_conv import BinaryConv2d
 from proxbit.nn.binary_linear import BinaryLinear
 from proxbit.nn.latent import LatentWeight, binary_activations, latent_layers, set_mu, soft_evaluation, start_update
 from proxbit.nn.learned import Learned, learned_modules
+from proxbit.nn.modes import evaluating
 from proxbit.nn.packed_conv import PackedConv2d
 from proxbit.nn.packed_linear import PackedLinear
 from proxbit.nn.probabilities import BinaryProbabilities
@@ -31,6 +32,7 @@ __all__ = [
     "Surroundings",
     "binary_activations",
     "check_activations",
+    "evaluating",
     "latent_layers",
     "learned_modules",
     "set_mu",

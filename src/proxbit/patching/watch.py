@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from proxbit.nn import Surroundings
+from proxbit.nn import Surroundings, evaluating
 
 __all__ = ["Call", "Seen", "Use", "norms_before", "watch"]
 
@@ -97,7 +97,7 @@ def watch(model: nn.Module, inputs: dict[str, Tensor]) -> Seen:
         model: any module; it is left as it was.
         inputs: keyword arguments of one forward pass.
     """
-    mode, training = _Watch(), [module for module in model.modules() if module.training]
+    mode = _Watch()
     handles = [
         handle
         for name, module in model.named_modules()
@@ -105,11 +105,9 @@ def watch(model: nn.Module, inputs: dict[str, Tensor]) -> Seen:
         for handle in mode.hook(name, module)
     ]
     try:
-        with torch.no_grad(), mode:
-            returned = model.eval()(**inputs)
+        with evaluating(model), torch.no_grad(), mode:
+            returned = model(**inputs)
     finally:
-        for module in training:
-            module.training = True
         for handle in handles:
             handle.remove()
     mode.seen.returned = torch.utils._pytree.tree_leaves(returned)

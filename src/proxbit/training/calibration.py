@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import default_data_collator
 
 from proxbit.errors import ConfigError, ModelStateError
-from proxbit.nn import ActivationQuantizer, BinaryLinear, BinaryProbabilities, soft_evaluation
+from proxbit.nn import ActivationQuantizer, BinaryLinear, BinaryProbabilities, evaluating, soft_evaluation
 from proxbit.patching import state_of
 
 __all__ = ["BATCHES", "calibrate"]
@@ -133,7 +133,7 @@ def _inputs(
 
         return hook
 
-    training, device = model.training, next(model.parameters()).device
+    device = next(model.parameters()).device
     some = False
     with ExitStack() as stack:
         for layer in layers.values():
@@ -143,8 +143,8 @@ def _inputs(
             stack.callback(attention.register_forward_hook(_as_they_are).remove)
         for name, module in watched.items():
             stack.callback(module.register_forward_pre_hook(watch(name)).remove)
-        stack.callback(model.train, training)
-        stack.enter_context(soft_evaluation(model.eval()))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(soft_evaluation(model))
         stack.enter_context(torch.no_grad())
         for batch in batches:
             some = True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from proxbit.errors import ConfigError
-from proxbit.nn import latent_layers, soft_evaluation
+from proxbit.nn import evaluating, latent_layers, soft_evaluation
 
 __all__ = ["taylor_sensitivity"]
 
@@ -63,12 +63,12 @@ def taylor_sensitivity(model: nn.Module, loss: Callable[[Any], Tensor], batches:
 @contextmanager
 def _all_waiting(model: nn.Module) -> Iterator[None]:
     """Within the context, the model computes its float function, and every latent weight gets a gradient."""
-    layers, training = [layer for _, layer in latent_layers(model)], model.training
+    layers = [layer for _, layer in latent_layers(model)]
     before = [(layer.waits, layer.weight.requires_grad) for layer in layers]
     with ExitStack() as stack:
         stack.callback(model.zero_grad)
-        stack.callback(model.train, training)
-        stack.enter_context(soft_evaluation(model.eval()))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(soft_evaluation(model))
         # Its modules are evaluated, without dropout; the model as a whole trains, so that the loss has all its parts.
         model.training = True
         for layer in layers:
