@@ -62,6 +62,11 @@ def test_everything_lies_in_the_frame():
         assert len(chart.yticks) >= 2
 
 
+def test_one_value_is_seen_and_no_share_is_beyond_all():
+    chart = line_chart("Accuracy", [Curve("hard", ((5.0, 0.97),))], end=5.0, percent=True)
+    assert {label for _, label in chart.yticks} <= {f"{share} %" for share in range(0, 101)}
+
+
 def test_a_logarithmic_axis_takes_equal_steps_for_equal_ratios():
     chart = line_chart("mu", [Curve("mu", ((0.0, 0.3), (1.0, 3.0), (2.0, 30.0)))], end=2.0, log=True)
     heights = [y for _, y, *_ in points_of(chart)]
@@ -78,7 +83,7 @@ def test_a_logarithmic_axis_is_linear_where_it_says_nothing(values):
 @pytest.mark.parametrize("value", [0.0, 5.0, -3.0])
 def test_a_single_point_and_a_constant_are_drawn(value):
     chart = line_chart("x", [Curve("a", ((1.0, value),)), Curve("b", ((0.0, value), (1.0, value)))], end=1.0)
-    assert chart.curves[0][2].endswith("h0.1")
+    assert chart.curves[0][2].endswith("m-4 0h8")
     assert all(between(y, TOP, BOTTOM) for curve in (0, 1) for _, y, *_ in points_of(chart, curve))
 
 

@@ -96,6 +96,9 @@ def line_chart(
     low, high = min(values), max(values)
     log = log and low > 0 and high > 10 * low
     scale = math.log10 if log else float
+    if low == high:
+        half = (abs(low) or 1) / 2
+        low, high = (max(0.0, low - half), min(1.0, high + half)) if percent else (low - half, high + half)
     ticks = _log_ticks(low, high) if log else _ticks(low, high)
     bottom, top = scale(min(low, *ticks)), scale(max(high, *ticks))
     end = end or 1.0
@@ -113,7 +116,7 @@ def line_chart(
     for curve in thinned:
         places = [[x_place(x), y_place(y), round(x, 4), float(f"{y:.5g}")] for x, y in curve.points]
         path = "M" + "L".join(f"{x} {y}" for x, y, *_ in places)
-        drawn.append((curve.name, curve.style, path + ("h0.1" if len(places) == 1 else "")))
+        drawn.append((curve.name, curve.style, path + ("m-4 0h8" if len(places) == 1 else "")))
         data.append({"name": curve.name, "points": places})
     ends = "; ".join(f"{c.name}: from {label(c.points[0][1])} to {label(c.points[-1][1])}" for c in thinned)
     return Chart(
@@ -136,8 +139,6 @@ def _thin(points: Sequence[Point]) -> tuple[Point, ...]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    if low == high:
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     return [float(tick) for tick in MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
 
 
