@@ -19,6 +19,7 @@ LAYERS = {
     "config": 4,
     "patching": 5,
     "analysis": 6,
+    "export": 6,
     "hub": 6,
     "training": 7,
     "cli": 8,

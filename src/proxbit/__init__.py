@@ -16,11 +16,12 @@ from proxbit.quantizers import QuantizerPair, compose, decompose, enhance, heuri
 
 __version__ = version("proxbit")
 
-# Loaded at first use: they import much that inference does not need, or, for adapters, what is optional.
+# Loaded at first use: they import much that inference does not need, or what is optional.
 _LAZY = {
     "ProxConnectArguments": "proxbit.training.arguments",
     "ProxConnectTrainer": "proxbit.training.trainer",
     "calibrate": "proxbit.training.calibration",
+    "export_onnx": "proxbit.export",
     "get_recipe": "proxbit.training.recipes",
     "packed_lora": "proxbit.hub.adapters",
     "push": "proxbit.hub.push",
@@ -43,6 +44,7 @@ __all__ = [
     "dequantize",
     "enhance",
     "equalize",
+    "export_onnx",
     "fuse",
     "heuristic",
     "pack",

@@ -1,5 +1,6 @@
 """Operators on packed weights. Importing this package registers them with torch."""
 
+from proxbit.kernels.decompositions import decompositions
 from proxbit.kernels.native import FORMATS, native, version_of
 from proxbit.kernels.ops import (
     linear_kernel,
@@ -15,6 +16,7 @@ from proxbit.kernels.reference import Norm, quantize_activations
 __all__ = [
     "FORMATS",
     "Norm",
+    "decompositions",
     "linear_kernel",
     "linear_w1",
     "linear_w1a1",

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from proxbit.errors import PackedFormatError
 from proxbit.kernels import reference
 from proxbit.kernels.native import Native, native
-from proxbit.kernels.reference import Norm
+from proxbit.kernels.reference import Norm, norm_of
 from proxbit.packing import packed_columns
 
 try:
@@ -109,12 +109,6 @@ def _linear(
         return linear(x, weight, scale, bias, gelu, norm)
 
 
-def _norm_of(weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm | None:
-    if (weight is None) != (bias is None):
-        raise PackedFormatError("norm_weight and norm_bias come together.")
-    return None if weight is None or bias is None else Norm(weight, bias, eps)
-
-
 def _without_threshold(activations: str) -> Callable[..., Tensor]:
     """The implementation of an operator whose activations have no threshold."""
 
@@ -128,7 +122,7 @@ def _without_threshold(activations: str) -> Callable[..., Tensor]:
         norm_bias: Tensor | None = None,
         norm_eps: float = 0.0,
     ) -> Tensor:
-        return _linear(activations, x, weight, scale, bias, None, gelu, _norm_of(norm_weight, norm_bias, norm_eps))
+        return _linear(activations, x, weight, scale, bias, None, gelu, norm_of(norm_weight, norm_bias, norm_eps))
 
     return run
 
@@ -147,7 +141,7 @@ def _linear_w1a1(
     norm_bias: Tensor | None = None,
     norm_eps: float = 0.0,
 ) -> Tensor:
-    return _linear("sign", x, weight, scale, bias, threshold, gelu, _norm_of(norm_weight, norm_bias, norm_eps))
+    return _linear("sign", x, weight, scale, bias, threshold, gelu, norm_of(norm_weight, norm_bias, norm_eps))
 
 
 def _linear_w1_grad_input(grad: Tensor, weight: Tensor, scale: Tensor, columns: int) -> Tensor:
@@ -207,7 +201,7 @@ def _(
     norm_bias: Tensor | None = None,
     norm_eps: float = 0.0,
 ) -> Tensor:
-    return _fake_linear(x, weight, scale, bias, None, _norm_of(norm_weight, norm_bias, norm_eps))
+    return _fake_linear(x, weight, scale, bias, None, norm_of(norm_weight, norm_bias, norm_eps))
 
 
 @torch.library.register_fake("proxbit::linear_w1a1", lib=_LIBRARY)
@@ -222,7 +216,7 @@ def _(
     norm_bias: Tensor | None = None,
     norm_eps: float = 0.0,
 ) -> Tensor:
-    return _fake_linear(x, weight, scale, bias, threshold, _norm_of(norm_weight, norm_bias, norm_eps))
+    return _fake_linear(x, weight, scale, bias, threshold, norm_of(norm_weight, norm_bias, norm_eps))
 
 
 @torch.library.register_fake("proxbit::linear_w1_grad_input", lib=_LIBRARY)

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from proxbit.errors import PackedFormatError
 from proxbit.packing import pack_signs, unpack_signs
-from proxbit.sign import sign
 
 __all__ = [
     "Norm",
@@ -14,6 +14,7 @@ __all__ = [
     "linear_w1_grad_input",
     "linear_w1a1",
     "linear_w1a8",
+    "norm_of",
     "pack_signs",
     "quantize_activations",
     "unpack_signs",
@@ -45,6 +46,17 @@ class Norm(NamedTuple):
         dtype = _accumulation_dtype(x.dtype)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         return torch.nn.functional.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, self.eps)
+
+
+def norm_of(weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm | None:
+    """From the arguments of an operator: None if there is no normalization.
+
+    Raises:
+        PackedFormatError: if only one of weight and bias is given.
+    """
+    if (weight is None) != (bias is None):
+        raise PackedFormatError("norm_weight and norm_bias come together.")
+    return None if weight is None or bias is None else Norm(weight, bias, eps)
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -164,7 +176,7 @@ def linear_w1a1(
         `[..., O]`, dtype of `x`.
     """
     values = (x if norm is None else norm(x)).float()
-    signs = sign(values) if threshold is None else (values >= threshold.float()).float() * 2 - 1
+    signs = (values >= (0 if threshold is None else threshold.float())).float() * 2 - 1
     result = _integer_sums(signs, weight, 1) * scale.float()
     return _finish(result, bias, gelu).to(x.dtype)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from proxbit.packing.layout import BITS_PER_BYTE, packed_columns
-from proxbit.sign import is_positive, sign
+from proxbit.sign import is_positive
 
 __all__ = ["pack_signs", "unpack_signs"]
 
@@ -51,7 +51,7 @@ def unpack_signs(packed: Tensor, columns: int, dtype: torch.dtype = torch.float3
         >>> unpack_signs(torch.tensor([[5]], dtype=torch.uint8), columns=3)
         tensor([[ 1., -1.,  1.]])
     """
-    device = packed.device
-    every_byte = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(BITS_PER_BYTE, device=device)
-    table = sign((every_byte & 1).to(dtype) - 1)
+    bytes_, places = torch.arange(256, device=packed.device), torch.arange(BITS_PER_BYTE, device=packed.device)
+    bits = torch.bitwise_right_shift(bytes_.unsqueeze(1), places) & 1
+    table = bits.to(dtype) * 2 - 1
     return torch.nn.functional.embedding(packed.int(), table).flatten(1)[:, :columns]
