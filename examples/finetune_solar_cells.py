@@ -42,12 +42,14 @@ from transformers import (
 )
 
 import proxbit
+from proxbit.analysis.latency import measure_latency
 from proxbit.analysis.plots import plot_training
 from proxbit.training import DistillationArguments, DistillationTrainer
 from proxbit.training.metrics import classification_metrics
 
 LABELS = ["functional", "defective"]
 FLOAT_EPOCHS, BINARY_EPOCHS, BATCH = 20, 16, 64
+VARIANTS = {"soft": "latent, soft (simulated)", "hard": "latent, hard (simulated)"}
 
 
 def load_cells(uncertain: bool, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -184,7 +186,16 @@ def run(options: argparse.Namespace, fold: int, seed: int, out: Path, images: np
         rows["latent, soft (simulated)"] = row(measure(model, test), truth, folder)
     rows["latent, hard (simulated)"] = row(measure(model, test), truth, folder)
 
-    folder = save(proxbit.pack(model), processor, out / "packed")
+    variants = {"float": f"float, {float_epochs} epochs", **VARIANTS}
+    facts = {
+        "dataset": "elpv-dataset, photographs of solar cells" + ("" if options.uncertain else ", certain labels"),
+        "split": f"fold {fold} of 5",
+        "teacher": f"itself in float, after {float_epochs} epochs",
+        "metrics": {row: {"accuracy": rows[name]["accuracy"]} for row, name in variants.items()},
+        "latency": measure_latency(proxbit.pack(model)),
+    }
+    run_facts = trainer.run_record() | facts
+    folder = proxbit.write_release(model, out / "packed", processing_class=processor, run=run_facts)
     test.with_format(None).save_to_disk(out / "test")
     command = [sys.executable, __file__, "--evaluate", str(folder)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -24,7 +24,7 @@ from sklearn.model_selection import train_test_split
 from transformers import EvalPrediction, ViTConfig, ViTForImageClassification, ViTImageProcessorPil, set_seed
 
 import proxbit
-from proxbit.hub.release import write_release
+from proxbit.analysis.latency import measure_latency
 from proxbit.training import DistillationArguments, DistillationTrainer
 from proxbit.training.metrics import classification_metrics
 
@@ -127,8 +127,9 @@ def main() -> None:
     proxbit.pack(model)
     found = predictions(model, data["eval_dataset"])
     packed = classification_metrics(EvalPrediction(found, labels[test]))["accuracy"]
+    run["latency"] = measure_latency(model)
     run["metrics"] = (run["metrics"] or {}) | {"float": {"accuracy": in_float}, "packed": {"accuracy": packed}}
-    folder = write_release(model, options.out / "digits-vit-1bit", processing_class=processor, run=run)
+    folder = proxbit.write_release(model, options.out / "digits-vit-1bit", processing_class=processor, run=run)
     (options.out / "samples").mkdir(exist_ok=True)
     for digit in range(10):
         first = next(i for i in test if labels[i] == digit)

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 from transformers import HfArgumentParser, TrainingArguments
 
+from proxbit.analysis.latency import measure_latency
 from proxbit.cli.checkpoints import architecture, check_new_folder, load_model, load_processor, save
 from proxbit.cli.progress import watch
 from proxbit.errors import CheckpointError, ConfigError, DataError, ModelStateError, ProxbitError
@@ -246,8 +247,8 @@ def train(context: typer.Context) -> None:
         if "accuracy" in name:
             table.add_row(name.removeprefix("eval_").replace("_", " "), f"{value:.2%}")
     Console().print(table)
-    run = trainer.run_record() | {"dataset": given.data}
-    save(pack(model), processor, out / "packed", run)
+    run = trainer.run_record() | {"dataset": given.data, "latency": measure_latency(pack(model))}
+    save(model, processor, out / "packed", run)
 
 
 def _fields() -> str:
