@@ -144,9 +144,16 @@ def test_a_latent_model_is_not_called_1_bit():
 
 
 def test_tasks_of_the_families():
-    assert {name: pipeline_tag(make()) for name, make in FAMILIES.items()} == dict.fromkeys(
-        FAMILIES, "image-classification"
-    )
+    others = {
+        "image-feature-extraction": ("dinov3", "dinov3 convnext"),
+        "object-detection": ("detr", "yolos"),
+        "image-segmentation": ("segformer", "upernet", "maskformer", "mask2former", "dpt segmentation"),
+        "depth-estimation": ("dpt depth",),
+        None: ("clip with text",),
+    }
+    expected = dict.fromkeys(FAMILIES, "image-classification")
+    expected |= {name: task for task, names in others.items() for name in names}
+    assert {name: pipeline_tag(make()) for name, make in FAMILIES.items()} == expected
     assert pipeline_tag(hf.ViTModel(vit())) == "image-feature-extraction"
     assert pipeline_tag(hf.ViTForMaskedImageModeling(vit())) is None
     sizes = dict(hidden_size=36, num_hidden_layers=1, num_attention_heads=4, intermediate_size=50)
