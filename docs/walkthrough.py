@@ -21,7 +21,7 @@ CLASSIFY = f"""\
 import proxbit
 from transformers import pipeline
 
-classify = pipeline("image-classification", model="{REPOSITORY}", revision="main", use_fast=False)
+classify = pipeline("image-classification", model="{REPOSITORY}")
 for answer in classify("runs/digits/samples/7.png", top_k=2):
     print(answer)
 """
@@ -45,9 +45,10 @@ NOISE = re.compile(
 )
 
 
-def shown(output: str, hub: str) -> str:
+def shown(output: str, hub: str, folder: str) -> str:
     """What a command printed, as it is shown."""
-    lines = (line.rstrip() for line in NOISE.sub("", output).replace(hub, "https://huggingface.co").splitlines())
+    text = NOISE.sub("", output).replace(hub, "https://huggingface.co").replace(f"{folder}/", "")
+    lines = (line.rstrip() for line in text.splitlines())
     return "\n".join(lines).strip("\n")
 
 
@@ -69,7 +70,7 @@ def write(target: Path, binaries: Path) -> None:
             home = Path(folder) / ("another" if number == len(STEPS) - 1 else "home")
             environment = hub.environment(home, "hf_me", COLUMNS="100", NO_COLOR="1", PWD=folder)
             environment["PATH"] = f"{binaries}:{environment['PATH']}"
-            output = shown(run(command, environment), hub.url)
+            output = shown(run(command, environment), hub.url, folder)
             code = (
                 f"```py\n{command}```\n\n```text\n{output}" if "\n" in command else f"```console\n$ {command}\n{output}"
             )

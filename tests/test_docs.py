@@ -89,3 +89,10 @@ def test_the_pictures_show_what_the_code_computes(fresh):
         assert NUMBER.sub("", old) == NUMBER.sub("", new), name
         numbers = [np.array(NUMBER.findall(text), dtype=float) for text in (old, new)]
         np.testing.assert_allclose(*numbers, rtol=0, atol=0.1, err_msg=name)
+
+
+def test_the_first_hour_took_every_step():
+    """The page of what commands printed shows the commands of today."""
+    page, steps = (DOCS / "walkthrough.md").read_text(), script(DOCS / "walkthrough.py").STEPS
+    assert re.findall(r"^\$ (.*)$", page, re.MULTILINE) == [command for command in steps.values() if "\n" not in command]
+    assert all(words in page and command in page for words, command in steps.items())
