@@ -94,5 +94,7 @@ def test_the_pictures_show_what_the_code_computes(fresh):
 def test_the_first_hour_took_every_step():
     """The page of what commands printed shows the commands of today."""
     page, steps = (DOCS / "walkthrough.md").read_text(), script(DOCS / "walkthrough.py").STEPS
-    assert re.findall(r"^\$ (.*)$", page, re.MULTILINE) == [command for command in steps.values() if "\n" not in command]
+    assert re.findall(r"^\$ (.*)$", page, re.MULTILINE) == [
+        command for command in steps.values() if "\n" not in command
+    ]
     assert all(words in page and command in page for words, command in steps.items())

@@ -180,6 +180,18 @@ def test_a_run_that_ends_soft_is_told(model, recwarn):
     assert not list(recwarn)
 
 
+@pytest.mark.parametrize(("pair", "larger"), [("bnn++", True), ("proxquant", False), ("rpc", False)])
+def test_a_larger_mu_is_advised_where_it_does_no_harm(pair, larger, recwarn):
+    """`proxquant` and `rpc` pull weights by up to mu at every step, whatever the learning rate."""
+    latent = proxbit.binarize(nn.Sequential(nn.Linear(5, 4)), BinarizationConfig(weights=pair, include=["*"]))
+    callback = MuCallback(latent, lambda steps: MuSchedule("constant", 0.01, 0.01, steps=steps))
+    callback.on_train_begin(None, state(2), TrainerControl())
+    arguments = ProxConnectArguments("unused", hard_fraction=0.0, use_cpu=True, report_to="none")
+    callback.on_train_end(arguments, state(2), TrainerControl())
+    (warning,) = [str(each.message) for each in recwarn if "ended soft" in str(each.message)]
+    assert ("larger mu_end" in warning) is larger and "hard_fraction" in warning
+
+
 def test_scores_are_those_of_the_state_that_a_run_resumes_from():
     scores = {"a": 0.1, "b": 1 / 3}
     begun = TrainerState(stateful_callbacks=[LayerScores(scores)])

@@ -78,10 +78,12 @@ class MuCallback(TrainerCallback):
         gap = hardening_gap(self.model)
         if gap > SOFT:
             layer = next(layer for _, layer in latent_layers(self.model))
+            # The steps must outweigh the pull of a pair that updates from P(w*): there a larger mu learns nothing.
+            sharper = ", or a larger mu_end" if layer.pair.update_from is None else ""
             warnings.warn(
                 f"Training ended soft, at mu = {float(layer.mu):.3g}: the hardening gap |soft - hard| / |hard| of the "
                 f"weights is {gap:.3f}, so the packed model is not the one that was trained. Give the training a hard "
-                f"part (hard_fraction, now {args.hard_fraction:g}), or a larger mu_end.",
+                f"part (hard_fraction, now {args.hard_fraction:g}){sharper}.",
                 stacklevel=2,
             )
 
