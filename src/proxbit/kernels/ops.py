@@ -1,7 +1,7 @@
 """The operators `torch.ops.proxbit.*`: schema, shapes, gradient and FLOP formula, and the kernel each call runs on."""
 
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from proxbit.errors import PackedFormatError
 from proxbit.kernels import reference
 from proxbit.kernels.native import Native, native
-from proxbit.kernels.reference import Norm, norm_of
+from proxbit.kernels.reference import Norm, with_threshold, without_threshold
 from proxbit.packing import packed_columns
 
 try:
@@ -109,41 +109,6 @@ def _linear(
         return linear(x, weight, scale, bias, gelu, norm)
 
 
-def _without_threshold(activations: str) -> Callable[..., Tensor]:
-    """The implementation of an operator whose activations have no threshold."""
-
-    def run(
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        gelu: bool = False,
-        norm_weight: Tensor | None = None,
-        norm_bias: Tensor | None = None,
-        norm_eps: float = 0.0,
-    ) -> Tensor:
-        return _linear(activations, x, weight, scale, bias, None, gelu, norm_of(norm_weight, norm_bias, norm_eps))
-
-    return run
-
-
-_linear_w1, _linear_w1a8 = _without_threshold("float"), _without_threshold("int8")
-
-
-def _linear_w1a1(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    threshold: Tensor | None,
-    gelu: bool = False,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 0.0,
-) -> Tensor:
-    return _linear("sign", x, weight, scale, bias, threshold, gelu, norm_of(norm_weight, norm_bias, norm_eps))
-
-
 def _linear_w1_grad_input(grad: Tensor, weight: Tensor, scale: Tensor, columns: int) -> Tensor:
     with torch.autocast(grad.device.type, enabled=False):
         return reference.linear_w1_grad_input(grad, weight, scale, columns)
@@ -166,9 +131,9 @@ def _unpack_weight(weight: Tensor, scale: Tensor, columns: int) -> Tensor:
 
 
 for _name, _function in {
-    "linear_w1": _linear_w1,
-    "linear_w1a8": _linear_w1a8,
-    "linear_w1a1": _linear_w1a1,
+    "linear_w1": without_threshold(partial(_linear, "float")),
+    "linear_w1a8": without_threshold(partial(_linear, "int8")),
+    "linear_w1a1": with_threshold(partial(_linear, "sign")),
     "linear_w1_grad_input": _linear_w1_grad_input,
     "pack_signs": _pack_signs,
     "unpack_signs": _unpack_signs,
@@ -183,40 +148,19 @@ def _fake_linear(
     scale: Tensor,
     bias: Tensor | None,
     threshold: Tensor | None = None,
+    gelu: bool = False,
     norm: Norm | None = None,
 ) -> Tensor:
     _check_shapes(x, weight, scale, bias, threshold, norm)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("proxbit::linear_w1", lib=_LIBRARY)
-@torch.library.register_fake("proxbit::linear_w1a8", lib=_LIBRARY)
-def _(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    gelu: bool = False,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 0.0,
-) -> Tensor:
-    return _fake_linear(x, weight, scale, bias, None, norm_of(norm_weight, norm_bias, norm_eps))
-
-
-@torch.library.register_fake("proxbit::linear_w1a1", lib=_LIBRARY)
-def _(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    threshold: Tensor | None,
-    gelu: bool = False,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 0.0,
-) -> Tensor:
-    return _fake_linear(x, weight, scale, bias, threshold, norm_of(norm_weight, norm_bias, norm_eps))
+for _name, _wrap in {
+    "linear_w1": without_threshold,
+    "linear_w1a8": without_threshold,
+    "linear_w1a1": with_threshold,
+}.items():
+    torch.library.register_fake(f"proxbit::{_name}", _wrap(_fake_linear), lib=_LIBRARY)
 
 
 @torch.library.register_fake("proxbit::linear_w1_grad_input", lib=_LIBRARY)

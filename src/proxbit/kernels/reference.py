@@ -1,5 +1,6 @@
 """Plain torch implementations of the ops: what every other kernel is measured against."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,12 @@ __all__ = [
     "linear_w1_grad_input",
     "linear_w1a1",
     "linear_w1a8",
-    "norm_of",
     "pack_signs",
     "quantize_activations",
     "unpack_signs",
     "unpack_weight",
+    "with_threshold",
+    "without_threshold",
 ]
 
 INT8_PEAK = 127
@@ -48,7 +50,7 @@ class Norm(NamedTuple):
         return torch.nn.functional.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, self.eps)
 
 
-def norm_of(weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm | None:
+def _norm_of(weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm | None:
     """From the arguments of an operator: None if there is no normalization.
 
     Raises:
@@ -57,6 +59,43 @@ def norm_of(weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm | No
     if (weight is None) != (bias is None):
         raise PackedFormatError("norm_weight and norm_bias come together.")
     return None if weight is None or bias is None else Norm(weight, bias, eps)
+
+
+def without_threshold(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """With the arguments of the schema: `linear(x, weight, scale, bias, gelu=, norm=)`."""
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        gelu: bool = False,
+        norm_weight: Tensor | None = None,
+        norm_bias: Tensor | None = None,
+        norm_eps: float = 0.0,
+    ) -> Tensor:
+        return linear(x, weight, scale, bias, gelu=gelu, norm=_norm_of(norm_weight, norm_bias, norm_eps))
+
+    return run
+
+
+def with_threshold(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """With the arguments of the schema: `linear(x, weight, scale, bias, threshold, gelu=, norm=)`."""
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        threshold: Tensor | None,
+        gelu: bool = False,
+        norm_weight: Tensor | None = None,
+        norm_bias: Tensor | None = None,
+        norm_eps: float = 0.0,
+    ) -> Tensor:
+        return linear(x, weight, scale, bias, threshold, gelu=gelu, norm=_norm_of(norm_weight, norm_bias, norm_eps))
+
+    return run
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
