@@ -176,12 +176,8 @@ def test_the_operators_use_them_on_a_gpu(gpu, monkeypatch):
     calls = []
     monkeypatch.setattr(triton_linear, "linear", lambda *arguments: calls.append(arguments))
     x, weight, scale = gpu(3, 64), gpu(5, 8, dtype=torch.uint8), gpu(5)
-    for activations, function, rest in (
-        ("float", ops._linear_w1, ()),
-        ("int8", ops._linear_w1a8, ()),
-        ("sign", ops._linear_w1a1, (None,)),
-    ):
-        function(x, weight, scale, None, *rest)
+    for activations in REFERENCE:
+        ops._linear(activations, x, weight, scale, None)
         arguments = calls.pop()
         assert arguments[0] == activations
         assert arguments[1] is x
@@ -194,7 +190,7 @@ def test_without_triton_a_gpu_runs_the_reference(gpu, monkeypatch):
     monkeypatch.setattr(reference, "linear_w1", lambda *arguments: "the reference ran")
     weight, scale = gpu(5, 8, dtype=torch.uint8), gpu(5)
     assert linear_kernel(weight, scale) == "reference"
-    assert ops._linear_w1(gpu(3, 64), weight, scale, None) == "the reference ran"
+    assert ops._linear("float", gpu(3, 64), weight, scale, None) == "the reference ran"
 
 
 def test_tensors_of_the_cpu_stay_there(monkeypatch):
