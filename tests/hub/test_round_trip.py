@@ -46,16 +46,6 @@ def pushed(hub):
 # --- what a user calls
 
 
-def test_push_to_hub_of_a_packed_model(hub):
-    """The method of transformers; in one piece, and in several."""
-    model = packed()
-    model.push_to_hub("me/tiny", private=True)
-    model.push_to_hub("me/pieces", max_shard_size="10KB")
-    assert sum(name.endswith(".safetensors") for name in hub.hub.repositories["me/pieces"].files()) == 3
-    assert hub.hub.repositories["me/tiny"].private
-    assert same(model, pull()) and same(model, pull("me/pieces"))
-
-
 def test_each_revision_is_itself(hub, pushed):
     first = hub.hub.repositories["me/tiny"].branches["main"]
     others = {"next": packed(1), "main": packed(2)}

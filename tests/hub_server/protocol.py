@@ -150,8 +150,14 @@ class Protocol(Transport):
                 deleted.append(value["path"])
             else:
                 raise Refusal(400, f"Unknown item {key}")
+        answer = {"success": True}
+        if "create_pr=1" in self.url.query:
+            number = 1 + sum(branch.startswith("refs/pr/") for branch in repository.branches)
+            answer["pullRequestUrl"] = f"{self.site.url}/{name}/discussions/{number}"
+            start, revision = repository.branches[revision], f"refs/pr/{number}"
+            repository.branches[revision] = start
         oid = repository.commit(revision, added, deleted, title)
-        self.answer({"success": True, "commitOid": oid, "commitUrl": f"{self.site.url}/{name}/commit/{oid}"})
+        self.answer(answer | {"commitOid": oid, "commitUrl": f"{self.site.url}/{name}/commit/{oid}"})
 
     def info(self, body: bytes, name: str, revision: str) -> None:
         oid, files = self.revision(name, revision)

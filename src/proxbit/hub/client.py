@@ -20,7 +20,7 @@ ADVICE = {
 }
 
 
-def client(token: str | None = None) -> HfApi:
+def client(token: bool | str | None = None) -> HfApi:
     """The client of the Hub.
 
     Args:

@@ -29,10 +29,16 @@ def sha256(file: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def save_weights(model: nn.Module, folder: str | Path) -> list[Path]:
-    """Write a model into a folder, a transformers model as `save_pretrained` does, and return its weight files."""
+def save_weights(model: nn.Module, folder: str | Path, max_shard_size: int | str | None = None) -> list[Path]:
+    """Write a model into a folder, a transformers model as `save_pretrained` does, and return its weight files.
+
+    Args:
+        model: any.
+        folder: exists.
+        max_shard_size: of a transformers model, as in `save_pretrained`; None: its default.
+    """
     if isinstance(model, PreTrainedModel):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
     else:
         save_model(model, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})
     return weight_files(folder)

@@ -12,6 +12,7 @@ from proxbit.errors import ConfigError
 from proxbit.hub.checkpoint import check_learned, check_loaded, check_packed_files, reset_learned
 from proxbit.hub.downloads import check_downloads
 from proxbit.hub.files import check_against_card
+from proxbit.hub.push_method import give_push, take_push
 from proxbit.nn import learned_modules
 from proxbit.patching import check_latents, check_packed_layers, matches, packed_layers, to_float, to_latent, to_packed
 
@@ -54,6 +55,7 @@ class ProxbitHfQuantizer(HfQuantizer):
         if state == "packed":
             to_packed(model)
             check_packed_files(checkpoint_files or [], packed_layers(model))
+        give_push(model)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -68,6 +70,7 @@ class ProxbitHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         to_float(model)
+        take_push(model)
         return model if dtype is None else model.to(dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -119,8 +122,10 @@ def attach(model: PreTrainedModel, config: BinarizationConfig) -> None:
     model.hf_quantizer = ProxbitHfQuantizer(config, pre_quantized=True)
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
+    give_push(model)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Tell transformers that a model is float again."""
     model.hf_quantizer.remove_quantization_config(model)
+    take_push(model)

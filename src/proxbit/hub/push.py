@@ -70,10 +70,12 @@ def prepare_upload(
     repo: str,
     *,
     revision: str | None = None,
-    token: str | None = None,
+    token: bool | str | None = None,
     latent: bool = False,
     processing_class: Any = None,
     run: Mapping[str, Any] | None = None,
+    tags: tuple[str, ...] = (),
+    max_shard_size: int | str | None = None,
 ) -> Iterator[Upload]:
     """Lay out what `upload` will send, as a context. No more than the user's name is asked of the Hub.
 
@@ -86,6 +88,8 @@ def prepare_upload(
         latent: whether a latent model may be uploaded.
         processing_class: what prepares the inputs of the model, to be saved beside it.
         run: facts of the training for the cards, see `analysis.run.RUN_FIELDS`.
+        tags: of the model card, if one is written, beside those that follow from the model.
+        max_shard_size: of a model's weight files, as in `save_pretrained`; those of a folder stay as they are.
 
     Raises:
         CheckpointError: if the folder holds no model of proxbit, or not all of it, or damaged.
@@ -106,15 +110,23 @@ def prepare_upload(
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / repo.rpartition("/")[2]
         if isinstance(source, str | Path):
-            _copy_release(Path(source), folder, processing_class, run)
+            _copy_release(Path(source), folder, processing_class, run, tags)
         else:
-            write_release(source, folder, processing_class=processing_class, run=run)
+            write_release(
+                source, folder, processing_class=processing_class, run=run, tags=tags, max_shard_size=max_shard_size
+            )
         files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
         yield Upload(folder, files, repo, revision, state)
 
 
 def upload(
-    planned: Upload, *, private: bool | None = None, token: str | None = None, message: str | None = None
+    planned: Upload,
+    *,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    message: str | None = None,
+    description: str | None = None,
+    create_pr: bool = False,
 ) -> str:
     """Upload, in one commit. What is on the Hub already is not sent again, so an interrupted upload goes on.
 
@@ -122,7 +134,8 @@ def upload(
         planned: what to upload, and where to.
         private: whether a new repository is private; None: the default of the owner.
         token: as in `huggingface_hub`; None: the one that is stored.
-        message: of the commit.
+        message, description: of the commit.
+        create_pr: whether to open a pull request with the commit.
 
     Returns:
         The address of the commit.
@@ -142,6 +155,8 @@ def upload(
             delete_patterns=REPLACED,
             revision=planned.revision,
             commit_message=message or f"Upload a {planned.state} model",
+            commit_description=description,
+            create_pr=create_pr,
         )
     return commit.commit_url
 
@@ -152,15 +167,18 @@ def push(
     *,
     private: bool | None = None,
     message: str | None = None,
-    token: str | None = None,
+    description: str | None = None,
+    create_pr: bool = False,
+    token: bool | str | None = None,
     **preparation: Any,
 ) -> str:
     """Upload a packed model, or the folder of one, to the Hub: weights, configuration, preprocessor and cards.
 
     Args:
         source, repo, token: see `prepare_upload`.
-        private, message: see `upload`.
-        **preparation: `revision`, `latent`, `processing_class` and `run`; see `prepare_upload`.
+        private, message, description, create_pr: see `upload`.
+        **preparation: `revision`, `latent`, `processing_class`, `run`, `tags` and `max_shard_size`; see
+            `prepare_upload`.
 
     Returns:
         The address of the commit.
@@ -169,7 +187,9 @@ def push(
         ProxbitError: see `prepare_upload` and `upload`.
     """
     with prepare_upload(source, repo, token=token, **preparation) as planned:
-        return upload(planned, private=private, token=token, message=message)
+        return upload(
+            planned, private=private, token=token, message=message, description=description, create_pr=create_pr
+        )
 
 
 def _stored_state(folder: Path) -> str:
@@ -189,7 +209,9 @@ def _stored_state(folder: Path) -> str:
     return str(stored.get("state"))
 
 
-def _copy_release(source: Path, folder: Path, processing_class: Any, run: Mapping[str, Any]) -> None:
+def _copy_release(
+    source: Path, folder: Path, processing_class: Any, run: Mapping[str, Any], tags: tuple[str, ...]
+) -> None:
     """Copy a release; and what makes a folder that `save_pretrained` wrote into one."""
     _check_weights(source)
     folder.mkdir()
@@ -210,7 +232,8 @@ def _copy_release(source: Path, folder: Path, processing_class: Any, run: Mappin
     if README in missing:
         processor = next(folder.glob("*processor_config.json"), None)
         card = QuantizationCard.load(folder)
-        model_card(model, card, run=run, name=folder.name, processing_class=processor).save(folder / README)
+        text = model_card(model, card, run=run, name=folder.name, processing_class=processor, tags=tags)
+        text.save(folder / README)
 
 
 def _load(folder: Path) -> PreTrainedModel:

@@ -46,6 +46,8 @@ def write_release(
     *,
     processing_class: _Saves | None = None,
     run: Mapping[str, Any] | None = None,
+    tags: tuple[str, ...] = (),
+    max_shard_size: int | str | None = None,
 ) -> Path:
     """Write what is needed to use a model, and to know what it is, into a folder.
 
@@ -58,6 +60,8 @@ def write_release(
         folder: where to; made if it does not exist.
         processing_class: the image processor or processor of the model, whose configuration is saved too.
         run: facts of the training for the cards, such as `trainer.run_record()` gives; see `analysis.run.RUN_FIELDS`.
+        tags: of the model card, beside those that follow from the model.
+        max_shard_size: as in `save_pretrained`.
 
     Returns:
         The folder.
@@ -79,9 +83,10 @@ def write_release(
     try:
         if processing_class is not None:
             processing_class.save_pretrained(made)
-        card = quantization_card(model, run=run, files=save_weights(model, made))
+        card = quantization_card(model, run=run, files=save_weights(model, made, max_shard_size))
         card.save(made)
-        model_card(model, card, run=run, name=folder.name, processing_class=processing_class).save(made / README)
+        text = model_card(model, card, run=run, name=folder.name, processing_class=processing_class, tags=tags)
+        text.save(made / README)
         if folder.exists():
             folder.rename(old)
         try:
