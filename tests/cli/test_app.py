@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import sysconfig
 import termios
 from importlib import import_module
 from inspect import getdoc
@@ -98,6 +99,13 @@ def test_help_needs_neither_torch_nor_transformers():
     assert max(map(len, shown.splitlines())) <= 80
     for name, text in COMMANDS.items():
         assert re.search(rf"^│ {name} +{re.escape(text)} +│$", shown, re.MULTILINE), name
+
+
+def test_the_program_that_is_installed():
+    program = Path(sysconfig.get_path("scripts")) / "proxbit"
+    for command, status, words in (("--help", 0, "Classify ten pictures"), ("pakc", 2, "Did you mean 'pack'")):
+        done = subprocess.run([program, command], capture_output=True, text=True)
+        assert done.returncode == status and words in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)
