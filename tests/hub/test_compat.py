@@ -5,7 +5,8 @@ import torch
 from transformers import Trainer, TrainingArguments, ViTForImageClassification
 
 import proxbit
-from proxbit.hub.compat import download_arguments, is_model_folder, load_weights
+from proxbit.errors import CheckpointError
+from proxbit.hub.compat import download_arguments, is_model_folder, load_weights, outlines, restore_outlines
 from tiny_models import vit
 
 
@@ -18,6 +19,24 @@ def make(seed, latent):
 def equal(first, second):
     first, second = first.state_dict(), second.state_dict()
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_floats_get_the_dtype_that_was_asked_for():
+    model = proxbit.pack(make(0, True))
+    wanted = {name: (shape, torch.bfloat16) for name, (shape, _) in outlines(model).items()}
+    bits = {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.dtype == torch.uint8}
+    restore_outlines(model, wanted)
+    found = model.state_dict()
+    assert bits and all(torch.equal(found[name], tensor) for name, tensor in bits.items())
+    assert {tensor.dtype for name, tensor in found.items() if name not in bits} == {torch.bfloat16}
+
+
+def test_other_shapes_are_refused():
+    model = make(0, False)
+    wanted = outlines(model)
+    model.classifier = torch.nn.Linear(36, 7)
+    with pytest.raises(CheckpointError, match=r"classifier\.weight is \[7, 36\] in the checkpoint, and .* \[3, 36\]"):
+        restore_outlines(model, wanted)
 
 
 @pytest.mark.parametrize("latent", [False, True], ids=["float", "latent"])

@@ -4,9 +4,13 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["download_arguments", "is_model_folder", "load_weights"]
+from proxbit.errors import CheckpointError
+
+__all__ = ["download_arguments", "is_model_folder", "load_weights", "outlines", "restore_outlines"]
 
 
 def download_arguments() -> dict[str, Any]:
@@ -26,6 +30,35 @@ def download_arguments() -> dict[str, Any]:
                 return dict(found)
         frame = frame.f_back
     return {}
+
+
+def outlines(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every parameter and buffer, for `restore_outlines`."""
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
+
+
+def restore_outlines(model: nn.Module, wanted: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
+    """Give floats that were loaded the dtype that was asked for, and refuse other shapes.
+
+    transformers 5.15 and 5.16 take both from the file where there is a quantizer; later ones take them from the model,
+    as for float models. To be deleted once the oldest supported transformers does.
+
+    Args:
+        model: after loading; changed in place.
+        wanted: its `outlines` before loading.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        shape, dtype = wanted.get(name, (tensor.shape, tensor.dtype))
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{name} is {list(tensor.shape)} in the checkpoint, and the model asks for {list(shape)}. For a new "
+                "head, with other labels: pip install --upgrade transformers, and ignore_mismatched_sizes=True."
+            )
+        if tensor.dtype != dtype and tensor.is_floating_point() and dtype.is_floating_point:
+            tensor.data = tensor.data.to(dtype)
 
 
 def is_model_folder(folder: str | Path) -> bool:

@@ -10,6 +10,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from proxbit.config import QUANT_METHOD, BinarizationConfig
 from proxbit.errors import ConfigError
 from proxbit.hub.checkpoint import check_learned, check_loaded, check_packed_files, reset_learned
+from proxbit.hub.compat import outlines, restore_outlines
 from proxbit.hub.downloads import check_downloads
 from proxbit.hub.files import check_against_card
 from proxbit.hub.push_method import give_push, take_push
@@ -55,10 +56,12 @@ class ProxbitHfQuantizer(HfQuantizer):
         if state == "packed":
             to_packed(model)
             check_packed_files(checkpoint_files or [], packed_layers(model))
+        self._outlines = outlines(model)
         give_push(model)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        restore_outlines(model, self._outlines)
         check_loaded(packed_layers(model))
         if self.pre_quantized:
             check_learned(model)
