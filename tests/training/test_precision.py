@@ -63,6 +63,54 @@ def close(first, second, share):
         assert (first[name].float() - value).norm() <= share * max(value.norm(), 1e-2 * size), name
 
 
+# --- what a step takes
+
+
+def kept(model, inputs, **autocast):
+    """Bytes that the forward pass keeps for the backward pass, without the parameters themselves."""
+    sizes = {}
+
+    def note(tensor):
+        sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", **autocast):
+        loss = model(**inputs).loss  # as long as it lives, no storage is used twice
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    assert loss.requires_grad
+    return sum(size for storage, size in sizes.items() if storage not in own)
+
+
+def test_under_autocast_there_is_no_second_copy_of_the_weights(crops):
+    """F_mu takes the place of the copy that autocast makes of a float weight; in fp32 it is one copy, of each layer."""
+    floating, latent, inputs = floats().train(), make(), batch(crops)
+    weights = sum(layer.weight.numel() for _, layer in latent_layers(latent))
+    rows = sum(len(layer.weight) for _, layer in latent_layers(latent))
+    half, single = dict(dtype=torch.bfloat16), dict(enabled=False)
+    assert 0 <= kept(latent, inputs, **half) - kept(floating, inputs, **half) <= 16 * rows
+    assert 4 * weights <= kept(latent, inputs, **single) - kept(floating, inputs, **single) <= 4 * weights + 16 * rows
+
+
+@pytest.mark.parametrize("recipe", ["w1a32", "w1a8", "w1a4", "w1a1", "w1a8-acc8"])
+def test_a_step_reads_no_number_back(crops, recipe):
+    """Each would make a GPU wait. On the CPU, AdamW reads its own step, once a parameter."""
+    inputs, model = batch(crops), floats()
+    proxbit.binarize(model, proxbit.get_recipe(recipe).binarization())
+    proxbit.calibrate(model, [inputs["pixel_values"]])
+    optimizer = torch.optim.AdamW(model.train().parameters())
+
+    def step():
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+
+    step()
+    with torch.profiler.profile() as profile:
+        step()
+    reads = sum(event.name == "aten::_local_scalar_dense" for event in profile.events())
+    assert reads == sum(len(state) > 0 for state in optimizer.state.values())
+
+
 # --- mixed precision
 
 
