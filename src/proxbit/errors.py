@@ -8,6 +8,7 @@ __all__ = [
     "DataError",
     "HubError",
     "LatentError",
+    "LossError",
     "ModelStateError",
     "MuRangeError",
     "PackedFormatError",
@@ -43,6 +44,10 @@ class DataError(ProxbitError):
 
 class LatentError(ProxbitError):
     """Latent weights that cannot be binarized: NaN, infinite, or a row that is all zero."""
+
+
+class LossError(ProxbitError):
+    """A training that cannot go on: a loss, or a weight after a step, that is NaN or infinite."""
 
 
 class ActivationError(ProxbitError):
