@@ -21,22 +21,28 @@ from torch import Tensor
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
 import proxbit
+from proxbit.hub.release import write_release
 from proxbit.nn import latent_layers
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer, checkpoints, saving
 
 STEPS, EVERY, FAULT_STEP = 6, 2, 4
+OPERATIONS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.scandir", "os.listdir"}
 CONTEXT = multiprocessing.get_context("forkserver")
 # By names of packages: the server does not know the folder of this file.
 CONTEXT.set_forkserver_preload(["proxbit.training", "transformers.models.vit.modeling_vit"])
 HANGS = 90
 
 
+def make_config() -> ViTConfig:
+    """A tiny ViT with dropout."""
+    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return ViTConfig(**sizes, intermediate_size=28, num_labels=3, hidden_dropout_prob=0.1)
+
+
 def make_trainer(folder: Path, **changes: Any) -> ProxConnectTrainer:
     """A tiny ViT with dropout, eight pictures, six steps; a checkpoint every two, and a log at each."""
     torch.manual_seed(0)
-    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = ViTConfig(**sizes, intermediate_size=28, num_labels=3, hidden_dropout_prob=0.1)
-    model = proxbit.binarize(ViTForImageClassification(config))
+    model = proxbit.binarize(ViTForImageClassification(make_config()))
     pictures = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     args = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "steps", "save_steps": EVERY}
     args |= {"per_device_train_batch_size": 2, "max_steps": STEPS, "logging_steps": 1, "learning_rate": 1e-2}
@@ -79,6 +85,16 @@ class AtStep(TrainerCallback):
             self.action()
 
 
+class Began(TrainerCallback):
+    """Remembers after how many steps a training began, or resumed."""
+
+    step = -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The number of steps."""
+        self.step = state.global_step
+
+
 def kill() -> None:
     """What `kill -9` does."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -100,7 +116,7 @@ def before(owner: Any, name: str, trainer: ProxConnectTrainer, action: Callable[
 
 
 def killed_at_a_step(trainer: ProxConnectTrainer, folder: Path) -> None:
-    """`kill -9` as step 6 begins."""
+    """`kill -9` as a step begins."""
     trainer.add_callback(AtStep(FAULT_STEP + 1, kill))
 
 
@@ -136,20 +152,33 @@ def killed_in_the_rotation(trainer: ProxConnectTrainer, folder: Path) -> None:
     before(saving, "rotate", trainer, lambda *_: kill())
 
 
-def killed_at_an_operation(trainer: ProxConnectTrainer, folder: Path, number: int) -> None:
-    """`kill -9` at the n-th file operation of Python in a save; without so many, the process ends as it would."""
-    kinds = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.scandir", "os.listdir"}
-    left = [number, False]
-    before(trainer, "_save_checkpoint", trainer, lambda *_: left.__setitem__(1, True))
-    before(trainer.callback_handler, "on_save", trainer, lambda *_: left.__setitem__(1, False))
+def killed_at_an_operation(number: int, trainer: ProxConnectTrainer, folder: Path) -> None:
+    """`kill -9` at the n-th file operation of Python in a save; with fewer of them nothing happens."""
 
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        if left[1] and event in kinds and str(folder) in str(arguments):
-            left[0] -= 1
-            if left[0] == 0:
-                kill()
+    def watched(*_: Any) -> None:
+        kill_at_an_operation(number, folder)
 
-    sys.addaudithook(watch)
+    before(trainer, "_save_checkpoint", trainer, watched)
+    before(trainer.callback_handler, "on_save", trainer, lambda *_: kill_at_an_operation(0, folder))
+
+
+left = {}
+
+
+def kill_at_an_operation(number: int, folder: Path) -> None:
+    """`kill -9` at the n-th operation from here on that names a folder, or something in it; 0: at none."""
+    if not left:
+        sys.addaudithook(_watch)
+    left[str(folder)] = number
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in OPERATIONS:
+        for folder in left:
+            if folder in str(arguments):
+                left[folder] -= 1
+                if left[folder] == 0:
+                    kill()
 
 
 def sigterm_at_a_step(trainer: ProxConnectTrainer, folder: Path) -> None:
@@ -175,6 +204,14 @@ def nan_loss(trainer: ProxConnectTrainer, folder: Path) -> None:
         return loss * float("nan") if trainer.state.global_step == FAULT_STEP - 1 else loss
 
     trainer.compute_loss = broken  # type: ignore[method-assign]
+
+
+def write_a_release(folder: Path, seed: int, number: int = 0) -> None:
+    """A packed model, the weights by the seed; with `kill -9` at the n-th file operation."""
+    torch.manual_seed(seed)
+    model = proxbit.pack(proxbit.binarize(ViTForImageClassification(make_config())))
+    kill_at_an_operation(number, folder.parent)
+    write_release(model, folder)
 
 
 @dataclass(frozen=True)
@@ -235,10 +272,22 @@ def run(job: Job) -> list[Ended]:
     return ended
 
 
-def result(folder: Path) -> dict[str, Any]:
-    """What `outcome` said at the end of the training in a folder."""
-    found: dict[str, Any] = json.loads(folder.with_name(f"{folder.name}.json").read_text())
-    return found
+@dataclass(frozen=True)
+class Result:
+    """Of a training that came to its end.
+
+    Attributes:
+        began: after how many steps it began, or resumed.
+        outcome: see `outcome`.
+    """
+
+    began: int
+    outcome: dict[str, Any]
+
+
+def result(folder: Path) -> Result:
+    """Of the last training in a folder."""
+    return Result(**json.loads(folder.with_name(f"{folder.name}.json").read_text()))
 
 
 def _train(job: Job, rank: int, port: int, said: Path) -> None:
@@ -251,8 +300,11 @@ def _train(job: Job, rank: int, port: int, said: Path) -> None:
     trainer = make_trainer(job.folder, **job.changes | ({"ddp_backend": "gloo"} if job.ranks > 1 else {}))
     if job.inject is not None and job.rank in (None, rank):
         job.inject(trainer, job.folder)
+    began = Began()
+    trainer.add_callback(began)
     trainer.train(resume_from_checkpoint=job.resume)
     if rank == 0:
-        job.folder.with_name(f"{job.folder.name}.json").write_text(json.dumps(outcome(trainer)))
+        text = json.dumps({"began": began.step, "outcome": outcome(trainer)})
+        job.folder.with_name(f"{job.folder.name}.json").write_text(text)
     if job.ranks > 1:
         torch.distributed.destroy_process_group()

@@ -13,6 +13,7 @@ __all__ = [
     "MuRangeError",
     "PackedFormatError",
     "PatternError",
+    "ProcessLostError",
     "ProxbitError",
     "UnknownNameError",
 ]
@@ -60,6 +61,10 @@ class MuRangeError(ProxbitError):
 
 class PackedFormatError(ProxbitError):
     """A packed tensor that breaks the format: dtype, shape, padding bits or scales."""
+
+
+class ProcessLostError(ProxbitError):
+    """Another process of a distributed training has ended, or cannot be reached."""
 
 
 class CardError(ProxbitError):

@@ -4,9 +4,10 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import DistError
 from transformers import PreTrainedModel
 
-__all__ = ["download_arguments", "is_model_folder", "load_weights"]
+__all__ = ["download_arguments", "is_lost_process", "is_model_folder", "load_weights"]
 
 
 def download_arguments() -> dict[str, Any]:
@@ -26,6 +27,15 @@ def download_arguments() -> dict[str, Any]:
                 return dict(found)
         frame = frame.f_back
     return {}
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether a collective operation failed because another process has ended, or cannot be reached.
+
+    For gloo torch (2.10 to 2.13 at least) raises a plain RuntimeError, whose text names the file of gloo. To be deleted
+    once it raises a DistError.
+    """
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def is_model_folder(folder: str | Path) -> bool:

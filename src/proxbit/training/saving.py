@@ -13,8 +13,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, TrainOutput
 
-from proxbit.errors import CheckpointError
+from proxbit.errors import CheckpointError, ProcessLostError
 from proxbit.hub.client import first_line
+from proxbit.hub.compat import is_lost_process
 from proxbit.training.checkpoints import STAGING, check_place, checkpoint_to_resume, commit, recover, rotate
 from proxbit.training.finite import FiniteWatch
 from proxbit.training.preemption import SaveAtSigterm
@@ -60,6 +61,7 @@ class SavingTrainer(PushingTrainer):
         Raises:
             CheckpointError: if the checkpoint is not complete, or there is none; if none can be written.
             LossError: at a log or a save, if a loss or a weight is NaN or infinite.
+            ProcessLostError: if another process of a distributed training has ended.
         """
         folder = self._complete = self._prepare_folders(resume_from_checkpoint)
         self._finite = FiniteWatch(self.accelerator)
@@ -71,6 +73,12 @@ class SavingTrainer(PushingTrainer):
                 f"{folder} holds a file with more than tensors and numbers; nothing in it was run: {first_line(error)}"
             ) from error
         except Exception as error:
+            if is_lost_process(error):
+                lost = ProcessLostError(
+                    "Another process of this training has ended, or cannot be reached; see what it said last."
+                )
+                lost.add_note(self._where())
+                raise lost from error
             if self.state.global_step:
                 error.add_note(self._where())
             raise
@@ -137,6 +145,8 @@ class SavingTrainer(PushingTrainer):
                 commit(output_dir, name)
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
+            if is_lost_process(error):
+                raise
             free = shutil.disk_usage(output_dir).free
             if self.args.should_save:
                 shutil.rmtree(output_dir / STAGING, ignore_errors=True)
