@@ -243,7 +243,7 @@ def at_every_operation(base: Path, step: int = 1) -> tuple[int, int, int]:
 
 
 def release_at_every_operation(base: Path) -> Counter[str]:
-    """`kill -9` at the n-th file operation of `write_release` over an older release, for each n until there are no more.
+    """`kill -9` at the n-th file operation of `write_release` over an older release, for each n.
 
     Returns:
         How often the folder held the old release, the new one, or there was none; in all of them the files are those
@@ -292,6 +292,9 @@ def page(rows: list[list[str]], operations: tuple[int, int, int], releases: Coun
             "",
         ]
     )
+
+
+INTRODUCTION = (Path(__file__).parent / "faults_introduction.md").read_text(encoding="utf-8").strip() + "\n"
 
 
 @contextmanager

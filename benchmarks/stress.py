@@ -15,7 +15,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -167,11 +167,11 @@ def threads(seconds: float) -> dict[str, Any]:
     return {"seconds": seconds, "models": list(models), "forwards": sum(forwards), "different": sum(different)}
 
 
-def loaders(steps: int, contexts: Sequence[str] = ("fork", "spawn")) -> dict[str, Any]:
+def loaders(steps: int, processes: int = 2) -> dict[str, Any]:
     """Train with processes that load the data; compare every loss with that of a training without."""
     found = {}
-    for context in ("none", *contexts):
-        workers = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": context}
+    for context in ("none", "fork", "spawn"):
+        workers = {"dataloader_num_workers": processes, "dataloader_multiprocessing_context": context}
         with tempfile.TemporaryDirectory() as folder:
             changes = {"logging_steps": 1, "save_steps": steps} | ({} if context == "none" else workers)
             trainer = make_trainer(Path(folder), steps, make_vit, **changes)
