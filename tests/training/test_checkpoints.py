@@ -9,6 +9,7 @@ import pytest
 from transformers.trainer_utils import get_last_checkpoint
 
 from proxbit.errors import CheckpointError
+from proxbit.training import checkpoints
 from proxbit.training.checkpoints import (
     MANIFEST,
     STAGING,
@@ -86,6 +87,16 @@ def test_damage_is_named_and_the_checkpoint_before_it_is_taken(tmp_path, said, d
     assert checkpoint_to_resume(tmp_path, True) == str(tmp_path / "checkpoint-5")
     (line,) = said()
     assert line.startswith(f"Passed over {newer}, which is not complete: ") and message in line
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    def fail(file):
+        raise OSError(5, "Input/output error")
+
+    folder = make(tmp_path / "checkpoint-5")
+    monkeypatch.setattr(checkpoints, "sha256", fail)
+    with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read: .*Input/output error"):
+        check_checkpoint(folder)
 
 
 def test_checkpoints_go_by_number(tmp_path):
@@ -173,6 +184,16 @@ def test_rotation_keeps_the_new_one_behind_a_damaged_one(tmp_path):
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-6"]
     rotate(tmp_path, 1, {str(tmp_path / "checkpoint-6"), None})
     assert names(tmp_path) == ["checkpoint-6"]
+
+
+def test_what_cannot_be_deleted_stays(tmp_path):
+    """A file lies where the staging folder would."""
+    for step in (2, 4):
+        make(tmp_path / f"checkpoint-{step}")
+    (tmp_path / STAGING).write_text("mine")
+    rotate(tmp_path, 1, {str(tmp_path / "checkpoint-4")})
+    assert names(tmp_path) == [STAGING, "checkpoint-2", "checkpoint-4"]
+    check_checkpoint(tmp_path / "checkpoint-2")
 
 
 def test_a_place_where_nothing_can_be_written(tmp_path):

@@ -225,3 +225,11 @@ def test_the_next_training_clears_what_a_killed_one_left(tmp_path, make, caplog)
         "Removed what a save that was cut short has left"
     ]
     assert STAGING not in names(tmp_path / "out")
+
+
+def test_an_output_folder_that_cannot_be_used(tmp_path, make):
+    """A file lies where the staging folder would."""
+    trainer = make()
+    (tmp_path / "out" / STAGING).write_text("mine")
+    with pytest.raises(CheckpointError, match="No checkpoint can be written into"):
+        trainer.train()

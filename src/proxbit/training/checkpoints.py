@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,11 @@ def check_checkpoint(folder: Path) -> None:
             size = files[name].stat().st_size
             raise CheckpointError(f"{name} has {size:,} bytes, and {facts['size']:,} by its manifest")
     for name, facts in known.items():
-        if sha256(files[name]) != facts["sha256"]:
+        try:
+            found = sha256(files[name])
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read: {error}") from error
+        if found != facts["sha256"]:
             raise CheckpointError(f"{name} is damaged: its SHA-256 is not that of its manifest")
 
 
@@ -76,7 +81,9 @@ def commit(output_dir: Path, name: str) -> Path:
 
 
 def rotate(output_dir: Path, limit: int | None, keep: set[str | None]) -> None:
-    """Delete the oldest checkpoints. Each is moved into the staging folder first: none is ever there in part.
+    """Delete the oldest checkpoints, as far as they can be deleted.
+
+    Each is moved into the staging folder first: none is ever there in part.
 
     The Trainer's own rotation goes by numbers where times are close: behind a damaged checkpoint with a higher number,
     which was passed over, it would delete the new ones.
@@ -91,9 +98,10 @@ def rotate(output_dir: Path, limit: int | None, keep: set[str | None]) -> None:
     staging = output_dir / STAGING
     too_many = 0 if limit is None or limit <= 0 else max(0, len(found) - limit)
     for folder in spare[:too_many]:
-        staging.mkdir(exist_ok=True)
-        folder.rename(staging / folder.name)
-        shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):
+            staging.mkdir(exist_ok=True)
+            folder.rename(staging / folder.name)
+            shutil.rmtree(staging)
 
 
 def recover(output_dir: Path) -> None:
@@ -148,7 +156,7 @@ def checkpoint_to_resume(output_dir: Path, wanted: str | bool | None) -> str | N
         return None
     if wanted is not True:
         _check_named(Path(wanted))
-        return wanted
+        return str(wanted)
     passed = []
     for folder in reversed(_checkpoints(output_dir)):
         try:

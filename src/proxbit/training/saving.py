@@ -96,6 +96,8 @@ class SavingTrainer(PushingTrainer):
                 found = [checkpoint_to_resume(output_dir, wanted)]
         except CheckpointError as error:
             found = [error]
+        except OSError as error:
+            found = [CheckpointError(f"{output_dir} cannot be used: {error}.")]
         broadcast_object_list(found)
         if isinstance(found[0], CheckpointError):
             raise found[0]
