@@ -214,8 +214,8 @@ def page(data: dict[str, Any], here: Environment) -> list[str]:
             [context, f"{each['steps']}", f"{each['seconds']:.1f}", "yes" if each["same losses"] else "**no**"]
             for context, each in data["loaders"].items()
         ]
-        what = "Two processes each, a ViT of one layer, 16 steps an epoch. Spawned processes import everything anew at each"
-        lines += ["## Data loaders", "", f"{what} epoch; `dataloader_persistent_workers=True` keeps them.", ""]
+        what = "Two processes each, a ViT of one layer, 16 steps an epoch. Spawned processes import everything anew at "
+        lines += ["## Data loaders", "", f"{what}each epoch; `dataloader_persistent_workers=True` keeps them.", ""]
         lines += table(["start of processes", "steps", "s", "every loss as without"], rows)
     return lines
 
