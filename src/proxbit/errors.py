@@ -8,10 +8,12 @@ __all__ = [
     "DataError",
     "HubError",
     "LatentError",
+    "LossError",
     "ModelStateError",
     "MuRangeError",
     "PackedFormatError",
     "PatternError",
+    "ProcessLostError",
     "ProxbitError",
     "UnknownNameError",
 ]
@@ -45,6 +47,10 @@ class LatentError(ProxbitError):
     """Latent weights that cannot be binarized: NaN, infinite, or a row that is all zero."""
 
 
+class LossError(ProxbitError):
+    """A training that cannot go on: a loss, or a weight after a step, that is NaN or infinite."""
+
+
 class ActivationError(ProxbitError):
     """Activations that cannot be quantized: NaN, infinite, or one constant."""
 
@@ -55,6 +61,10 @@ class MuRangeError(ProxbitError):
 
 class PackedFormatError(ProxbitError):
     """A packed tensor that breaks the format: dtype, shape, padding bits or scales."""
+
+
+class ProcessLostError(ProxbitError):
+    """Another process of a distributed training has ended, or cannot be reached."""
 
 
 class CardError(ProxbitError):

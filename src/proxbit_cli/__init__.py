@@ -76,5 +76,6 @@ def main() -> None:
     except Exception as error:
         if not isinstance(error, import_module("proxbit.errors").ProxbitError):
             raise
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
+        line = " ".join([str(error), *vars(error).get("__notes__", ())])
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(line)}", highlight=False)
         sys.exit(2)

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import proxbit.cli
 from picture_folders import odd_folder, tiny_classifier
 from proxbit.cli.app import app, main
+from proxbit.errors import LossError
 from proxbit_cli import COMMANDS
 
 NO_COMMANDS = {"__init__", "app", "checkpoints", "progress"}
@@ -138,6 +139,21 @@ def test_a_refusal_is_one_line_and_exit_status_2(monkeypatch, capsys, tmp_path):
     assert caught.value.code == 2
     assert "Error: Unknown quantizer pair '[red]bnn+++'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_added_to_an_error_is_in_its_line(monkeypatch, capsys):
+    """Such as the checkpoint that a training can be resumed from."""
+
+    def stop():
+        error = LossError("The loss is NaN.")
+        error.add_note("Training stopped at step 3 of 6.")
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["proxbit", "env"])
+    monkeypatch.setattr("proxbit.cli.env.environment", stop)
+    with pytest.raises(SystemExit):
+        main()
+    assert "Error: The loss is NaN. Training stopped at step 3 of 6.\n" in capsys.readouterr().err
 
 
 def test_a_fault_of_the_program_is_not_hidden(monkeypatch):

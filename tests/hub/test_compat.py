@@ -6,7 +6,14 @@ from transformers import Trainer, TrainingArguments, ViTForImageClassification
 
 import proxbit
 from proxbit.errors import CheckpointError
-from proxbit.hub.compat import download_arguments, is_model_folder, load_weights, outlines, restore_outlines
+from proxbit.hub.compat import (
+    download_arguments,
+    is_lost_process,
+    is_model_folder,
+    load_weights,
+    outlines,
+    restore_outlines,
+)
 from tiny_models import vit
 
 
@@ -78,3 +85,10 @@ def test_what_from_pretrained_downloads_with_is_seen_from_inside(tmp_path, monke
     (arguments,) = seen
     assert (arguments["token"], arguments["cache_dir"]) == ("hf_secret", tmp_path)
     assert download_arguments() == {}
+
+
+def test_which_errors_say_that_a_process_is_lost():
+    """`tests/training/test_faults.py` has the real one of gloo."""
+    gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1770: Connection reset"
+    assert is_lost_process(RuntimeError(gloo)) and is_lost_process(torch.distributed.DistNetworkError("closed"))
+    assert not is_lost_process(RuntimeError("out of memory")) and not is_lost_process(OSError(gloo))

@@ -28,6 +28,7 @@ from proxbit.training import (
     ProxConnectArguments,
     ProxConnectTrainer,
 )
+from proxbit.training.checkpoints import MANIFEST
 from tiny_models import LABELS, SIDE, vit
 
 HALF = 5
@@ -174,6 +175,7 @@ def test_a_resumed_run_keeps_the_order_it_began_with(tmp_path, crops):
     assert sorted(scores, key=scores.get) != order
 
     file.write_text(file.read_text().replace("LayerScores", "OfAnotherRun"))
+    (file.parent / MANIFEST).unlink()  # it knows another file
     with pytest.raises(ConfigError, match="can be resumed from checkpoints of a run with this progression only"):
         progressive(tmp_path, make(2), data).train(resume_from_checkpoint=str(file.parent))
 

@@ -15,9 +15,10 @@ from torch import nn
 from proxbit.errors import CheckpointError
 from proxbit.hub.client import first_line
 from proxbit.hub.release import write_release
+from proxbit.hub.staging import staged
 from proxbit.patching import state_of
 
-__all__ = ["architecture", "check_new_folder", "load_model", "load_processor", "save"]
+__all__ = ["architecture", "check_new_folder", "load_model", "load_processor", "save", "save_plain"]
 
 
 def architecture(name: str) -> tuple[transformers.PreTrainedConfig, Any | None]:
@@ -76,6 +77,14 @@ def check_new_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} cannot be made: {above} is no folder that can be written to.")
 
 
+def save_plain(model: Any, processor: Any | None, folder: Path) -> None:
+    """Write a model, and its image processor where it has one, without cards: the whole folder or nothing."""
+    with staged(folder.absolute()) as made:
+        model.save_pretrained(made)
+        if processor is not None:
+            processor.save_pretrained(made)
+
+
 def save(model: Any, processor: Any | None, folder: Path, run: Mapping[str, Any] | None = None) -> None:
     """Write a model, and its image processor where it has one, as `from_pretrained` reads them; print what was done.
 
@@ -86,9 +95,7 @@ def save(model: Any, processor: Any | None, folder: Path, run: Mapping[str, Any]
         run: facts of the training, for the cards.
     """
     if state_of(model) == "float":
-        model.save_pretrained(folder)
-        if processor is not None:
-            processor.save_pretrained(folder)
+        save_plain(model, processor, folder)
     else:
         write_release(model, folder, processing_class=processor, run=run)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

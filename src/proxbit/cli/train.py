@@ -17,7 +17,7 @@ from torch import nn
 from transformers import HfArgumentParser, TrainingArguments
 
 from proxbit.analysis.latency import measure_latency
-from proxbit.cli.checkpoints import architecture, check_new_folder, load_model, load_processor, save
+from proxbit.cli.checkpoints import architecture, check_new_folder, load_model, load_processor, save, save_plain
 from proxbit.cli.progress import watch
 from proxbit.errors import CheckpointError, ConfigError, DataError, ModelStateError, ProxbitError
 from proxbit.hub import pack
@@ -240,8 +240,7 @@ def train(context: typer.Context) -> None:
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
     model, processor = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
-    model.save_pretrained(out / "latent")
-    processor.save_pretrained(out / "latent")
+    save_plain(model, processor, out / "latent")
     table = Table(show_header=False)
     for name, value in metrics.items():
         if "accuracy" in name:

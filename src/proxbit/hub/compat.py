@@ -6,11 +6,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import DistError
 from transformers import PreTrainedModel
 
 from proxbit.errors import CheckpointError
 
-__all__ = ["download_arguments", "is_model_folder", "load_weights", "outlines", "restore_outlines"]
+__all__ = [
+    "download_arguments",
+    "is_lost_process",
+    "is_model_folder",
+    "load_weights",
+    "outlines",
+    "restore_outlines",
+]
 
 
 def download_arguments() -> dict[str, Any]:
@@ -59,6 +67,15 @@ def restore_outlines(model: nn.Module, wanted: dict[str, tuple[torch.Size, torch
             )
         if tensor.dtype != dtype and tensor.is_floating_point() and dtype.is_floating_point:
             tensor.data = tensor.data.to(dtype)
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether a collective operation failed because another process has ended, or cannot be reached.
+
+    For gloo torch (2.10 to 2.13 at least) raises a plain RuntimeError, whose text names the file of gloo. To be deleted
+    once it raises a DistError.
+    """
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def is_model_folder(folder: str | Path) -> bool:

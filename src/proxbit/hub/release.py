@@ -1,7 +1,5 @@
 """`write_release`: the folder that is given to others, written whole or not at all."""
 
-import shutil
-import uuid
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,6 +11,7 @@ from proxbit.analysis.card import quantization_card
 from proxbit.errors import CheckpointError, ModelStateError
 from proxbit.hub.files import CARD_NAME, save_weights
 from proxbit.hub.model_card import README, model_card
+from proxbit.hub.staging import staged
 from proxbit.patching import state_of
 
 __all__ = ["RELEASE_FILES", "write_release"]
@@ -77,27 +76,13 @@ def write_release(
     if state_of(model) == "float":
         raise ModelStateError("A release is packed or latent, this model is float: save it with save_pretrained.")
     _check_place(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made, old = (folder.with_name(f".{folder.name}.{part}.{uuid.uuid4().hex[:8]}") for part in ("new", "old"))
-    made.mkdir()
-    try:
+    with staged(folder) as made:
         if processing_class is not None:
             processing_class.save_pretrained(made)
         card = quantization_card(model, run=run, files=save_weights(model, made, max_shard_size))
         card.save(made)
         text = model_card(model, card, run=run, name=folder.name, processing_class=processing_class, tags=tags)
         text.save(made / README)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            made.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

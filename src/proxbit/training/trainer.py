@@ -26,16 +26,16 @@ from proxbit.training.calibration import BATCHES, calibrate
 from proxbit.training.callbacks import LayerScores, MuCallback
 from proxbit.training.gallery import choose
 from proxbit.training.monitor import FlipCounter, hardening_gap, overflow_penalty, overflow_shares
-from proxbit.training.push import PushingTrainer
 from proxbit.training.recipes import get_recipe
 from proxbit.training.recorder import RunRecorder
 from proxbit.training.run_record import run_record
+from proxbit.training.saving import SavingTrainer
 from proxbit.training.stages import PROGRESSIONS, Stage, stages
 
 __all__ = ["ProxConnectTrainer"]
 
 
-class ProxConnectTrainer(PushingTrainer):
+class ProxConnectTrainer(SavingTrainer):
     """A `Trainer` for latent models. It differs from its parent in this:
 
     - mu follows its schedule, a pure function of the optimizer step; the last steps are hard;
@@ -50,7 +50,8 @@ class ProxConnectTrainer(PushingTrainer):
     - logs hold `mu`, `flip_ratio` (since the log before) and `hardening_gap`, wherever `report_to` sends them;
     - the output folder gets a `proxbit_run.jsonl`, from which `proxbit report` makes a page;
     - `run_record` tells what cards say of the training, and `create_model_card` writes the model card of proxbit;
-    - `push_to_hub` uploads the packed model, with its cards.
+    - `push_to_hub` uploads the packed model, with its cards;
+    - checkpoints are complete or not there, and nothing is lost when something breaks, see `SavingTrainer`.
 
     Args:
         model: a latent model, from `proxbit.binarize` or `from_pretrained(..., quantization_config=...)`; or, with

@@ -1,0 +1,221 @@
+"""What makes a checkpoint of a training complete: a manifest of its files, written last, and one rename."""
+
+import json
+import logging
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from proxbit.errors import CheckpointError
+from proxbit.hub.files import sha256
+from proxbit.hub.staging import put
+
+__all__ = [
+    "MANIFEST",
+    "STAGING",
+    "check_checkpoint",
+    "check_place",
+    "checkpoint_to_resume",
+    "commit",
+    "recover",
+    "rotate",
+    "write_manifest",
+]
+
+MANIFEST = "proxbit_manifest.json"
+# Checkpoints are written in here. The Trainer's uploads leave out names that begin so.
+STAGING = "_proxbit_saving"
+ASIDE = "replaced"
+FORMAT = 1
+
+logger = logging.getLogger(__name__)
+
+
+def write_manifest(folder: Path) -> None:
+    """Write down name, size in bytes and SHA-256 of every file in a folder, at any depth: it is complete now."""
+    files = {name: {"size": file.stat().st_size, "sha256": sha256(file)} for name, file in _files(folder).items()}
+    text = json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Check that a checkpoint is what its manifest says. Files that the manifest does not know may be there too.
+
+    Raises:
+        CheckpointError: saying which file is missing, or has another size or checksum; or that there is no manifest.
+    """
+    known, files = _manifest(folder), _files(folder)
+    for name, facts in known.items():
+        if name not in files:
+            raise CheckpointError(f"{name} is missing")
+        if files[name].stat().st_size != facts["size"]:
+            size = files[name].stat().st_size
+            raise CheckpointError(f"{name} has {size:,} bytes, and {facts['size']:,} by its manifest")
+    for name, facts in known.items():
+        try:
+            found = sha256(files[name])
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read: {error}") from error
+        if found != facts["sha256"]:
+            raise CheckpointError(f"{name} is damaged: its SHA-256 is not that of its manifest")
+
+
+def commit(output_dir: Path, name: str) -> Path:
+    """Make a checkpoint in the staging folder complete, and put it in its place with one rename.
+
+    Args:
+        output_dir: of the training.
+        name: of the checkpoint, such as "checkpoint-500"; an older one of this name is replaced.
+
+    Returns:
+        Its folder.
+    """
+    staging = output_dir / STAGING
+    write_manifest(staging / name)
+    put(staging / name, output_dir / name, staging / ASIDE)
+    staging.rmdir()
+    return output_dir / name
+
+
+def rotate(output_dir: Path, limit: int | None, keep: set[str | None]) -> None:
+    """Delete the oldest checkpoints, as far as they can be deleted.
+
+    Each is moved into the staging folder first: none is ever there in part.
+
+    The Trainer's own rotation goes by numbers where times are close: behind a damaged checkpoint with a higher number,
+    which was passed over, it would delete the new ones.
+
+    Args:
+        output_dir: of the training.
+        limit: how many stay. None or not positive: all.
+        keep: the folders that stay in any case: the last one, and the best.
+    """
+    found = sorted(_checkpoints(output_dir), key=lambda folder: folder.stat().st_mtime_ns)
+    spare = [folder for folder in found if str(folder) not in keep]
+    staging = output_dir / STAGING
+    too_many = 0 if limit is None or limit <= 0 else max(0, len(found) - limit)
+    for folder in spare[:too_many]:
+        with suppress(OSError):
+            staging.mkdir(exist_ok=True)
+            folder.rename(staging / folder.name)
+            shutil.rmtree(staging)
+
+
+def recover(output_dir: Path) -> None:
+    """Clear away what a training that was killed in the middle of a save has left; say so in a line of the log.
+
+    A checkpoint that was complete, and had not been renamed yet, is put in its place.
+    """
+    staging = output_dir / STAGING
+    if not staging.is_dir():
+        return
+    for folder in _checkpoints(staging):
+        try:
+            check_checkpoint(folder)
+        except CheckpointError as error:
+            logger.warning("Removed what a save that was cut short has left, %s: %s.", folder, error)
+        else:
+            shutil.rmtree(staging / ASIDE, ignore_errors=True)
+            put(folder, output_dir / folder.name, staging / ASIDE)
+            logger.warning("Put %s in its place: it was complete, but had not been renamed.", folder.name)
+    shutil.rmtree(staging)
+
+
+def check_place(output_dir: Path) -> None:
+    """Raise CheckpointError if no checkpoint can be written there."""
+    staging = output_dir / STAGING
+    try:
+        staging.mkdir(parents=True)
+        staging.rmdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"No checkpoint can be written into {output_dir}: {error.strerror or error}. Name another output_dir, or "
+            'train without checkpoints: save_strategy="no".'
+        ) from error
+
+
+def checkpoint_to_resume(output_dir: Path, wanted: str | bool | None) -> str | None:
+    """What a training resumes from.
+
+    Args:
+        output_dir: of the training.
+        wanted: True for the last complete checkpoint in the output folder; the ones that are passed over are named in
+            the log. A folder: this one; without a manifest, as the Trainer of transformers writes it, it is taken
+            unchecked, with a line in the log. None or False: nothing.
+
+    Returns:
+        Its folder, or None.
+
+    Raises:
+        CheckpointError: if the folder that was named is damaged, or none is complete.
+    """
+    if wanted is None or wanted is False:
+        return None
+    if wanted is not True:
+        _check_named(Path(wanted))
+        return str(wanted)
+    passed = []
+    for folder in reversed(_checkpoints(output_dir)):
+        try:
+            check_checkpoint(folder)
+        except CheckpointError as error:
+            logger.warning("Passed over %s, which is not complete: %s.", folder, error)
+            passed.append(f"{folder.name} ({error})")
+        else:
+            return str(folder)
+    others = f" Not complete: {', '.join(passed)}." if passed else ""
+    raise CheckpointError(
+        f"There is no complete checkpoint in {output_dir} to resume from.{others} Name a folder, or train from the "
+        "start: train() without resume_from_checkpoint."
+    )
+
+
+def _check_named(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no checkpoint {folder}.")
+    if folder.absolute().parent.name == STAGING:
+        raise CheckpointError(f"{folder} is what a save that was cut short has left, no checkpoint.")
+    if not (folder / MANIFEST).exists():
+        logger.warning("%s has no %s: whether it is complete is not known.", folder, MANIFEST)
+        return
+    try:
+        check_checkpoint(folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder} is not complete: {error}. resume_from_checkpoint=True takes the last one that is. If the change "
+            f"is on purpose, delete its {MANIFEST}."
+        ) from error
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The folders called checkpoint-N, by N."""
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        prefix, _, number = path.name.rpartition("-")
+        if prefix == PREFIX_CHECKPOINT_DIR and number.isdecimal() and path.is_dir():
+            found[int(number)] = path
+    return [found[number] for number in sorted(found)]
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """All files but the manifest, by their names relative to the folder."""
+    found = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    return {name: found[name] for name in sorted(found) if name != MANIFEST}
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and checksum of each file, by name."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if found["format"] != FORMAT:
+            raise CheckpointError(f"its {MANIFEST} has format {found['format']}, and this version reads {FORMAT}")
+        return {name: {"size": facts["size"], "sha256": facts["sha256"]} for name, facts in found["files"].items()}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"it has no {MANIFEST}") from error
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"its {MANIFEST} is damaged ({type(error).__name__}: {error})") from error

@@ -1,0 +1,204 @@
+"""Manifests, which checkpoint a training resumes from, and what a killed one leaves."""
+
+import hashlib
+import json
+import logging
+import os
+
+import pytest
+from transformers.trainer_utils import get_last_checkpoint
+
+from proxbit.errors import CheckpointError
+from proxbit.training import checkpoints
+from proxbit.training.checkpoints import (
+    MANIFEST,
+    STAGING,
+    check_checkpoint,
+    check_place,
+    checkpoint_to_resume,
+    commit,
+    recover,
+    rotate,
+    write_manifest,
+)
+
+
+def make(folder, text="weights", manifest=True):
+    """A made-up checkpoint of two files, one of them in a folder."""
+    (folder / "shards").mkdir(parents=True)
+    (folder / "model.safetensors").write_text(text)
+    (folder / "shards" / "0").write_text("shard")
+    if manifest:
+        write_manifest(folder)
+    return folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def edit_manifest(folder, **changes):
+    file = folder / MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.fixture
+def said(caplog):
+    """A function: the lines of the log so far."""
+    caplog.set_level(logging.WARNING, logger="proxbit")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_what_a_manifest_says(tmp_path):
+    folder = make(tmp_path / "checkpoint-1")
+    found = json.loads((folder / MANIFEST).read_text())
+    expected = {
+        name: {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        for name, text in {"model.safetensors": "weights", "shards/0": "shard"}.items()
+    }
+    assert found == {"format": 1, "files": expected}
+    check_checkpoint(folder)
+    (folder / "notes.txt").write_text("mine")
+    check_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "shards" / "0").unlink(), "shards/0 is missing"),
+        (lambda folder: (folder / "shards" / "0").write_text("shar"), "shards/0 has 4 bytes, and 5 by its manifest"),
+        (lambda folder: (folder / "model.safetensors").write_text("Weights"), "model.safetensors is damaged: its SHA"),
+        (lambda folder: (folder / MANIFEST).unlink(), f"it has no {MANIFEST}"),
+        (lambda folder: (folder / MANIFEST).write_text('{"format": 1, "fi'), f"its {MANIFEST} is damaged"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), f"its {MANIFEST} is damaged"),
+        (lambda folder: edit_manifest(folder, files={"model.safetensors": 3}), f"its {MANIFEST} is damaged"),
+        (lambda folder: edit_manifest(folder, files={"../../secret": {"size": 1, "sha256": ""}}), "secret is missing"),
+        (lambda folder: edit_manifest(folder, format=2), "has format 2, and this version reads 1"),
+    ],
+    ids=["missing", "size", "bytes", "no manifest", "half", "list", "no size", "outside", "newer"],
+)
+def test_damage_is_named_and_the_checkpoint_before_it_is_taken(tmp_path, said, damage, message):
+    make(tmp_path / "checkpoint-5")
+    newer = make(tmp_path / "checkpoint-10")
+    assert checkpoint_to_resume(tmp_path, True) == str(newer)
+    damage(newer)
+    with pytest.raises(CheckpointError, match=message):
+        check_checkpoint(newer)
+    assert checkpoint_to_resume(tmp_path, True) == str(tmp_path / "checkpoint-5")
+    (line,) = said()
+    assert line.startswith(f"Passed over {newer}, which is not complete: ") and message in line
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    def fail(file):
+        raise OSError(5, "Input/output error")
+
+    folder = make(tmp_path / "checkpoint-5")
+    monkeypatch.setattr(checkpoints, "sha256", fail)
+    with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read: .*Input/output error"):
+        check_checkpoint(folder)
+
+
+def test_checkpoints_go_by_number(tmp_path):
+    for step in (9, 10, 100):
+        make(tmp_path / f"checkpoint-{step}")
+    make(tmp_path / "checkpoint-best")
+    make(tmp_path / "checkpoint-1000-copy")
+    (tmp_path / "checkpoint-200").write_text("a file")
+    assert checkpoint_to_resume(tmp_path, True) == str(tmp_path / "checkpoint-100")
+
+
+@pytest.mark.parametrize("nothing", [None, False])
+def test_resuming_from_nothing(tmp_path, nothing):
+    make(tmp_path / "checkpoint-5")
+    assert checkpoint_to_resume(tmp_path, nothing) is None
+
+
+def test_nothing_to_resume_from(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint in .* to resume from\. Name a folder"):
+        checkpoint_to_resume(tmp_path / "none", True)
+    make(tmp_path / "checkpoint-5", manifest=False)
+    with pytest.raises(CheckpointError, match=rf"Not complete: checkpoint-5 \(it has no {MANIFEST}\)"):
+        checkpoint_to_resume(tmp_path, True)
+
+
+def test_a_checkpoint_that_is_named(tmp_path, said):
+    folder = make(tmp_path / "any name")
+    assert checkpoint_to_resume(tmp_path, str(folder)) == str(folder) and said() == []
+    (folder / "model.safetensors").write_text("Weights")
+    with pytest.raises(CheckpointError, match="not complete: model.safetensors is damaged.* delete its"):
+        checkpoint_to_resume(tmp_path, str(folder))
+    (folder / MANIFEST).unlink()
+    assert checkpoint_to_resume(tmp_path, str(folder)) == str(folder)
+    assert said() == [f"{folder} has no {MANIFEST}: whether it is complete is not known."]
+    with pytest.raises(CheckpointError, match="There is no checkpoint"):
+        checkpoint_to_resume(tmp_path, str(tmp_path / "other"))
+    with pytest.raises(CheckpointError, match="what a save that was cut short has left"):
+        checkpoint_to_resume(tmp_path, str(make(tmp_path / STAGING / "checkpoint-5", manifest=False)))
+
+
+def test_commit_replaces_what_is_there(tmp_path):
+    make(tmp_path / "checkpoint-5", "old")
+    make(tmp_path / STAGING / "checkpoint-5", "new", manifest=False)
+    assert commit(tmp_path, "checkpoint-5") == tmp_path / "checkpoint-5"
+    assert (tmp_path / "checkpoint-5" / "model.safetensors").read_text() == "new"
+    assert names(tmp_path) == ["checkpoint-5"]
+    check_checkpoint(tmp_path / "checkpoint-5")
+
+
+def test_no_glob_takes_the_staging_folder_for_a_checkpoint(tmp_path):
+    make(tmp_path / STAGING / "checkpoint-9")
+    assert get_last_checkpoint(str(tmp_path)) is None and list(tmp_path.glob("checkpoint-*")) == []
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path, said):
+    make(tmp_path / "checkpoint-5")
+    make(tmp_path / STAGING / "checkpoint-10", manifest=False)
+    recover(tmp_path)
+    assert names(tmp_path) == ["checkpoint-5"]
+    (line,) = said()
+    assert line.startswith("Removed what a save that was cut short has left") and "checkpoint-10: it has no" in line
+    recover(tmp_path)
+    assert len(said()) == 1
+
+
+@pytest.mark.parametrize("aside", [False, True], ids=["before the renames", "between them"])
+def test_a_complete_checkpoint_that_was_not_renamed_is_put_in_its_place(tmp_path, said, aside):
+    make(tmp_path / STAGING / "checkpoint-10", "new")
+    make(tmp_path / STAGING / "replaced" if aside else tmp_path / "checkpoint-10", "old")
+    recover(tmp_path)
+    assert names(tmp_path) == ["checkpoint-10"]
+    assert (tmp_path / "checkpoint-10" / "model.safetensors").read_text() == "new"
+    assert said() == ["Put checkpoint-10 in its place: it was complete, but had not been renamed."]
+
+
+def test_rotation_keeps_the_new_one_behind_a_damaged_one(tmp_path):
+    """By numbers alone 10 would stay, which is damaged, and 6 would go."""
+    for age, step in enumerate((2, 4, 10, 6)):
+        folder = make(tmp_path / f"checkpoint-{step}", manifest=step != 10)
+        os.utime(folder, ns=(age, age))
+    rotate(tmp_path, None, set())
+    rotate(tmp_path, 0, set())
+    assert len(names(tmp_path)) == 4
+    rotate(tmp_path, 2, {str(tmp_path / "checkpoint-6"), str(tmp_path / "checkpoint-4"), None})
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-6"]
+    rotate(tmp_path, 1, {str(tmp_path / "checkpoint-6"), None})
+    assert names(tmp_path) == ["checkpoint-6"]
+
+
+def test_what_cannot_be_deleted_stays(tmp_path):
+    """A file lies where the staging folder would."""
+    for step in (2, 4):
+        make(tmp_path / f"checkpoint-{step}")
+    (tmp_path / STAGING).write_text("mine")
+    rotate(tmp_path, 1, {str(tmp_path / "checkpoint-4")})
+    assert names(tmp_path) == [STAGING, "checkpoint-2", "checkpoint-4"]
+    check_checkpoint(tmp_path / "checkpoint-2")
+
+
+def test_a_place_where_nothing_can_be_written(tmp_path):
+    check_place(tmp_path / "a" / "b")
+    assert names(tmp_path / "a" / "b") == []
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match='No checkpoint can be written into .*file: Not a directory.*"no"'):
+        check_place(tmp_path / "file")

@@ -1,0 +1,235 @@
+"""The checkpoints of the Trainer: complete, in the right number, and never unpickled."""
+
+import logging
+import pickle
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback, ViTForImageClassification
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+
+import proxbit
+from proxbit.errors import CheckpointError, LossError
+from proxbit.training import ProxConnectArguments, ProxConnectTrainer
+from proxbit.training.checkpoints import MANIFEST, STAGING, check_checkpoint
+from tiny_models import LABELS, SIDE, vit
+
+FULL = {"config.json", "model.safetensors", "training_args.bin", "trainer_state.json", MANIFEST}
+STATES = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+
+
+@pytest.fixture
+def make(tmp_path, crops):
+    """A function that makes a trainer of a tiny model: six steps, a checkpoint every two."""
+
+    def make_trainer(callbacks=(), **changes):
+        torch.manual_seed(0)
+        fixed = dict(report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="steps", save_steps=2)
+        training = dict(max_steps=6, per_device_train_batch_size=2, logging_steps=1, learning_rate=1e-2)
+        data = [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(4, SIDE))]
+        return ProxConnectTrainer(
+            model=proxbit.binarize(ViTForImageClassification(vit())),
+            args=ProxConnectArguments(str(tmp_path / "out"), **fixed | training | changes),
+            train_dataset=data,
+            eval_dataset=data,
+            callbacks=[*callbacks],
+        )
+
+    return make_trainer
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+class Saves(TrainerCallback):
+    """What is in the output folder at every save, and which checkpoints are complete."""
+
+    def __init__(self, folder):
+        self.folder, self.seen = folder, []
+
+    def on_save(self, args, state, control, **kwargs):
+        found = names(self.folder) - {"proxbit_run.jsonl"}
+        for name in found:
+            check_checkpoint(self.folder / name)
+        self.seen.append(sorted(found))
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(None, [1, 2, 3]), (2, [1, 2, 2]), (1, [1, 1, 1])])
+def test_every_checkpoint_is_complete_and_old_ones_go(tmp_path, make, limit, kept):
+    saves = Saves(tmp_path / "out")
+    make([saves], save_total_limit=limit).train()
+    steps = [2, 4, 6]
+    assert saves.seen == [[f"checkpoint-{n}" for n in steps[: i + 1][-kept[i] :]] for i in range(3)]
+    assert names(tmp_path / "out" / "checkpoint-6") == FULL | STATES
+
+
+def test_only_the_model(tmp_path, make):
+    make(save_only_model=True, max_steps=2).train()
+    check_checkpoint(tmp_path / "out" / "checkpoint-2")
+    assert names(tmp_path / "out" / "checkpoint-2") == FULL
+
+
+def test_the_best_checkpoint_stays_and_has_its_own_name(tmp_path, make):
+    """The best is the first: it outlives the limit, and later checkpoints know it by its place."""
+    scores = iter([0.9, 0.0, 0.1, 0.0, 0.2, 0.0])
+    evaluation = dict(eval_strategy="steps", eval_steps=2, metric_for_best_model="score", load_best_model_at_end=True)
+    trainer = make(save_total_limit=2, **evaluation)
+    trainer.compute_metrics = lambda prediction: {"score": next(scores)}
+    trainer.train()
+    best = tmp_path / "out" / "checkpoint-2"
+    assert names(tmp_path / "out") >= {"checkpoint-2", "checkpoint-6"} and STAGING not in names(tmp_path / "out")
+    for step in (2, 6):
+        assert str(best) in (tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").read_text()
+    assert STAGING not in (tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text()
+    assert trainer.state.best_model_checkpoint == str(best)
+
+
+def test_what_is_pushed_is_complete(tmp_path, make, monkeypatch):
+    pushed = []
+    trainer = make(max_steps=4)
+
+    def push(self, folder):
+        check_checkpoint(tmp_path / "out" / folder.rpartition("/")[2])
+        pushed.append(folder)
+
+    monkeypatch.setattr(type(trainer).__mro__[2], "_push_from_checkpoint", push)
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert pushed == [str(tmp_path / "out" / f"checkpoint-{step}") for step in (2, 4)]
+
+
+class Trap:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (open, (str(self.mark), "w"))
+
+
+@pytest.mark.parametrize("name", sorted(STATES))
+@pytest.mark.parametrize("how", ["torch", "pickle"])
+def test_nothing_is_unpickled(tmp_path, make, name, how):
+    """Whoever can change a file can change the manifest as well: without one, the file is read. The control: unpickled,
+    the file does run its code.
+    """
+    make(max_steps=2).train()
+    folder, mark = tmp_path / "out" / "checkpoint-2", tmp_path / "mark"
+    (folder / MANIFEST).unlink()
+    file = folder / name
+    if how == "torch":
+        torch.save({"state": Trap(mark)}, file)
+    else:
+        file.write_bytes(pickle.dumps({"state": Trap(mark)}))
+    trainer = make()
+    with pytest.raises(CheckpointError, match="holds a file with more than tensors and numbers; nothing in it was run"):
+        trainer.train(resume_from_checkpoint=str(folder))
+    assert not mark.exists()
+    torch.load(file, weights_only=False) if how == "torch" else pickle.loads(file.read_bytes())
+    assert mark.exists()
+
+
+def test_an_error_says_where_training_stands(tmp_path, make):
+    class Breaks(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == self.at:
+                raise KeyError("broken")
+
+    breaks = Breaks()
+    for at, again in (
+        (1, "No checkpoint has been saved yet."),
+        (
+            3,
+            f"The last complete checkpoint is {tmp_path / 'out' / 'checkpoint-2'}: resume_from_checkpoint=True goes on",
+        ),
+    ):
+        breaks.at = at
+        with pytest.raises(KeyError) as error:
+            make([breaks]).train()
+        (note,) = error.value.__notes__
+        assert note.startswith(f"Training stopped at step {at} of 6. {again}")
+
+
+@pytest.mark.parametrize("logging", ["steps", "no"])
+def test_what_is_no_number_is_not_saved(tmp_path, make, logging):
+    """At a log the loss is found; without logs, at the next save; without either, at the end."""
+    trainer = make(logging_strategy=logging)
+    compute = trainer.compute_loss
+    trainer.compute_loss = lambda *a, **k: compute(*a, **k) * (float("nan") if trainer.state.global_step == 2 else 1)
+    with pytest.raises(LossError, match="loss of rank 0 was NaN or infinite at step 3"):
+        trainer.train()
+    assert trainer.state.global_step == (3 if logging == "steps" else 4)
+    assert names(tmp_path / "out") - {"proxbit_run.jsonl"} == {"checkpoint-2"}
+    check_checkpoint(tmp_path / "out" / "checkpoint-2")
+
+    unsaved = make(logging_strategy="no", save_strategy="no", max_steps=3)
+    unsaved.compute_loss = lambda *a, **k: compute(*a, **k) * float("nan")
+    with pytest.raises(LossError, match="at step 1"):
+        unsaved.train()
+
+
+def test_a_weight_that_is_no_number_is_not_saved(tmp_path, make):
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 4:
+                nn.init.constant_(model.classifier.bias, float("inf"))
+
+    with pytest.raises(LossError, match="classifier.bias holds NaN or infinite values after step 4"):
+        make([Break()]).train()
+    assert names(tmp_path / "out") - {"proxbit_run.jsonl"} == {"checkpoint-2"}
+
+
+def test_sigterm_is_taken_during_training_only(make):
+    """The callback of transformers would save in the middle of a step, and takes the signal from the start."""
+    taken = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            taken.append(signal.getsignal(signal.SIGTERM))
+
+    trainer = make([Look()], max_steps=1, save_strategy="no", enable_jit_checkpoint=True)
+    assert not any(isinstance(each, JITCheckpointCallback) for each in trainer.callback_handler.callbacks)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    trainer.train()
+    assert taken == [trainer._sigterm._ask] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, make):
+    """The file of the optimizer is on a device that is full."""
+    trainer = make()
+    save = trainer._save_optimizer_and_scheduler
+
+    def full(folder):
+        if trainer.state.global_step == 4:
+            Path(folder, "optimizer.pt").symlink_to("/dev/full")
+        save(folder)
+
+    trainer._save_optimizer_and_scheduler = full
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written: .* bytes were free.* untouched"):
+        trainer.train()
+    assert names(tmp_path / "out") == {"checkpoint-2", "proxbit_run.jsonl"}
+    check_checkpoint(tmp_path / "out" / "checkpoint-2")
+
+
+def test_the_next_training_clears_what_a_killed_one_left(tmp_path, make, caplog):
+    make(max_steps=2).train()
+    (tmp_path / "out" / STAGING / "checkpoint-4").mkdir(parents=True)
+    with caplog.at_level(logging.WARNING, logger="proxbit"):
+        make(max_steps=2, save_strategy="no").train()
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        "Removed what a save that was cut short has left"
+    ]
+    assert STAGING not in names(tmp_path / "out")
+
+
+def test_an_output_folder_that_cannot_be_used(tmp_path, make):
+    """A file lies where the staging folder would."""
+    trainer = make()
+    (tmp_path / "out" / STAGING).write_text("mine")
+    with pytest.raises(CheckpointError, match="No checkpoint can be written into"):
+        trainer.train()
