@@ -43,7 +43,7 @@ def tensor_headers(file: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         with safe_open(file, framework="pt") as tensors:
             slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
             return {key: (piece.get_dtype(), tuple(piece.get_shape())) for key, piece in slices.items()}
-    except (OSError, MemoryError) as error:
+    except (OSError, MemoryError, RuntimeError) as error:  # The last ones where a file is too large to be mapped.
         raise CheckpointError(f"{Path(file).name} cannot be read: {error}") from error
     except SafetensorError as error:
         raise CheckpointError(

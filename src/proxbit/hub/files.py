@@ -40,6 +40,8 @@ def read_json(file: str | Path) -> Any:
             written there.
     """
     file = Path(file)
+    if not file.is_file():  # A pipe would be waited for.
+        raise CheckpointError(f"{file.name} cannot be read: there is no such file.")
     try:
         with open(file, "rb") as stream:
             content = stream.read(_JSON_BYTES + 1)

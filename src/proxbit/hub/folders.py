@@ -14,6 +14,9 @@ __all__ = ["check_folder", "check_sizes", "folder_files"]
 _DEPTH = ("layers", "depth", "blocks")
 # Whole numbers up to here are not compared with the files: labels of a new head, identifiers of tokens.
 _ANY_SIZE = 2**24
+# Ends of the names of fields that count something; of some of them there must be one.
+_SIZES = ("size", "dim", "heads", "channels", "layers", "labels")
+_DIVISORS = ("heads", "patch_size")
 
 
 def folder_files(folder: Path, variant: str | None = None, name: str | None = None) -> list[Path]:
@@ -50,7 +53,7 @@ def folder_files(folder: Path, variant: str | None = None, name: str | None = No
 
 def _plain(name: Any, where: str) -> str:
     """The name of a safetensors file, or of an index, that leads out of no folder."""
-    if isinstance(name, str) and name == Path(name).name and not {"\\", "\0"} & set(name):
+    if isinstance(name, str) and name and name == Path(name).name and not {"\\", "\0"} & set(name):
         if name.endswith((".safetensors", ".safetensors.index.json")):
             return name
         raise CheckpointError(f"{where} names {name!r}: weights are safetensors files; nothing is unpickled.")
@@ -71,12 +74,16 @@ def check_folder(folder: Path, config: Any, variant: str | None = None) -> None:
     """
     files = folder_files(folder, variant, getattr(config, "transformers_weights", None))
     tensors = sum(len(tensor_headers(file)) for file in files)
-    check_sizes(config.to_dict(), tensors, sum(file.stat().st_size for file in files))
+    try:
+        values = config.to_dict()
+    except (AttributeError, TypeError) as error:
+        raise CheckpointError(f"config.json holds a value of a wrong kind ({error}).") from error
+    check_sizes(values, tensors, sum(file.stat().st_size for file in files))
 
 
 def check_sizes(values: Any, tensors: int, stored: int, where: str = "") -> None:
     """Check the whole numbers of a configuration: a layer has one tensor at least, and one axis of a tensor is not
-    many times longer than all of them.
+    many times longer than all of them, nor negative.
 
     Args:
         values: of `config.json`, as JSON types.
@@ -96,5 +103,8 @@ def check_sizes(values: Any, tensors: int, stored: int, where: str = "") -> None
     elif isinstance(values, int):
         if values > tensors and any(word in where for word in _DEPTH):
             raise CheckpointError(f"config.json: {where} is {values}, but the weight files hold {tensors} tensors.")
+        if where.endswith(_DIVISORS) and values == 0 or where.endswith(_SIZES) and values < 0:
+            raise CheckpointError(f"config.json: {where} is {values}; it must be positive.")
         if abs(values) > BITS_PER_BYTE * stored + _ANY_SIZE:
-            raise CheckpointError(f"config.json: {where} is {values:.4g}, but the weight files hold {stored:,} bytes.")
+            number = values if abs(values) < 10**20 else "beyond 10^20"
+            raise CheckpointError(f"config.json: {where} is {number}, but the weight files hold {stored:,} bytes.")

@@ -1,0 +1,106 @@
+"""Nothing in the source runs what it reads: no unpickling, no code or shell from text, no archives, no remote code."""
+
+import ast
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification, ViTForImageClassification
+
+import proxbit
+from proxbit.hub.release import write_release
+from tiny_models import SIDE, vit
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(file for part in ("src", "examples") for file in (ROOT / part).rglob("*.py"))
+MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "zipfile", "tarfile", "code"}
+CALLS = {
+    "builtins": {"eval", "exec", "compile", "__import__"},
+    "torch": {"load"},
+    "yaml": {"load", "load_all", "unsafe_load", "full_load"},
+    "os": {"system", "popen", "execv", "execvp", "spawnl"},
+    "tempfile": {"mktemp"},
+    "shutil": {"unpack_archive"},
+    "numpy": {"load"},
+    "np": {"load"},
+    "jinja2": {"Template"},
+}
+WORDS = {"shell", "trust_remote_code", "allow_pickle"}
+
+
+def findings(source: str) -> list[str]:
+    """What a source does that it must not."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] in MODULES]
+        elif isinstance(node, ast.ImportFrom):
+            module = (node.module or "").split(".")[0]
+            names = {alias.name for alias in node.names}
+            found += [module] if module in MODULES else sorted(names & CALLS.get(module, set()))
+        elif isinstance(node, ast.Call):
+            function = node.func
+            if isinstance(function, ast.Name) and function.id in CALLS["builtins"]:
+                found.append(function.id)
+            elif isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
+                if function.attr in CALLS.get(function.value.id, set()):
+                    found.append(f"{function.value.id}.{function.attr}")
+            found += [word.arg for word in node.keywords if word.arg in WORDS]
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(ROOT)) for file in FILES])
+def test_the_source_runs_nothing_that_it_reads(file):
+    assert findings(file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import load",
+        "from torch import load",
+        "torch.load(file)",
+        "eval(text)",
+        "exec(text)",
+        "yaml.load(text)",
+        "subprocess.run(line, shell=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "np.load(file, allow_pickle=True)",
+        "tempfile.mktemp()",
+    ],
+)
+def test_the_check_sees_it(source):
+    assert findings(source) != []
+
+
+@pytest.mark.parametrize(
+    "source", ["model.eval()", "yaml.safe_load(text)", "subprocess.run([a, b])", "torch.save(x, y)"]
+)
+def test_the_check_lets_the_rest_pass(source):
+    assert findings(source) == []
+
+
+@pytest.fixture
+def no_pickles(monkeypatch):
+    """Unpickling is an error."""
+
+    def forbidden(*arguments, **keywords):
+        raise AssertionError("something was unpickled")
+
+    for name in ("pickle.load", "pickle.loads", "pickle.Unpickler", "pickle._Unpickler", "torch.load"):
+        monkeypatch.setattr(name, forbidden)
+
+
+def test_a_model_lives_without_unpickling(no_pickles, tmp_path):
+    """From float to latent, to packed, to a release, and back."""
+    with pytest.raises(AssertionError, match="unpickled"):
+        pickle.loads(pickle.dumps(os.getcwd))
+    model = proxbit.binarize(ViTForImageClassification(vit()))
+    model.save_pretrained(tmp_path / "latent")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "latent")
+    write_release(proxbit.pack(model), tmp_path / "release")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "release")
+    assert loaded(torch.zeros(1, 3, SIDE, SIDE)).logits.isfinite().all()
