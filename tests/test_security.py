@@ -1,6 +1,7 @@
 """Nothing in the source runs what it reads: no unpickling, no code or shell from text, no archives, no remote code."""
 
 import ast
+import contextlib
 import os
 import pickle
 from pathlib import Path
@@ -104,3 +105,35 @@ def test_a_model_lives_without_unpickling(no_pickles, tmp_path):
     write_release(proxbit.pack(model), tmp_path / "release")
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "release")
     assert loaded(torch.zeros(1, 3, SIDE, SIDE)).logits.isfinite().all()
+
+
+class Marks:
+    """Unpickling an instance makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_a_checkpoint_of_a_run_does_not_run_code(tmp_path, crops, name):
+    """What the Trainer of transformers reads when a run goes on."""
+    model = proxbit.binarize(ViTForImageClassification(vit()))
+    data = [{"pixel_values": crop, "labels": 0} for crop in crops(4, SIDE)]
+    args = proxbit.ProxConnectArguments(
+        str(tmp_path / "run"), max_steps=2, save_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True
+    )
+    proxbit.ProxConnectTrainer(model=model, args=args, train_dataset=data).train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    assert (checkpoint / name).is_file()
+    (checkpoint / name).write_bytes(pickle.dumps(Marks(tmp_path / "mark")))
+    with contextlib.suppress(Exception):  # Any error at all, or none: a file that nobody reads.
+        proxbit.ProxConnectTrainer(model=model, args=args, train_dataset=data).train(
+            resume_from_checkpoint=str(checkpoint)
+        )
+    assert not (tmp_path / "mark").exists()
+    with pytest.raises(FileExistsError):  # The control: unpickled, it does leave its mark.
+        for _ in range(2):
+            pickle.loads((checkpoint / name).read_bytes())
