@@ -30,7 +30,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
-from fuzz_mutations import KINDS, MARK, SPECIAL
+from fuzz_mutations import KINDS, MARK, NEEDS, SPECIAL
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -44,6 +44,7 @@ from proxbit.hub.files import CARD_NAME
 from proxbit.hub.release import write_release
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.md"
+CHECKPOINTS = 5
 SECONDS = 10.0  # a case that takes longer hangs
 MEMORY = 4 << 30  # bytes of address space beyond what the process starts with
 
@@ -117,22 +118,16 @@ class Watch:
 def load(folder: Path, expected: dict[str, torch.Tensor], pixels: torch.Tensor) -> tuple[str, str]:
     """The outcome of one case, and what there is to say of it."""
     try:
-        AutoImageProcessor.from_pretrained(folder, backend="pil")
-        if (folder / CARD_NAME).exists():
-            QuantizationCard.load(folder)
         model, report = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
         with torch.inference_mode():
             logits = model.eval()(pixels).logits
+        if (folder / CARD_NAME).exists():
+            QuantizationCard.load(folder)
+        AutoImageProcessor.from_pretrained(folder, backend="pil")
     except ProxbitError as error:
         return OURS, describe(error)
-    except CLEAR as error:
-        return THEIRS, describe(error)
-    except RecursionError as error:
-        return OBSCURE, describe(error)
-    except ValueError as error:
-        return (THEIRS if len(str(error)) > 20 else OBSCURE), describe(error)
     except Exception as error:
-        return (THEIRS if str(error).startswith(REPORTED) else OBSCURE), describe(error)
+        return THEIRS if is_clear(error) else OBSCURE, describe(error)
     found = contents(model)
     if set(found) == set(expected) and all(same(found[key], expected[key]) for key in found):
         return EQUAL, ""
@@ -142,6 +137,17 @@ def load(folder: Path, expected: dict[str, torch.Tensor], pixels: torch.Tensor) 
         return WRONG, f"logits {list(logits.shape)}"
     strange = [key for key, tensor in found.items() if not of_the_files(folder, tensor)]
     return (WRONG if strange else OTHER), ", ".join(strange[:3])
+
+
+def is_clear(error: Exception) -> bool:
+    """Whether an error of a dependency says what is wrong, and where."""
+    if isinstance(error, UnicodeError | json.JSONDecodeError | RecursionError):
+        return False
+    if isinstance(error, ValueError):
+        return not str(error).startswith(
+            ("invalid literal", "Exceeds the limit", "not enough values", "too many values")
+        )
+    return isinstance(error, CLEAR) or str(error).startswith(REPORTED)
 
 
 def of_the_files(folder: Path, tensor: torch.Tensor) -> bool:
@@ -158,10 +164,9 @@ def describe(error: BaseException) -> str:
 
 def run(folder: Path, case: int, seed: int, originals: list[Path], expected: Any, watch: Watch) -> tuple[str, ...]:
     """One case: a copy is spoiled and loaded."""
-    rng = random.Random(f"{seed}-{case}")
-    specials = list(SPECIAL.items())
-    kind, mutate = specials[case // len(originals) % len(specials)] if special(case) else rng.choice([*KINDS.items()])
     original = originals[case % len(originals)]
+    rng, kind = choose(case, seed, original)
+    mutate = KINDS.get(kind) or SPECIAL[kind]
     place = folder / "case" / "checkpoint"
     shutil.copytree(original, place)
     mutate(place, rng)
@@ -176,9 +181,12 @@ def run(folder: Path, case: int, seed: int, originals: list[Path], expected: Any
     return kind, original.name, outcome, why
 
 
-def special(case: int) -> bool:
-    """The first cases are the special ones, each with each of the five checkpoints; then one case in forty is."""
-    return case < 5 * len(SPECIAL)
+def choose(case: int, seed: int, original: Path) -> tuple[random.Random, str]:
+    """The numbers of a case, and what it changes. The first cases are the special ones, with every checkpoint."""
+    rng, specials = random.Random(f"{seed}-{case}"), list(SPECIAL)
+    if case < CHECKPOINTS * len(specials):
+        return rng, specials[case // CHECKPOINTS]
+    return rng, rng.choice([kind for kind in KINDS if kind not in NEEDS or (original / NEEDS[kind]).is_file()])
 
 
 def listing(folder: Path) -> list[tuple[str, int]]:
@@ -209,17 +217,9 @@ def child(pipe: Connection, folder: Path, seed: int, first: int, last: int) -> N
     pipe.send(None)
 
 
-def lost(case: int, seed: int, names: list[str]) -> tuple[str, str]:
-    """Kind and checkpoint of a case that brought its process down."""
-    specials = list(SPECIAL)
-    rng = random.Random(f"{seed}-{case}")
-    kind = specials[case // len(names) % len(specials)] if special(case) else rng.choice([*KINDS])
-    return kind, names[case % len(names)]
-
-
 def fuzz(folder: Path, first: int, last: int, seed: int, log: Path | None) -> list[tuple[str, ...]]:
     """The results of cases first..last."""
-    names = [path.name for path in sorted((folder / "originals").iterdir())]
+    known = sorted((folder / "originals").iterdir())
     results: list[tuple[str, ...]] = []
     context = multiprocessing.get_context("fork")
 
@@ -230,7 +230,9 @@ def fuzz(folder: Path, first: int, last: int, seed: int, log: Path | None) -> li
         results.append(result)
 
     def fail(outcome: str, why: str) -> None:
-        keep((*lost(first + len(results), seed, names), outcome, why))
+        case = first + len(results)
+        original = known[case % len(known)]
+        keep((choose(case, seed, original)[1], original.name, outcome, why))
 
     while len(results) < last - first:
         here, there = context.Pipe()
@@ -263,8 +265,8 @@ TEXT = """\
 `python benchmarks/fuzz.py --count {count} --seed {seed}`, {versions}, {minutes:.0f} minutes on {machine},
 {jobs} at a time.
 
-Five small checkpoints, packed and latent, whole, in shards and as a release, are spoiled and loaded: the processor,
-the quantization card where there is one, and the model, which then runs. A case that computes for more than
+Five small checkpoints, packed and latent, whole, in shards and as a release, are spoiled and loaded: the model, which
+then runs, the quantization card where there is one, and the processor. A case that computes for more than
 {seconds:.0f} s, or waits for six times as long, hangs. "Loaded, equal" is the original, tensor for tensor; "other
 values": every tensor of the model is in the files, byte for byte; "new head": transformers reports which tensors it
 made anew.

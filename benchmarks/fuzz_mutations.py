@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KINDS", "SPECIAL", "Mutation"]
+__all__ = ["KINDS", "NEEDS", "SPECIAL", "Mutation"]
 
 Mutation = Callable[[Path, random.Random], None]
 # Relative to the folder of the case: what code of a pickle would leave, and a good weight file that lies outside.
@@ -438,6 +438,9 @@ SPECIAL: dict[str, Mutation] = {
     "config: wide layers": set_config(hidden_size=2**40),
     "config: patterns that take for ever": set_config(quantization_config={"include": ["*a" * 40 + "b"]}),
 }
+
+# The file that a kind is about, where not every checkpoint has it.
+NEEDS = {"index JSON": "model.safetensors.index.json", "card JSON": "quantization_card.json"}
 
 KINDS: dict[str, Mutation] = {
     "header length": header_length,

@@ -56,6 +56,7 @@ def test_both_are_as_in_transformers(plain, shards):
             lambda index: index["weight_map"].update(a="a.bin"),
             r"'a\.bin': weights are safetensors files; nothing is unp",
         ),
+        (lambda index: index["weight_map"].update(a="a" * 9999 + ".safetensors"), "not the name of a file in the same"),
         (lambda index: index["weight_map"].update(a="b.safetensors"), r"b\.safetensors is missing"),
     ],
 )

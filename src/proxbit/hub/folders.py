@@ -10,6 +10,8 @@ from proxbit.packing import BITS_PER_BYTE
 
 __all__ = ["check_folder", "check_sizes", "folder_files"]
 
+# Characters of the name of a file.
+_NAME = 255
 # Words in the names of those fields of a configuration that say how many layers there are.
 _DEPTH = ("layers", "depth", "blocks")
 # Whole numbers up to here are not compared with the files: labels of a new head, identifiers of tokens.
@@ -31,6 +33,8 @@ def folder_files(folder: Path, variant: str | None = None, name: str | None = No
         CheckpointError: if there are none, the index of shards is damaged, or it names anything else than safetensors
             of this folder.
     """
+    if name is not None:
+        _plain(name, "config.json")
     stem = "model" if variant is None else f"model.{variant}"
     candidates = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"] if name is None else [name]
     first = next((each for each in candidates if (folder / each).is_file()), None)
@@ -39,8 +43,8 @@ def folder_files(folder: Path, variant: str | None = None, name: str | None = No
         found = f" It holds {', '.join(others)}: packed checkpoints are safetensors files; nothing is unpickled."
         raise CheckpointError(f"{folder} has no file {' or '.join(candidates)}.{found if others else ''}")
     if not first.endswith(".index.json"):
-        return [folder / _plain(first, "config.json")]
-    index = read_json(folder / _plain(first, "config.json"))
+        return [folder / first]
+    index = read_json(folder / first)
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not isinstance(index.get("metadata"), dict) or not places:
         raise CheckpointError(f"{first} is damaged: it must hold `metadata` and a `weight_map` of tensors to files.")
@@ -53,11 +57,11 @@ def folder_files(folder: Path, variant: str | None = None, name: str | None = No
 
 def _plain(name: Any, where: str) -> str:
     """The name of a safetensors file, or of an index, that leads out of no folder."""
-    if isinstance(name, str) and name and name == Path(name).name and not {"\\", "\0"} & set(name):
+    if isinstance(name, str) and 0 < len(name) <= _NAME and name == Path(name).name and not {"\\", "\0"} & set(name):
         if name.endswith((".safetensors", ".safetensors.index.json")):
             return name
         raise CheckpointError(f"{where} names {name!r}: weights are safetensors files; nothing is unpickled.")
-    raise CheckpointError(f"{where} names {name!r}, which is not the name of a file in the same folder.")
+    raise CheckpointError(f"{where} names {str(name)[:_NAME]!r}, which is not the name of a file in the same folder.")
 
 
 def check_folder(folder: Path, config: Any, variant: str | None = None) -> None:
