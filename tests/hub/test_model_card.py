@@ -1,5 +1,6 @@
 """Model cards: metadata that the Hub's own library reads, a snippet that runs, nothing that nobody knows."""
 
+import ast
 import re
 
 import pytest
@@ -179,3 +180,17 @@ def test_the_snippet_runs(model, tmp_path, photographs, processor, monkeypatch, 
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert ("bean rust" in printed) == processor and ("logits" in printed) != processor
+
+
+def test_names_and_labels_stay_text():
+    """No tag, link or picture comes from a label, a name or a data set, and no code into the example."""
+    hostile = '<script>alert(1)</script>\n# ![x](http://127.0.0.1/x.png) "); import os; ("'
+    model = proxbit.pack(proxbit.binarize(hf.ViTForImageClassification(vit(id2label={0: hostile, 1: "b"}))))
+    run = {"dataset": hostile, "model_id": None, "split": "test", "metrics": {"packed": {"accuracy": 0.5}}}
+    text = str(model_card(model, quantization_card(model, run=run), run=run, name=hostile))
+    body = text.split("---\n", 2)[2]
+    assert body.count("&lt;script>alert(1)&lt;/script> # !\\[x]") >= 3
+    code = re.search(r"```python\n(.*?)```", body, re.DOTALL)[1]
+    assert all(isinstance(each, (ast.Import, ast.ImportFrom, ast.Assign, ast.With)) for each in ast.parse(code).body)
+    prose = body.replace(code, "")
+    assert "<script" not in prose and "![" not in prose and "\n# !" not in prose

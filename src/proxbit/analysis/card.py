@@ -13,8 +13,8 @@ from torch import nn
 from proxbit.analysis.card_facts import checkpoint_sha, file_facts, hub_name, model_facts
 from proxbit.analysis.run import check_run
 from proxbit.analysis.schema import Field, cell, problems
-from proxbit.errors import CardError
-from proxbit.hub.files import CARD_NAME, save_weights
+from proxbit.errors import CardError, CheckpointError
+from proxbit.hub.files import CARD_NAME, read_json, save_weights
 
 __all__ = ["CARD_FIELDS", "CARD_FORMAT", "CARD_NAME", "QuantizationCard", "quantization_card"]
 
@@ -174,8 +174,8 @@ class QuantizationCard:
         path = Path(path)
         file = path / CARD_NAME if path.is_dir() else path
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            values = read_json(file)
+        except CheckpointError as error:
             raise CardError(f"{file} cannot be read as a quantization card: {error}") from error
         if not isinstance(values, dict):
             raise CardError(f"{file} is no quantization card: it holds no JSON object.")

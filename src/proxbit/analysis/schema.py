@@ -1,21 +1,21 @@
 """Schemas as data: tables of fields, from which checks and documents are made."""
 
 import json
-import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["KINDS", "Field", "Kind", "cell", "field_table", "problems"]
+__all__ = ["KINDS", "Field", "Kind", "cell", "field_table", "line", "problems"]
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_text(value: Any) -> bool:
@@ -145,9 +145,14 @@ def problems(fields: Sequence[Field], values: Mapping[str, Any], *, complete: bo
     return found
 
 
+def line(text: str) -> str:
+    """Text as a line of Markdown: no tags, links or pictures, whatever a name or a label is."""
+    return " ".join(text.split()).replace("[", r"\[").replace("<", "&lt;")
+
+
 def cell(text: str) -> str:
     """Text as a cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", r"\|")
+    return line(text).replace("|", r"\|")
 
 
 def field_table(fields: Iterable[Field]) -> str:

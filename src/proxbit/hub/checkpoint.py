@@ -13,7 +13,20 @@ from proxbit.nn import learned_modules
 from proxbit.packing import packed_columns
 from proxbit.patching.replace import PackedLayer
 
-__all__ = ["check_learned", "check_loaded", "check_packed_files", "reset_learned", "tensor_headers"]
+# What a model may be larger than twice its files: the head of another task, with tens of thousands of labels.
+_NEW_BYTES = 2**30
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+__all__ = [
+    "check_complete",
+    "check_dtypes",
+    "check_learned",
+    "check_loaded",
+    "check_packed_files",
+    "check_size",
+    "reset_learned",
+    "tensor_headers",
+]
 
 
 def tensor_headers(file: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -24,11 +37,13 @@ def tensor_headers(file: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """
     if Path(file).suffix != ".safetensors":
         raise CheckpointError(f"{Path(file).name}: packed checkpoints are safetensors files; nothing is unpickled.")
+    if not Path(file).is_file():
+        raise CheckpointError(f"{Path(file).name} cannot be read: it is no file.")
     try:
         with safe_open(file, framework="pt") as tensors:
             slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
             return {key: (piece.get_dtype(), tuple(piece.get_shape())) for key, piece in slices.items()}
-    except OSError as error:
+    except (OSError, MemoryError, RuntimeError) as error:  # The last ones where a file is too large to be mapped.
         raise CheckpointError(f"{Path(file).name} cannot be read: {error}") from error
     except SafetensorError as error:
         raise CheckpointError(
@@ -80,6 +95,50 @@ def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedL
             f"expected {dict(missing)} ([rows, bytes]: how many), found {dict(extra)} instead. "
             f"Layers concerned: {', '.join(names[:5]) or 'none'}{', ...' if len(names) > 5 else ''}."
         )
+
+
+def check_size(files: Sequence[str], model: nn.Module) -> None:
+    """Check that a model without data, about to be filled, is not much larger than what it is filled from.
+
+    A new head may have any size that a machine has memory for; the sizes in a damaged `config.json` may not.
+
+    Raises:
+        CheckpointError: if the model is larger than 1 GiB beyond twice the files.
+    """
+    stored = sum(Path(file).stat().st_size for file in files)
+    wanted = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if wanted > 2 * stored + _NEW_BYTES:
+        raise CheckpointError(
+            f"config.json describes a model of {wanted:,} bytes, but its weight files have {stored:,} bytes."
+        )
+
+
+def check_complete(model: nn.Module, missing: Sequence[str]) -> None:
+    """Check that a model of the class that was saved got all of its tensors. Another class may have a head of its own.
+
+    Args:
+        model: loaded from a checkpoint of proxbit.
+        missing: names of the tensors that were filled at random.
+
+    Raises:
+        CheckpointError: naming the tensors.
+    """
+    if missing and type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
+        names = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+        raise CheckpointError(f"{names}: not in the checkpoint, which says that it is of a {type(model).__name__}.")
+
+
+def check_dtypes(model: nn.Module) -> None:
+    """Check that what a model computes with is in a floating-point type that layers take.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{name} is {parameter.dtype} in the checkpoint; it must be one of {', '.join(map(str, _FLOATS))}."
+            )
 
 
 def check_loaded(layers: Sequence[tuple[str, PackedLayer]]) -> None:

@@ -16,6 +16,8 @@ __all__ = [
     "is_lost_process",
     "is_model_folder",
     "load_weights",
+    "loaded_folder",
+    "missing_tensors",
     "outlines",
     "restore_outlines",
 ]
@@ -30,14 +32,42 @@ def download_arguments() -> dict[str, Any]:
     Returns:
         Keyword arguments of `cached_file`; none where no `from_pretrained` is running.
     """
+    return dict(_running("download_kwargs") or {})
+
+
+def loaded_folder() -> tuple[Path, Any, str | None] | None:
+    """The folder on this machine that the `from_pretrained` that is running loads, its configuration, and the variant.
+
+    A quantizer of transformers (5.15 to 5.23 at least) is asked before the weights are opened, but not told where they
+    are; what it is told comes after an index, and where `config.json` has no dtype a weight file, was read. To be
+    deleted once it is told.
+
+    Returns:
+        None where no `from_pretrained` is running, or it loads no folder.
+    """
+    folder, config = _running("pretrained_model_name_or_path"), _running("config")
+    if folder is None or config is None or _running("gguf_file") or not Path(folder).is_dir():
+        return None
+    return Path(folder) / (_running("subfolder") or ""), config, _running("variant")
+
+
+def missing_tensors() -> list[str]:
+    """The names of the tensors that the `from_pretrained` that is running did not find in the files.
+
+    transformers (5.15 to 5.23 at least) fills them at random and warns; a quantizer is asked afterwards, and not told.
+    To be deleted once it is told.
+    """
+    return sorted(getattr(_running("loading_info"), "missing_keys", ()))
+
+
+def _running(name: str) -> Any:
+    """A variable of the innermost `from_pretrained` of a model that is running; None if there is none."""
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code.co_name == "from_pretrained":
-            found = frame.f_locals.get("download_kwargs")
-            if isinstance(found, dict):
-                return dict(found)
+        if frame.f_code.co_name == "from_pretrained" and "download_kwargs" in frame.f_locals:
+            return frame.f_locals.get(name)
         frame = frame.f_back
-    return {}
+    return None
 
 
 def outlines(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_model
 from torch import nn
@@ -13,9 +14,11 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from proxbit.errors import CheckpointError
 from proxbit.hub.compat import download_arguments
 
-__all__ = ["CARD_NAME", "check_against_card", "check_files", "save_weights", "sha256", "weight_files"]
+__all__ = ["CARD_NAME", "check_against_card", "check_files", "read_json", "save_weights", "sha256", "weight_files"]
 
 CARD_NAME = "quantization_card.json"
+# An index of a million tensors is smaller.
+_JSON_BYTES = 256 * 2**20
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -27,6 +30,30 @@ def sha256(file: str | Path) -> str:
     """The SHA-256 of a file's bytes, as 64 hexadecimal digits. The file is read piece by piece."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json(file: str | Path) -> Any:
+    """What a JSON file beside the weights holds.
+
+    Raises:
+        CheckpointError: naming the file, if it cannot be read, is no JSON, or is too large or too deep for what is
+            written there.
+    """
+    file = Path(file)
+    if not file.is_file():  # A pipe would be waited for.
+        raise CheckpointError(f"{file.name} cannot be read: there is no such file.")
+    try:
+        with open(file, "rb") as stream:
+            content = stream.read(_JSON_BYTES + 1)
+        if len(content) > _JSON_BYTES:
+            raise CheckpointError(f"{file.name} is damaged: it has more than {_JSON_BYTES:,} bytes.")
+        return json.loads(content)
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{file.name} cannot be read ({type(error).__name__}: {error}). Download or copy it again."
+        ) from error
 
 
 def save_weights(model: nn.Module, folder: str | Path, max_shard_size: int | str | None = None) -> list[Path]:
@@ -76,17 +103,21 @@ def check_files(card: str | Path, files: Sequence[str | Path]) -> None:
     Raises:
         CheckpointError: naming the file.
     """
-    known = _checksums(Path(card))
+    known = _facts(Path(card))
     drop = f"If that is on purpose, delete {CARD_NAME}: it describes other weights."
     for file in map(Path, files):
         if file.name not in known:
             names = ", ".join(sorted(known)) or "no file"
             raise CheckpointError(f"{file.name} is not in {CARD_NAME} beside it, which knows {names}. {drop}")
-        found = sha256(file)
-        if found != known[file.name]:
+        size, announced = known[file.name]
+        # A file of another size is not read: it may be terabytes of nothing.
+        is_whole = size is None or file.stat().st_size == size
+        found = f"SHA-256 is {sha256(file)}" if is_whole else f"size is {file.stat().st_size} bytes"
+        wanted = f"SHA-256 is {announced}" if is_whole else f"size is {size} bytes"
+        if found != wanted:
             raise CheckpointError(
-                f"{file.name} was changed or damaged: its SHA-256 is {found}, and {CARD_NAME} beside it says "
-                f"{known[file.name]}. Download or copy it again. {drop}"
+                f"{file.name} was changed or damaged: its {found}, and {CARD_NAME} beside it says that its {wanted}. "
+                f"Download or copy it again. {drop}"
             )
 
 
@@ -105,11 +136,11 @@ def check_against_card(files: Sequence[str | Path], repository: str) -> None:
         check_files(card, files)
 
 
-def _checksums(card: Path) -> dict[str, str]:
-    """The checksums of a card, by file name. The rest of the card is not looked at: a newer one has other fields."""
+def _facts(card: Path) -> dict[str, tuple[int | None, str]]:
+    """Bytes and checksums of a card, by file name. The rest of it is not looked at: a newer one has other fields."""
     try:
-        return {name: facts["sha256"] for name, facts in json.loads(card.read_text(encoding="utf-8"))["files"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return {name: (facts.get("bytes"), facts["sha256"]) for name, facts in read_json(card)["files"].items()}
+    except (CheckpointError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{CARD_NAME} is damaged, so the weights beside it cannot be checked ({type(error).__name__}: {error}). "
             "Download or copy it again, or delete it."

@@ -9,10 +9,20 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 
 from proxbit.config import QUANT_METHOD, BinarizationConfig
 from proxbit.errors import ConfigError
-from proxbit.hub.checkpoint import check_learned, check_loaded, check_packed_files, reset_learned
-from proxbit.hub.compat import outlines, restore_outlines
+from proxbit.hub.checkpoint import (
+    check_complete,
+    check_dtypes,
+    check_learned,
+    check_loaded,
+    check_packed_files,
+    check_size,
+    reset_learned,
+    tensor_headers,
+)
+from proxbit.hub.compat import loaded_folder, missing_tensors, outlines, restore_outlines
 from proxbit.hub.downloads import check_downloads
 from proxbit.hub.files import check_against_card
+from proxbit.hub.folders import check_folder
 from proxbit.hub.push_method import give_push, take_push
 from proxbit.nn import learned_modules
 from proxbit.patching import check_latents, check_packed_layers, matches, packed_layers, to_float, to_latent, to_packed
@@ -40,12 +50,28 @@ class ProxbitHfQuantizer(HfQuantizer):
                 "then call proxbit.pack(model)."
             )
 
+    def validate_environment(self, *args: Any, weights_only: bool | None = None, **kwargs: Any) -> None:
+        """What is asked first of all, so that nothing is opened that was not looked at.
+
+        Raises:
+            ConfigError: if unpickling of a checkpoint of proxbit is asked for.
+            CheckpointError: for a folder whose index, weight files or number of layers cannot be right.
+        """
+        if not self.pre_quantized:
+            return
+        if weights_only is False:
+            raise ConfigError("weights_only=False is for pickles; proxbit has none: leave it out.")
+        if (loaded := loaded_folder()) is not None:
+            check_folder(*loaded)
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         state = self.quantization_config.state
         if self.pre_quantized:
             check_downloads(checkpoint_files or [])
+            for file in checkpoint_files or []:
+                tensor_headers(file)
             check_against_card(checkpoint_files or [], model.config.name_or_path)
             self.quantization_config = _fit_patterns(model, self.quantization_config)
         _, self.quantization_config = to_latent(model, self.quantization_config)
@@ -56,6 +82,8 @@ class ProxbitHfQuantizer(HfQuantizer):
         if state == "packed":
             to_packed(model)
             check_packed_files(checkpoint_files or [], packed_layers(model))
+        if self.pre_quantized:
+            check_size(checkpoint_files or [], model)
         self._outlines = outlines(model)
         give_push(model)
         return model
@@ -65,6 +93,8 @@ class ProxbitHfQuantizer(HfQuantizer):
         check_loaded(packed_layers(model))
         if self.pre_quantized:
             check_learned(model)
+            check_complete(model, missing_tensors())
+            check_dtypes(model)
         else:
             reset_learned(model)
         check_latents(model)

@@ -1,5 +1,6 @@
 """The model card of a release: `README.md`, from the quantization card, the model and the record of its training."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from proxbit.analysis.card import QuantizationCard
 from proxbit.analysis.run import RUN_FIELDS, VARIANTS, check_run
-from proxbit.analysis.schema import KINDS, cell
+from proxbit.analysis.schema import KINDS, cell, line
 from proxbit.patching import blank_picture
 
 __all__ = ["README", "model_card", "pipeline_tag"]
@@ -38,7 +39,7 @@ _PIPELINE_SNIPPET = """\
 import proxbit  # registers the plug-in with transformers
 from transformers import pipeline
 
-model = pipeline("{tag}", model="{model}")
+model = pipeline("{tag}", model={model})
 print(model("picture.jpg"))"""
 
 _MODEL_SNIPPET = """\
@@ -46,7 +47,7 @@ import proxbit  # registers the plug-in with transformers
 import torch
 from transformers import {model_class}
 
-model = {model_class}.from_pretrained("{model}")
+model = {model_class}.from_pretrained({model})
 picture = torch.zeros({shape})  # a batch of one; prepared as in the training
 with torch.inference_mode():
     print(model(pixel_values=picture))"""
@@ -99,7 +100,7 @@ def model_card(
     made: ModelCard = ModelCard.from_template(
         ModelCardData(**data),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
-        name=title,
+        name=line(title),
         summary=_summary(card),
         snippet=_snippet(model, card, data.get("pipeline_tag"), processing_class, facts["model_id"] or title),
         use=_use(model, card, data.get("pipeline_tag")),
@@ -181,15 +182,16 @@ def _summary(card: QuantizationCard) -> str:
 
 
 def _snippet(model: PreTrainedModel, card: QuantizationCard, tag: str | None, processor: Any, where: str) -> str:
+    name = json.dumps(where)  # A name with quotes stays a name.
     if tag is not None and processor is not None:
-        return _PIPELINE_SNIPPET.format(tag=tag, model=where)
+        return _PIPELINE_SNIPPET.format(tag=tag, model=name)
     shape = ", ".join(map(str, blank_picture(model)["pixel_values"].shape))
-    return _MODEL_SNIPPET.format(model_class=card["model_class"], model=where, shape=shape)
+    return _MODEL_SNIPPET.format(model_class=card["model_class"], model=name, shape=shape)
 
 
 def _use(model: PreTrainedModel, card: QuantizationCard, tag: str | None) -> str:
     parts = [f"Task: {tag}." if tag else "Its task is not one of the pipelines that take a picture alone."]
-    labels = [str(label) for _, label in sorted(model.config.id2label.items())] if tag in _LABELLED else []
+    labels = [line(str(label)) for _, label in sorted(model.config.id2label.items())] if tag in _LABELLED else []
     if labels and not all(label.startswith("LABEL_") for label in labels):
         more = f", and {len(labels) - SHOWN_LABELS} more" if len(labels) > SHOWN_LABELS else ""
         parts.append(f"It tells {len(labels)} classes apart: {', '.join(labels[:SHOWN_LABELS])}{more}.")
@@ -210,7 +212,7 @@ def _limits(card: QuantizationCard, run: Mapping[str, Any]) -> Iterator[str]:
     if _shipped(metrics) is None:
         yield "Its accuracy is unknown: no evaluation is recorded."
     elif dataset:
-        yield f"It was evaluated on {dataset} only; how it does on other pictures is unknown."
+        yield f"It was evaluated on {line(dataset)} only; how it does on other pictures is unknown."
     else:
         yield "The data of its evaluation are not recorded; how it does on other pictures is unknown."
     if metrics and "packed" not in metrics and card["state"] == "packed":
@@ -219,7 +221,7 @@ def _limits(card: QuantizationCard, run: Mapping[str, Any]) -> Iterator[str]:
         yield "How much results differ between seeds is unknown."
     yield "Fairness between groups, and robustness against changed pictures, are unknown."
     if card["base_model"]:
-        yield f"It inherits the limits of {card['base_model']}."
+        yield f"It inherits the limits of {line(card['base_model'])}."
     if run["license"] is None:
         yield "Its license is unknown: ask before using it."
 
@@ -250,7 +252,7 @@ def _results(run: Mapping[str, Any]) -> str:
         cells = [number(values[name]) if name in values else "unknown" for name in names]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     where = [run["dataset"] or run["dataset_id"] or "a data set whose name is unknown", run["split"]]
-    of = f"Of {', '.join(part for part in where if part)}"
+    of = f"Of {', '.join(line(part) for part in where if part)}"
     samples = f"; {run['eval_samples']:,} examples" if run["eval_samples"] is not None else ""
     spread = f"; standard deviation of the accuracy {number(run['std'])}" if run["std"] is not None else ""
     return "\n".join([*lines, "", f"{of}{samples}{spread}. Accuracies are fractions. A latent model is simulated."])
@@ -258,7 +260,7 @@ def _results(run: Mapping[str, Any]) -> str:
 
 def _size(card: QuantizationCard) -> str:
     lines = ["| | bytes |", "|---|---|"]
-    lines += [f"| {name} | {facts['bytes']:,} |" for name, facts in card["files"].items()]
+    lines += [f"| {cell(name)} | {facts['bytes']:,} |" for name, facts in card["files"].items()]
     if len(card["files"]) > 1:
         lines.append(f"| all weight files | {card['model_bytes']:,} |")
     lines.append(f"| the same model in float32 | {card['float32_bytes']:,} |")
@@ -274,4 +276,4 @@ def _latency(run: Mapping[str, Any]) -> str:
     spread = latency["spread"]
     lines += [f"| {cell(name)} | {ms:.2f} | {spread[name]:.0%} |" for name, ms in latency["milliseconds"].items()]
     how = f"Of a forward pass with {latency['batch']} picture(s): medians of {latency['rounds']} rounds, and the "
-    return "\n".join([*lines, "", f"{how}distance of the quartiles. Machine: {latency['machine']}."])
+    return "\n".join([*lines, "", f"{how}distance of the quartiles. Machine: {line(latency['machine'])}."])

@@ -240,8 +240,8 @@ def _load(folder: Path) -> PreTrainedModel:
     """The model of a folder, in the class that its configuration names."""
     try:
         names = AutoConfig.from_pretrained(folder).architectures or ["no class"]
-        kind = getattr(transformers, names[0], None)
-        if kind is None:
+        kind: Any = getattr(transformers, str(names[0]), None)
+        if PreTrainedModel not in getattr(kind, "__mro__", ()):
             raise CheckpointError(
                 f"{folder / CONFIG} names {names[0]}, which transformers does not have: cards cannot be written. Load "
                 "the model and upload that, proxbit.push(model, ...)."
@@ -260,7 +260,7 @@ def _check_weights(folder: Path) -> None:
     if not (folder / WEIGHTS).is_file() and index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{INDEX} is damaged, or is none: {first_line(error)}.") from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:

@@ -1,6 +1,7 @@
 """The compiled kernels for CPUs: finding the library, choosing the instruction level, calling it."""
 
 import ctypes
+import math
 import os
 import struct
 import sys
@@ -10,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from proxbit.errors import ConfigError
+from proxbit.errors import ConfigError, PackedFormatError
 from proxbit.kernels.reference import Norm
 from proxbit.packing import packed_columns
 
@@ -28,6 +30,8 @@ _LEVEL_VARIABLE = "PROXBIT_ISA"
 _REFERENCE = "reference"
 _IMPORTED_BY = os.getpid()
 _CALL = struct.Struct("18qd")  # proxbit_linear_call
+# Up to here sums of int8 values fit in the 32 bits that the kernels have for them.
+_MOST_INPUTS = 2**24
 
 
 def version_of(tensor: Tensor) -> int | None:
@@ -68,27 +72,32 @@ class Native:
     name: str
     level: int
     library: ctypes.CDLL
-    # By identity and format of the weight: a weak reference to it, its version and address, its tiles.
-    tiles: dict[tuple[int, int], tuple[weakref.ref[Tensor], int, int, Tensor]] = field(default_factory=dict)
+    # By identity and format of the weight: a weak reference to it; its version, address and shape, and the columns; its
+    # tiles.
+    tiles: dict[tuple[int, int], tuple[weakref.ref[Tensor], tuple[Any, ...], Tensor]] = field(default_factory=dict)
 
     def linear(
         self,
         activations: str,
         x: Tensor,
         weight: Tensor,
-        scale: Tensor | None,
+        scale: Tensor,
         bias: Tensor | None,
         threshold: Tensor | None = None,
         gelu: bool = False,
         norm: Norm | None = None,
     ) -> Tensor:
-        """A linear layer, see `reference`; `x` is fp32 or bf16, everything is on the CPU and of matching shapes."""
+        """A linear layer, see `reference`; `x` is one that `takes` is true for, and shapes match, as `ops` checks.
+
+        Raises:
+            PackedFormatError: for a tensor without data in the memory of the CPU.
+        """
         columns, rows = x.shape[-1], weight.shape[0]
-        flat = x if x.dim() == 2 else x.reshape(-1, columns)
-        if flat.stride(1) != 1:
-            flat = flat.contiguous()
+        flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), columns)
+        if flat.stride(1) != 1 or flat.is_neg():
+            flat = flat.resolve_neg().contiguous()
         # Variables, so that what is converted lives as long as the call reads it.
-        scale, bias, threshold = _as_floats(scale), _as_floats(bias), _as_floats(threshold)
+        scales, bias, threshold = _as_floats(scale), _as_floats(bias), _as_floats(threshold)
         norm_weight, norm_bias = (None, None) if norm is None else (_as_floats(norm.weight), _as_floats(norm.bias))
         code = FORMATS[activations]
         tiles = self._tiles(code, weight, columns)
@@ -100,10 +109,10 @@ class Native:
             flat.shape[0],
             columns,
             rows,
-            flat.data_ptr(),
+            _address(flat),
             flat.stride(0),
-            tiles.data_ptr(),
-            _address(scale),
+            _address(tiles),
+            _address(scales),
             _address(bias),
             _address(threshold),
             result.data_ptr(),
@@ -120,32 +129,32 @@ class Native:
     def _tiles(self, code: int, weight: Tensor, columns: int) -> Tensor:
         """The weight in the order of the kernel, made once for each weight and kept as long as it lives."""
         version = version_of(weight)
-        key = (id(weight), code)
+        key, state = (id(weight), code), (version, weight.data_ptr(), weight.shape, columns)
         known = self.tiles.get(key)
-        if known is not None and known[0]() is weight and known[1:3] == (version, weight.data_ptr()):
-            return known[3]
-        bits = weight.contiguous()
+        if known is not None and known[0]() is weight and known[1] == state:
+            return known[2]
+        bits = _whole(weight).contiguous()
         size = self.library.proxbit_tile_bytes(self.level, code, len(bits), columns)
         if not size:
             return bits
         tiles = torch.empty(size, dtype=torch.uint8)
-        self.library.proxbit_relay(self.level, code, bits.data_ptr(), len(bits), columns, tiles.data_ptr())
+        self.library.proxbit_relay(self.level, code, _address(bits), len(bits), columns, _address(tiles))
         # Of a weight whose changes are not counted nothing is kept.
         if version is not None:
             forget = weakref.ref(weight, lambda _: self.tiles.pop(key, None))
-            self.tiles[key] = (forget, version, weight.data_ptr(), tiles)
+            self.tiles[key] = (forget, state, tiles)
         return tiles
 
     def pack_signs(self, values: Tensor) -> Tensor:
         """See `packing.pack_signs`; `values` is a matrix in fp32 or bf16 on the CPU."""
-        if values.stride(1) != 1:
-            values = values.contiguous()
+        if values.stride(1) != 1 or values.is_neg():
+            values = values.resolve_neg().contiguous()
         rows, columns = values.shape
         bits = torch.empty(rows, packed_columns(columns), dtype=torch.uint8)
         self.library.proxbit_pack_signs(
             self.level,
             _DTYPES[values.dtype],
-            values.data_ptr(),
+            _address(_whole(values)),
             rows,
             columns,
             values.stride(0),
@@ -157,9 +166,9 @@ class Native:
     def unpack_signs(self, bits: Tensor, columns: int) -> Tensor:
         """See `packing.unpack_signs`, in fp32."""
         values = torch.empty(len(bits), columns)
-        bits = bits.contiguous()
+        bits = _whole(bits).contiguous()
         self.library.proxbit_unpack_signs(
-            self.level, bits.data_ptr(), len(bits), columns, values.data_ptr(), _parallel_for()
+            self.level, _address(bits), len(bits), columns, values.data_ptr(), _parallel_for()
         )
         return values
 
@@ -170,18 +179,50 @@ class Native:
 
     @staticmethod
     def takes(x: Tensor) -> bool:
-        """Whether the kernels work on this dtype."""
-        return x.dtype in _DTYPES
+        """Whether the kernels work on this dtype, and on this many inputs."""
+        return x.dtype in _DTYPES and x.shape[-1] <= _MOST_INPUTS
 
 
-def _address(numbers: Tensor | None) -> int:
-    return 0 if numbers is None else numbers.data_ptr()
+def _address(tensor: Tensor | None) -> int:
+    """Where the data are: the one place where the library gets a pointer from.
+
+    Raises:
+        PackedFormatError: for a tensor of another device, or whose storage was freed.
+    """
+    if tensor is None:
+        return 0
+    address = tensor.data_ptr() if tensor.is_cpu else 0
+    if not address and (not tensor.is_cpu or tensor.numel()):
+        what = "whose storage was freed" if tensor.is_cpu else f"on the device {tensor.device}"
+        raise PackedFormatError(f"The kernels of the CPU were given a tensor {list(tensor.shape)} {what}.")
+    return address
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The same tensor, whose storage is as long as its shape and strides say.
+
+    Raises:
+        PackedFormatError: if it is not, or is on another device.
+    """
+    if not tensor.is_cpu:
+        _address(tensor)
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * step for size, step in steps)
+    held = tensor.untyped_storage().nbytes()
+    if tensor.numel() and (last + 1) * tensor.element_size() > held:
+        raise PackedFormatError(
+            f"A tensor {list(tensor.shape)} of {tensor.dtype} reaches beyond its storage of {held} bytes."
+        )
+    return tensor
 
 
 def _as_floats(numbers: Tensor | None) -> Tensor | None:
-    if numbers is None or (numbers.dtype is torch.float32 and numbers.is_contiguous()):
-        return numbers
-    return numbers.to(torch.float32).contiguous()
+    """In fp32, contiguous, and where the processor can read a float."""
+    if numbers is None:
+        return None
+    if numbers.dtype is torch.float32 and numbers.is_contiguous() and not numbers.is_neg():
+        return numbers if numbers.data_ptr() % 4 == 0 else numbers.clone()
+    return numbers.resolve_neg().to(torch.float32).contiguous()
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -48,7 +48,9 @@ def _check_shapes(
     if (  # All is well, said as briefly as it can be: this runs before every call.
         weight.dtype is torch.uint8
         and weight.dim() == 2
+        and x.dim()
         and x.dtype.is_floating_point
+        and not scale.dtype.is_complex
         and (x.shape[-1] + 7) // 8 == weight.shape[1]
         and scale.shape == weight.shape[:1]
         and (bias is None or bias.shape == scale.shape)
@@ -62,6 +64,10 @@ def _check_shapes(
         )
     if not x.dtype.is_floating_point:
         raise PackedFormatError(f"The input of a packed linear layer must be floating point, not {x.dtype}.")
+    if not x.dim() or scale.dtype.is_complex:
+        raise PackedFormatError(
+            f"A packed linear layer takes [..., inputs] and real scales, not {list(x.shape)} and {scale.dtype}."
+        )
     columns, rows = x.shape[-1], weight.shape[0]
     if packed_columns(columns) != weight.shape[1]:
         raise PackedFormatError(
@@ -75,6 +81,19 @@ def _check_shapes(
         if numbers is not None and numbers.shape != (size,):
             axis = "a row" if name in ("scale", "bias") else "an input"
             raise PackedFormatError(f"{name} must be one number {axis}, [{size}], not {list(numbers.shape)}.")
+
+
+def _check_bits(packed: Tensor, columns: int) -> None:
+    if packed.dtype != torch.uint8 or packed.dim() != 2 or columns < 0 or packed_columns(columns) != packed.shape[1]:
+        raise PackedFormatError(
+            f"{columns} columns of signs are uint8 [rows, {packed_columns(columns)}], not {packed.dtype} "
+            f"{list(packed.shape)}."
+        )
+
+
+def _check_values(values: Tensor) -> None:
+    if values.dim() != 2 or values.dtype.is_complex:
+        raise PackedFormatError(f"Signs are packed of real [rows, columns], not {values.dtype} {list(values.shape)}.")
 
 
 def _native_for(x: Tensor) -> Native | None:
@@ -110,16 +129,19 @@ def _linear(
 
 
 def _linear_w1_grad_input(grad: Tensor, weight: Tensor, scale: Tensor, columns: int) -> Tensor:
+    _check_bits(weight, columns)
     with torch.autocast(grad.device.type, enabled=False):
         return reference.linear_w1_grad_input(grad, weight, scale, columns)
 
 
 def _pack_signs(values: Tensor) -> Tensor:
+    _check_values(values)
     compiled = _native_for(values)
     return reference.pack_signs(values) if compiled is None else compiled.pack_signs(values)
 
 
 def _unpack_signs(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    _check_bits(packed, columns)
     compiled = native() if packed.is_cpu else None
     if compiled is None:
         return reference.unpack_signs(packed, columns, dtype)

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import json
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ from proxbit.analysis.report import contents
 from proxbit.analysis.report.charts import short
 from proxbit.analysis.run_log import RUN_LOG, RunLog, read_log
 from proxbit.errors import CheckpointError, ConfigError
+from proxbit.hub.files import read_json
 
 __all__ = ["write_report"]
 
@@ -58,8 +58,8 @@ def _card(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        card = read_json(path)
+    except CheckpointError as error:
         raise CheckpointError(f"{path} is not JSON ({error}).") from error
     if not isinstance(card, dict):
         raise CheckpointError(f"{path} must hold a JSON object.")

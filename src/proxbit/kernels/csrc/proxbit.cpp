@@ -44,12 +44,12 @@ struct Grid {
 };
 
 // Work below this many multiply-adds is not worth waking another thread.
-constexpr int64_t least_work[3] = {1 << 19, 1 << 20, 1 << 22};
+constexpr double least_work[3] = {1 << 19, 1 << 20, 1 << 22};
 
 Grid make_grid(const Call &call) {
     const Format &format = levels[call.level]->formats[call.format];
     Grid grid{call, format, 1, 1};
-    const int64_t work = call.rows * call.inputs * call.outputs;
+    const double work = static_cast<double>(call.rows) * call.inputs * call.outputs;  // may be beyond 64 bits
     if (!call.parallel_for || call.threads < 2 || work < least_work[call.format]) return grid;
     // Rows first: what is done once a row, its table or its quantisation, is then done by one thread only.
     const int64_t row_blocks = ceil_div(call.rows, format.row_block);

@@ -1,0 +1,127 @@
+"""What is checked of a folder before transformers opens a weight in it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, ViTForImageClassification
+
+from proxbit.errors import CheckpointError
+from proxbit.hub.folders import check_folder, check_sizes, folder_files
+from tiny_models import vit
+
+
+def names(folder, **arguments):
+    return [file.name for file in folder_files(folder, **arguments)]
+
+
+def test_one_file_or_those_of_the_index(plain, shards):
+    assert names(plain) == ["model.safetensors"]
+    assert names(shards) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert names(shards, name="model.safetensors.index.json") == names(shards)
+
+
+def test_a_variant(plain):
+    (plain / "model.safetensors").rename(plain / "model.half.safetensors")
+    assert names(plain, variant="half") == ["model.half.safetensors"]
+    with pytest.raises(CheckpointError, match=r"has no file model\.safetensors or model\.safetensors\.index\.json\.$"):
+        names(plain)
+
+
+def test_both_are_as_in_transformers(plain, shards):
+    """The whole file wins."""
+    (shards / "model.safetensors").write_bytes((plain / "model.safetensors").read_bytes())
+    assert names(shards) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index.pop("weight_map"), "must hold `metadata` and a `weight_map`"),
+        (lambda index: index.pop("metadata"), "must hold `metadata` and a `weight_map`"),
+        (lambda index: index.update(weight_map={}), "must hold `metadata` and a `weight_map`"),
+        (lambda index: index.update(weight_map=["model.safetensors"]), "must hold `metadata` and a `weight_map`"),
+        (
+            lambda index: index["weight_map"].update(a="../model.safetensors"),
+            "not the name of a file in the same folder",
+        ),
+        (lambda index: index["weight_map"].update(a="/model.safetensors"), "not the name of a file in the same folder"),
+        (lambda index: index["weight_map"].update(a="..\\model.safetensors"), "not the name of a file in the same"),
+        (lambda index: index["weight_map"].update(a=""), "not the name of a file in the same folder"),
+        (
+            lambda index: index["weight_map"].update(a=["model.safetensors"]),
+            "not the name of a file in the same folder",
+        ),
+        (
+            lambda index: index["weight_map"].update(a="a.bin"),
+            r"'a\.bin': weights are safetensors files; nothing is unp",
+        ),
+        (lambda index: index["weight_map"].update(a="a" * 9999 + ".safetensors"), "not the name of a file in the same"),
+        (lambda index: index["weight_map"].update(a="b.safetensors"), r"b\.safetensors is missing"),
+    ],
+)
+def test_a_damaged_index(shards, change, message):
+    file = shards / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    change(index)
+    file.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=message):
+        names(shards)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "null", "{", "[" * 10**5, '{"a": ' + "9" * 5000 + "}", "\xff"])
+def test_an_index_that_is_no_table(shards, text):
+    (shards / "model.safetensors.index.json").write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json (is damaged|cannot be read)"):
+        names(shards)
+
+
+def test_the_name_that_a_configuration_gives(plain):
+    for name in ("../plain/model.safetensors", str(plain / "model.safetensors")):
+        with pytest.raises(CheckpointError, match="not the name of a file in the same folder"):
+            folder_files(plain, name=name)
+
+
+def test_what_is_there_instead_is_named(plain):
+    (plain / "model.safetensors").rename(plain / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"It holds pytorch_model\.bin: .*nothing is unpickled"):
+        names(plain)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_hidden_layers": 31}, "num_hidden_layers is 31, but the weight files hold 30 tensors"),
+        ({"vision_config": {"depths": [1, 31]}}, "depths is 31, but"),
+        ({"a": {"b": [{"width": 2**24 + 8001}]}}, "width is 16785217, but the weight files hold 1,000 bytes"),
+        ({"width": -(10**400)}, r"width is beyond 10\^20"),
+        ({"hidden_size": -28}, "hidden_size is -28; it must be positive"),
+        ({"vision_config": {"num_attention_heads": 0}}, "num_attention_heads is 0; it must be positive"),
+        ({"patch_size": [4, 0]}, "patch_size is 0; it must be positive"),
+    ],
+)
+def test_sizes_that_no_file_can_fill(values, message):
+    with pytest.raises(CheckpointError, match=message):
+        check_sizes(values, tensors=30, stored=1000)
+
+
+def test_sizes_that_may_be():
+    check_sizes(
+        {"num_hidden_layers": 30, "width": 2**24 + 8000, "a": None, "b": 1e300, "c": "layers", "d": True}, 30, 1000
+    )
+
+
+def test_a_whole_folder(plain):
+    config = AutoConfig.from_pretrained(plain)
+    check_folder(plain, config)
+    config.num_hidden_layers = 10**6
+    with pytest.raises(CheckpointError, match="num_hidden_layers"):
+        check_folder(plain, config)
+
+
+def test_of_a_float_checkpoint_nothing_is_asked(tmp_path):
+    """It is transformers' own."""
+    model = ViTForImageClassification(vit())
+    model.save_pretrained(tmp_path)
+    Path(tmp_path / "extra.bin").write_bytes(b"x")
+    assert type(model).from_pretrained(tmp_path).config.num_hidden_layers == 2
