@@ -8,6 +8,7 @@ from torch import Tensor
 
 from proxbit.quantizers.pairs import QuantizerPair, compose
 from proxbit.quantizers.scaling import output_scale, row_divisor, row_offset
+from proxbit.shards import is_spread
 from proxbit.sign import sign
 
 __all__ = ["HardRows", "hard_rows", "quantize", "update_start"]
@@ -18,9 +19,9 @@ BLOCK = 131072
 
 
 def _blocks(rows: Tensor) -> list[slice]:
-    """The rows in blocks; in one piece where a compiler fuses the chain, where autograd records it, and on
-    accelerators, where starting a kernel is what costs."""
-    if rows.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+    """The rows in blocks; in one piece where a compiler fuses the chain, where autograd records it, on accelerators,
+    where starting a kernel is what costs, and where they are spread over processes."""
+    if rows.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled() or is_spread(rows):
         return [slice(None)]
     step = max(1, BLOCK * torch.get_num_threads() // max(1, rows.shape[1]))
     return [slice(start, start + step) for start in range(0, max(1, len(rows)), step)]

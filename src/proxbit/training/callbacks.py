@@ -76,7 +76,7 @@ class MuCallback(TrainerCallback):
     ) -> None:
         """Warn if training ended on weights that are far from those that ship."""
         gap = hardening_gap(self.model)
-        if gap > SOFT:
+        if gap > SOFT and state.is_world_process_zero:
             layer = next(layer for _, layer in latent_layers(self.model))
             # The steps must outweigh the pull of a pair that updates from P(w*): there a larger mu learns nothing.
             sharper = ", or a larger mu_end" if layer.pair.update_from is None else ""

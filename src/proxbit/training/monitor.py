@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from proxbit.nn import LatentWeight, Surroundings, latent_layers
 from proxbit.packing import pack_signs
 from proxbit.quantizers.scaling import row_divisor, row_offset
+from proxbit.shards import gathered, sum_of_rows
 
 __all__ = [
     "LATENT_EDGES",
@@ -45,11 +46,16 @@ class FlipCounter:
         flips, total = 0, 0
         for name, layer in latent_layers(self.model):
             changed = before[name] ^ self.signs[name]
-            flipped = sum(int(((changed >> bit) & 1).sum()) for bit in range(8))
+            flipped = int(sum_of_rows(_ones, changed))
             self.ratios[name] = flipped / max(1, layer.weight.numel())
             flips += flipped
             total += layer.weight.numel()
         return flips / max(1, total)
+
+
+def _ones(packed: Tensor) -> Tensor:
+    """How many bits are 1."""
+    return torch.stack([((packed >> bit) & 1).sum() for bit in range(8)]).sum()
 
 
 @torch.no_grad()
@@ -63,9 +69,13 @@ def latent_histogram(layer: LatentWeight) -> Tensor:
     Returns:
         `[43]`, int64, on the device of the weight.
     """
+    return sum_of_rows(lambda rows: _histogram(rows, layer.center), layer.weight)
+
+
+def _histogram(weight: Tensor, center: str) -> Tensor:
     low, high, bins = LATENT_EDGES
-    rows = layer.weight.flatten(1).float()
-    rows = rows - row_offset(rows, layer.center)
+    rows = weight.flatten(1).float()
+    rows = rows - row_offset(rows, center)
     places = (rows / row_divisor(rows, "row")).sub_(low).mul_(bins / (high - low)).floor_().clamp_(-1, bins)
     return torch.bincount(places.nan_to_num_(nan=bins + 1).long().add_(1).flatten(), minlength=bins + 3)[:-1]
 
@@ -78,7 +88,7 @@ def layer_hardening_gap(layer: LatentWeight) -> tuple[Tensor, Tensor]:
         \sum |w_soft - w_hard| and \sum |w_hard|, both 0-dimensional.
     """
     soft, hard = layer.effective_weight(hard=layer.hardened), layer.effective_weight(hard=True)
-    return (soft - hard).abs().sum(), hard.abs().sum()
+    return gathered((soft - hard).abs().sum()), gathered(hard.abs().sum())
 
 
 def hardening_gap(model: nn.Module) -> float:

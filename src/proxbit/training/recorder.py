@@ -40,6 +40,8 @@ SETTINGS = (
 class RunRecorder(TrainerCallback):
     """Writes `proxbit_run.jsonl` into the output folder: every log, and at up to 60 logs how each layer is.
 
+    Every process counts, for each may hold a part of the weights; the first one writes.
+
     It begins with the training, and not at all with `logging_strategy="no"`. A training that resumes goes on in the
     same file. When it has ended, pictures of the last evaluation are added; those of an evaluation after it take their
     place.
@@ -52,7 +54,7 @@ class RunRecorder(TrainerCallback):
     def __init__(self, model: nn.Module, flips: Callable[[], FlipCounter]) -> None:
         self.model = model
         self.flips = flips
-        self.active = self.training = False
+        self.active = self.writes = self.training = False
         self.snapshots = -1
         self.found: Gallery | None = None
 
@@ -60,11 +62,13 @@ class RunRecorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin the file, or go on in it."""
-        self.active = state.is_world_process_zero and args.logging_strategy != IntervalStrategy.NO
+        self.active = args.logging_strategy != IntervalStrategy.NO
+        self.writes = self.active and state.is_world_process_zero
         if not self.active:
             return
         self.training, self.snapshots, self.found = True, -1, None
-        start_log(args.output_dir, self._run(args, state), state.global_step)
+        if self.writes:
+            start_log(args.output_dir, self._run(args, state), state.global_step)
         if state.global_step == 0:
             self._add_layers(args, state, counted=False)
 
@@ -81,10 +85,10 @@ class RunRecorder(TrainerCallback):
             return
         event = {"event": "log", "step": state.global_step, "epoch": state.epoch, **(logs or {})}
         if "loss" not in event:
-            append_event(args.output_dir, event)
+            self._write(args, event)
             return
         hard = all(layer.hardened for _, layer in latent_layers(self.model))
-        append_event(args.output_dir, event | {"hard": hard})
+        self._write(args, event | {"hard": hard})
         due = state.global_step * SNAPSHOTS // max(1, state.max_steps)
         if due > self.snapshots:
             self.snapshots = due
@@ -107,7 +111,7 @@ class RunRecorder(TrainerCallback):
         self._add_predictions(args, state, kwargs.get("processing_class"))
 
     def _add_predictions(self, args: TrainingArguments, state: TrainerState, processor: Any) -> None:
-        pictures = self.found.to_dict(processor) if self.active and self.found is not None else {}
+        pictures = self.found.to_dict(processor) if self.writes and self.found is not None else {}
         self.found = None
         if pictures:
             when = {"event": "predictions", "step": state.global_step, "epoch": state.epoch}
@@ -124,7 +128,11 @@ class RunRecorder(TrainerCallback):
             "flip_ratio": [round(ratios[name], 7) for name in layers] if counted else None,
             "latents": counts.tolist(),
         }
-        append_event(args.output_dir, event)
+        self._write(args, event)
+
+    def _write(self, args: TrainingArguments, event: dict[str, Any]) -> None:
+        if self.writes:
+            append_event(args.output_dir, event)
 
     def _run(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         sizes = summary(self.model, count_macs=False)

@@ -235,7 +235,7 @@ class ProxConnectTrainer(PushingTrainer):
         """Evaluate the hard model; add `{prefix}_soft_*` of F_mu, and `{prefix}_gap_*` = soft - hard."""
         arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         hard: EvalLoopOutput = super().evaluation_loop(*arguments)
-        if self._recorder.active and metric_key_prefix.startswith("eval"):
+        if self._recorder.writes and metric_key_prefix.startswith("eval"):
             names = self.model.config.id2label if isinstance(self.model, PreTrainedModel) else {}
             self._recorder.evaluated(choose(dataloader, hard, names))
         self._close_evaluation_bar()

@@ -1,0 +1,108 @@
+"""What the processes of the distributed tests run: one training, under any engine, and what came of it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import PrinterCallback, ViTForImageClassification
+
+import proxbit
+from proxbit.config import BinarizationConfig
+from proxbit.training import ProxConnectArguments, ProxConnectTrainer
+from proxbit.training.metrics import classification_metrics
+from tiny_models import LABELS, vit
+
+FSDP = dict(
+    ACCELERATE_USE_FSDP="true",
+    FSDP_VERSION="2",
+    FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+    FSDP_TRANSFORMER_CLS_TO_WRAP="ViTLayer",
+    FSDP_STATE_DICT_TYPE="FULL_STATE_DICT",
+)
+ENGINES: dict[str, dict[str, str]] = {
+    "one": {},
+    "ddp": {"ACCELERATE_USE_CPU": "true"},
+    "fsdp": FSDP,
+    "fsdp sharded": FSDP | dict(FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT"),
+}
+
+
+@contextmanager
+def engine(settings: dict[str, str]) -> Iterator[None]:
+    """Within the context, accelerate is set up as by `accelerate launch`.
+
+    It has FSDP and DeepSpeed on accelerators only: without ACCELERATE_USE_CPU it is told that there is one.
+    """
+    before, prepare = dict(os.environ), PartialState._prepare_backend
+    if settings and "ACCELERATE_USE_CPU" not in settings:
+        settings = settings | {"ACCELERATE_TORCH_DEVICE": "cpu"}
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    os.environ |= settings
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+        PartialState._prepare_backend = prepare
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def make(seed: int = 1, latent: bool = True, **changes: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    model = ViTForImageClassification(vit())
+    nn.init.normal_(model.classifier.weight, std=0.1)
+    return proxbit.binarize(model, BinarizationConfig(**changes)) if latent else model
+
+
+def examples(pictures: torch.Tensor) -> list[dict[str, Any]]:
+    return [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(pictures)]
+
+
+def prepare(folder, pictures: torch.Tensor, model: nn.Module, **changes: Any) -> ProxConnectTrainer:
+    teacher = make(9, latent=False) if changes.pop("teacher", False) else None
+    callbacks = changes.pop("callbacks", None)
+    fixed = dict(report_to="none", disable_tqdm=True, save_strategy="no", use_cpu="ACCELERATE_TORCH_DEVICE" not in os.environ)
+    training = dict(per_device_train_batch_size=4, per_device_eval_batch_size=4, max_steps=50, learning_rate=1e-3, logging_steps=1)
+    trainer = ProxConnectTrainer(
+        model=model,
+        teacher=teacher,
+        args=ProxConnectArguments(str(folder), **(fixed | training | changes)),
+        train_dataset=examples(pictures),
+        eval_dataset=examples(pictures[:8]),
+        compute_metrics=classification_metrics,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def curve(trainer) -> list[dict[str, float]]:
+    names = ("step", "loss", "grad_norm", "learning_rate", "mu", "hardening_gap", "flip_ratio")
+    return [{k: entry[k] for k in names if k in entry} for entry in trainer.state.log_history if "loss" in entry]
+
+
+def fit(kind: str, folder, pictures, *, model: dict | None = None, resume: str | None = None, **changes: Any) -> dict:
+    with engine(ENGINES[kind]):
+        trainer = prepare(folder, pictures, make(**(model or {})), **changes)
+        trainer.train(resume_from_checkpoint=resume)
+        return outcome(trainer)
+
+
+def outcome(trainer) -> dict[str, Any]:
+    evaluation = trainer.evaluate()
+    return {
+        "curve": curve(trainer),
+        "evaluation": {key: value for key, value in evaluation.items() if "time" not in key and "second" not in key},
+        "distributed": str(trainer.accelerator.distributed_type),
+        "weights": {name: whole(value) for name, value in trainer.model.state_dict().items()},
+    }
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
