@@ -28,6 +28,15 @@ ENGINES: dict[str, dict[str, str]] = {
     "one": {},
     "ddp": {"ACCELERATE_USE_CPU": "true"},
     "fsdp": FSDP,
+    **{
+        f"zero-{stage}": dict(
+            ACCELERATE_USE_DEEPSPEED="true",
+            ACCELERATE_DEEPSPEED_ZERO_STAGE=str(stage),
+            ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL="true",
+            DS_ACCELERATOR="cpu",
+        )
+        for stage in (1, 2, 3)
+    },
     "fsdp sharded": FSDP | dict(FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT"),
 }
 

@@ -13,7 +13,7 @@ import torch
 
 WORLD = 2
 # Seconds until a call that does not come back is taken for processes that wait for each other.
-PATIENCE = 60
+PATIENCE = 150
 
 
 def _environment(rank: int, port: int) -> dict[str, str]:

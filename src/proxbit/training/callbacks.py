@@ -117,8 +117,9 @@ class LayerScores(TrainerCallback, ExportableState):
     ) -> None:
         """Read the scores of a run that resumes: the Trainer restores callbacks only where it is asked to."""
         kept: Any = state.stateful_callbacks
-        own = kept.get(type(self).__name__) if state.global_step else None
-        self.scores = own["args"]["scores"] if own else {}
+        if state.global_step:
+            own = kept.get(type(self).__name__)
+            self.scores = own["args"]["scores"] if own else {}
 
 
 def _from(schedule: MuSchedule, begin: int) -> MuSchedule:
