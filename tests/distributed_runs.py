@@ -13,6 +13,7 @@ from transformers import PrinterCallback, ViTForImageClassification
 
 import proxbit
 from proxbit.config import BinarizationConfig
+from proxbit.hub.spread import packed_copy
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer
 from proxbit.training.metrics import classification_metrics
 from tiny_models import LABELS, vit
@@ -76,8 +77,12 @@ def examples(pictures: torch.Tensor) -> list[dict[str, Any]]:
 def prepare(folder, pictures: torch.Tensor, model: nn.Module, **changes: Any) -> ProxConnectTrainer:
     teacher = make(9, latent=False) if changes.pop("teacher", False) else None
     callbacks = changes.pop("callbacks", None)
-    fixed = dict(report_to="none", disable_tqdm=True, save_strategy="no", use_cpu="ACCELERATE_TORCH_DEVICE" not in os.environ)
-    training = dict(per_device_train_batch_size=4, per_device_eval_batch_size=4, max_steps=50, learning_rate=1e-3, logging_steps=1)
+    fixed = dict(
+        report_to="none", disable_tqdm=True, save_strategy="no", use_cpu="ACCELERATE_TORCH_DEVICE" not in os.environ
+    )
+    training = dict(
+        per_device_train_batch_size=4, per_device_eval_batch_size=4, max_steps=50, learning_rate=1e-3, logging_steps=1
+    )
     trainer = ProxConnectTrainer(
         model=model,
         teacher=teacher,
@@ -108,6 +113,7 @@ def outcome(trainer) -> dict[str, Any]:
     return {
         "curve": curve(trainer),
         "evaluation": {key: value for key, value in evaluation.items() if "time" not in key and "second" not in key},
+        "packed": packed_copy(trainer.model).state_dict(),
         "distributed": str(trainer.accelerator.distributed_type),
         "weights": {name: whole(value) for name, value in trainer.model.state_dict().items()},
     }

@@ -78,5 +78,3 @@ class Processes:
         for process in self.processes:
             process.kill()
             process.join()
-
-

@@ -144,7 +144,7 @@ class ProxConnectTrainer(PushingTrainer):
 
     @property
     def _kept(self) -> LayerScores | None:
-        """Where scores are kept, if the progression goes by some; restoring callbacks from a checkpoint makes it anew."""
+        """Where scores are, if the progression goes by some; restoring callbacks from a checkpoint makes it anew."""
         return next((each for each in self.callback_handler.callbacks if isinstance(each, LayerScores)), None)
 
     def _score(self) -> None:
