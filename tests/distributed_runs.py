@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -48,6 +49,9 @@ def engine(settings: dict[str, str]) -> Iterator[None]:
 
     It has FSDP and DeepSpeed on accelerators only: without ACCELERATE_USE_CPU it is told that there is one.
     """
+    if "ACCELERATE_USE_DEEPSPEED" in settings:
+        # It would compile a shortcut through shared memory.
+        import_module("deepspeed").ops.__compatible_ops__.clear()
     before, prepare = dict(os.environ), PartialState._prepare_backend
     if settings and "ACCELERATE_USE_CPU" not in settings:
         settings = settings | {"ACCELERATE_TORCH_DEVICE": "cpu"}

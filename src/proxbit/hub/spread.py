@@ -11,15 +11,15 @@ from transformers.integrations import is_deepspeed_available
 
 from proxbit.errors import ModelStateError
 from proxbit.hub.hf_quantizer import attach
-from proxbit.nn import LatentWeight
+from proxbit.nn import LatentWeight, latent_layers
 from proxbit.packing import pack_signs
 from proxbit.patching import state_of, to_latent, to_packed
 from proxbit.shards import gathered
 
 if is_deepspeed_available():
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-__all__ = ["is_spread", "packed_copy", "whole_weights"]
+__all__ = ["is_spread", "packed_copy", "whole_latents", "whole_weights"]
 
 # What activation checkpointing adds to the names of modules.
 _WRAPPER = "_checkpoint_wrapped_module."
@@ -41,8 +41,15 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
     if not parameters:
         yield
         return
-    with GatheredParameters(parameters):
+    with deepspeed.zero.GatheredParameters(parameters):
         yield
+
+
+def whole_latents(model: nn.Module) -> Iterator[tuple[str, LatentWeight]]:
+    """The layers with latent weights, with their names, one after the other in their `whole_weights`."""
+    for name, layer in latent_layers(model):
+        with whole_weights(layer):
+            yield name, layer
 
 
 def packed_copy(model: PreTrainedModel) -> PreTrainedModel:

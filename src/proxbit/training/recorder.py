@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
@@ -12,6 +11,7 @@ from proxbit.analysis.environment import environment
 from proxbit.analysis.run_log import append_event, replace_event, start_log
 from proxbit.analysis.summary import summary
 from proxbit.errors import UnknownNameError
+from proxbit.hub.spread import whole_latents
 from proxbit.nn import LatentWeight, latent_layers
 from proxbit.quantizers import pair_key
 from proxbit.training.gallery import Gallery
@@ -118,15 +118,14 @@ class RunRecorder(TrainerCallback):
             replace_event(args.output_dir, when | pictures)
 
     def _add_layers(self, args: TrainingArguments, state: TrainerState, counted: bool) -> None:
-        layers = dict(latent_layers(self.model))
-        counts = torch.stack([latent_histogram(layer).cpu() for layer in layers.values()])
+        counts = {name: latent_histogram(layer).tolist() for name, layer in whole_latents(self.model)}
         ratios = self.flips().ratios
         event = {
             "event": "layers",
             "step": state.global_step,
             "epoch": state.epoch,
-            "flip_ratio": [round(ratios[name], 7) for name in layers] if counted else None,
-            "latents": counts.tolist(),
+            "flip_ratio": [round(ratios[name], 7) for name in counts] if counted else None,
+            "latents": list(counts.values()),
         }
         self._write(args, event)
 

@@ -115,11 +115,8 @@ class ProxConnectTrainer(PushingTrainer):
         layers = [layer for _, layer in latent_layers(self.model)]
         kind, start, end = layers[0].pair.schedule
         kind = self.args.mu_schedule or kind
-        if kind == AGGREGATE and any(layer.pair.update_from is not None for layer in layers):
-            raise ConfigError(
-                "A pair with `update_from` applies P at every step anew: with the mu of the schedule 'aggregate' it "
-                "never learns. Leave mu_schedule, mu_start and mu_end at None for the default schedule of the pair."
-            )
+        if any(layer.pair.update_from is not None for layer in layers):
+            self._check_updates(kind)
         schedule = MuSchedule(
             kind=kind,
             start=start if self.args.mu_start is None else self.args.mu_start,
@@ -132,6 +129,18 @@ class ProxConnectTrainer(PushingTrainer):
             for step in (0, steps):
                 layer.pair.check_mu(schedule.mu(step))
         return schedule
+
+    def _check_updates(self, kind: str) -> None:
+        if kind == AGGREGATE:
+            raise ConfigError(
+                "A pair with `update_from` applies P at every step anew: with the mu of the schedule 'aggregate' it "
+                "never learns. Leave mu_schedule, mu_start and mu_end at None for the default schedule of the pair."
+            )
+        if self.is_deepspeed_enabled:
+            raise ConfigError(
+                "A pair with `update_from` changes weights before each step, and DeepSpeed takes steps on a copy of "
+                "its own: it would do nothing. Take another pair, or FSDP2."
+            )
 
     def _stages(self, steps: int) -> list[Stage]:
         return stages(
