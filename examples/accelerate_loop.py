@@ -70,7 +70,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         packed.save_pretrained(args.out)
     found = {"first loss": losses[0], "last loss": losses[-1], "hardening gap": gap, "accuracy": accuracy}
     accelerator.print(found)
-    accelerator.end_training()
     return found
 
 

@@ -1,14 +1,17 @@
 """What the processes of the distributed tests run: one training, under any engine, and what came of it."""
 
 import os
+import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch import nn
 from transformers import PrinterCallback, ViTForImageClassification
 
@@ -28,7 +31,7 @@ FSDP = dict(
 )
 ENGINES: dict[str, dict[str, str]] = {
     "one": {},
-    "ddp": {"ACCELERATE_USE_CPU": "true"},
+    "ddp": {},
     "fsdp": FSDP,
     **{
         f"zero-{stage}": dict(
@@ -47,13 +50,15 @@ ENGINES: dict[str, dict[str, str]] = {
 def engine(settings: dict[str, str]) -> Iterator[None]:
     """Within the context, accelerate is set up as by `accelerate launch`.
 
-    It has FSDP and DeepSpeed on accelerators only: without ACCELERATE_USE_CPU it is told that there is one.
+    It has FSDP and DeepSpeed on accelerators only: for these it is told that there is one.
     """
     if "ACCELERATE_USE_DEEPSPEED" in settings:
         # It would compile a shortcut through shared memory.
         import_module("deepspeed").ops.__compatible_ops__.clear()
     before, prepare = dict(os.environ), PartialState._prepare_backend
-    if settings and "ACCELERATE_USE_CPU" not in settings:
+    if not {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & settings.keys():
+        settings = settings | {"ACCELERATE_USE_CPU": "true"}
+    else:
         settings = settings | {"ACCELERATE_TORCH_DEVICE": "cpu"}
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     os.environ |= settings
@@ -125,3 +130,22 @@ def outcome(trainer) -> dict[str, Any]:
 
 def whole(value: torch.Tensor) -> torch.Tensor:
     return (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
+
+
+def settings_of(file: str, *options: str) -> dict[str, str]:
+    """What `accelerate launch --config_file FILE` would put into the environment of its processes."""
+    arguments = ["--config_file", file, "--main_process_port", "0", *options, "script.py"]
+    args, defaults, mixed = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    if args.use_deepspeed:
+        fields = [*defaults.deepspeed_config, *(["mixed_precision"] if mixed else [])]
+        args.deepspeed_fields_from_accelerate_config = ",".join(fields)
+        environment = prepare_deepspeed_cmd_env(args)[1]
+    else:
+        environment = prepare_multi_gpu_env(args)
+    return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_", "PARALLEL"))}
+
+
+def run_example(settings: dict[str, str], file: str, *argv: str) -> dict[str, float]:
+    """Run `main` of an example."""
+    with engine(settings):
+        return runpy.run_path(file)["main"](list(argv))

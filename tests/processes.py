@@ -13,7 +13,7 @@ import torch
 
 WORLD = 2
 # Seconds until a call that does not come back is taken for processes that wait for each other.
-PATIENCE = 150
+PATIENCE = 300
 
 
 def _environment(rank: int, port: int) -> dict[str, str]:

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from proxbit.packing import pack_signs
@@ -23,16 +23,21 @@ def cases():
     return [("bnn++", *way) for way in ways] + [(pair, "row", "ls", "none") for pair in PAIRS]
 
 
-def compare(dim: int) -> list[tuple[tuple[str, ...], bool, list[int]]]:
+def grouped() -> list:
+    """As `compare`, of rows that are spread within groups of processes, as hybrid sharding does it."""
+    return compare(0, groups=torch.distributed.get_world_size())
+
+
+def compare(dim: int, groups: int = 1) -> list[tuple[tuple[str, ...], bool, list[int]]]:
     """For each case, the largest differences from the whole weight, and how many collectives were called.
 
     Returns:
         The case; the largest difference of weight, gradient, scale; whether the bits are the same; the number of
         collectives of the forward and backward pass, and of `hard_rows` with `pack_signs`.
     """
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh("cpu", (groups, torch.distributed.get_world_size() // groups))
     weight, grad = torch.randn(ROWS, COLUMNS), torch.randn(ROWS, COLUMNS)
-    spread, spread_grad = (distribute_tensor(value, mesh, [Shard(dim)]) for value in (weight, grad))
+    spread, spread_grad = (distribute_tensor(value, mesh, [Replicate(), Shard(dim)]) for value in (weight, grad))
     found = []
     for case in cases():
         pair = get_pair(case[0])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shard_runs import broken_rows, compare, positives
+from shard_runs import broken_rows, compare, grouped, positives
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -13,6 +13,14 @@ def test_rows_that_are_whole_cost_nothing(processes):
         for case, difference, same, sent in answers:
             assert difference < 1e-6 and same, case
             assert sent == ([1, 1] if case[1] == "tensor" else [0, 0]), case
+
+
+def test_rows_that_are_spread_in_groups(processes):
+    """Each group has all of them, as under hybrid sharding."""
+    for answers in processes(grouped):
+        for case, difference, same, sent in answers:
+            assert difference < 1e-6 and same, case
+            assert sent == [0, 0] or case[1] == "tensor", case
 
 
 def test_columns_come_together(processes):

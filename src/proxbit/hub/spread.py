@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ def packed_copy(model: PreTrainedModel) -> PreTrainedModel:
     config = model.config.quantization_config
     kind: type[PreTrainedModel] = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
     with torch.device("meta"):
-        copy = kind(model.config)
+        copy = kind(deepcopy(model.config))
     _, config = to_latent(copy, config)
     to_packed(copy)
     attach(copy, config.replace(state="packed"))

@@ -54,6 +54,7 @@ class RunRecorder(TrainerCallback):
     def __init__(self, model: nn.Module, flips: Callable[[], FlipCounter]) -> None:
         self.model = model
         self.flips = flips
+        self.about = _about(model)  # now, while this process has the whole model
         self.active = self.writes = self.training = False
         self.snapshots = -1
         self.found: Gallery | None = None
@@ -134,20 +135,25 @@ class RunRecorder(TrainerCallback):
             append_event(args.output_dir, event)
 
     def _run(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-        sizes = summary(self.model, count_macs=False)
-        return {
-            "model": sizes.model,
+        return self.about | {
             "steps": state.max_steps,
             "epochs": state.num_train_epochs,
-            "layers": [_layer(name, layer) for name, layer in latent_layers(self.model)],
-            "edges": LATENT_EDGES,
-            "binary_parameters": sizes.binary_parameters,
-            "float_parameters": sizes.float_parameters,
-            "latent_bytes": sizes.file_bytes,
-            "packed_bytes": sizes.packed_bytes,
             "settings": {name: value for name, value in args.to_dict().items() if name in SETTINGS},
             "environment": str(environment()),
         }
+
+
+def _about(model: nn.Module) -> dict[str, Any]:
+    sizes = summary(model, count_macs=False)
+    return {
+        "model": sizes.model,
+        "layers": [_layer(name, layer) for name, layer in latent_layers(model)],
+        "edges": LATENT_EDGES,
+        "binary_parameters": sizes.binary_parameters,
+        "float_parameters": sizes.float_parameters,
+        "latent_bytes": sizes.file_bytes,
+        "packed_bytes": sizes.packed_bytes,
+    }
 
 
 def _layer(name: str, layer: LatentWeight) -> dict[str, Any]:
