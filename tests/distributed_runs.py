@@ -13,6 +13,9 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, ViTForImageClassification
 
 import proxbit
@@ -149,3 +152,27 @@ def run_example(settings: dict[str, str], file: str, *argv: str) -> dict[str, fl
     """Run `main` of an example."""
     with engine(settings):
         return runpy.run_path(file)["main"](list(argv))
+
+
+def traffic(pictures: torch.Tensor, latent: bool, hook: str) -> int:
+    """Bytes that a process hands over for the gradients of one step of DDP, with a hook of torch."""
+    model = DistributedDataParallel(make(latent=latent))
+    hooks = {
+        "none": (None, default_hooks.allreduce_hook),
+        "fp16": (None, default_hooks.fp16_compress_hook),
+        "bf16": (None, default_hooks.bf16_compress_hook),
+        "powerSGD": (PowerSGDState(None, 1, start_powerSGD_iter=2, use_error_feedback=False), powerSGD_hook),
+    }
+    model.register_comm_hook(*hooks[hook])
+    sent, send = [], torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda tensor, *args, **kwargs: (
+        sent.append(tensor.nbytes),
+        send(tensor, *args, **kwargs),
+    )[1]
+    try:
+        for _ in range(4):  # PowerSGD begins after the second
+            sent.clear()
+            model(pictures[:4], labels=torch.arange(4) % LABELS).loss.backward()
+    finally:
+        torch.distributed.all_reduce = send
+    return sum(sent)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from distributed_runs import fit
+from distributed_runs import fit, make, traffic
 from tiny_models import SIDE
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -95,7 +95,8 @@ def test_the_run_is_written_once(tmp_path, processes, pictures):
     ids=["int8 with a teacher", "learned steps, accumulated", "thresholds, layer by layer"],
 )
 def test_recipes(tmp_path, processes, pictures, engine, changes):
-    """Calibrated from the same examples; also with layers that wait, whose parameters have no gradients yet."""
+    """Calibrated from all examples; also with layers that wait, whose parameters have no gradients yet."""
+    pictures = pictures[:8]
     given = SHORT | dict(model=dict(latent=False)) | changes
     size = given.get("per_device_train_batch_size", 4)
     alone = fit("one", tmp_path / "one", pictures, **given | dict(per_device_train_batch_size=2 * size))
@@ -104,3 +105,14 @@ def test_recipes(tmp_path, processes, pictures, engine, changes):
     same_weights(first["weights"], second["weights"])
     same_weights(alone["weights"], first["weights"], tolerance=1e-3)
     assert other_bits(alone["packed"], first["packed"]) <= 1e-3
+
+
+def test_gradients_are_as_many_bytes_as_those_of_the_float_model(processes, pictures, capsys):
+    """And half of them, or fewer, with hooks of torch."""
+    sent = {hook: processes(traffic, pictures, True, hook)[0] for hook in ("none", "fp16", "bf16", "powerSGD")}
+    weights = sum(parameter.numel() for parameter in make().parameters())
+    assert processes(traffic, pictures, False, "none")[0] == sent["none"] == 4 * weights
+    assert sent["fp16"] == sent["bf16"] == 2 * weights
+    assert sent["powerSGD"] < sent["none"] / 4
+    with capsys.disabled():
+        sys.stdout.write(f"\nbytes of gradients in a step: {sent}\n")
