@@ -160,7 +160,6 @@ def traffic(pictures: torch.Tensor, latent: bool, hook: str) -> int:
     hooks = {
         "none": (None, default_hooks.allreduce_hook),
         "fp16": (None, default_hooks.fp16_compress_hook),
-        "bf16": (None, default_hooks.bf16_compress_hook),
         "powerSGD": (PowerSGDState(None, 1, start_powerSGD_iter=2, use_error_feedback=False), powerSGD_hook),
     }
     model.register_comm_hook(*hooks[hook])

@@ -109,10 +109,10 @@ def test_recipes(tmp_path, processes, pictures, engine, changes):
 
 def test_gradients_are_as_many_bytes_as_those_of_the_float_model(processes, pictures, capsys):
     """And half of them, or fewer, with hooks of torch."""
-    sent = {hook: processes(traffic, pictures, True, hook)[0] for hook in ("none", "fp16", "bf16", "powerSGD")}
+    sent = {hook: processes(traffic, pictures, True, hook)[0] for hook in ("none", "fp16", "powerSGD")}
     weights = sum(parameter.numel() for parameter in make().parameters())
     assert processes(traffic, pictures, False, "none")[0] == sent["none"] == 4 * weights
-    assert sent["fp16"] == sent["bf16"] == 2 * weights
+    assert sent["fp16"] == 2 * weights
     assert sent["powerSGD"] < sent["none"] / 4
     with capsys.disabled():
         sys.stdout.write(f"\nbytes of gradients in a step: {sent}\n")
