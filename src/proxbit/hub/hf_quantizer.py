@@ -29,7 +29,7 @@ class ProxbitHfQuantizer(HfQuantizer):
     """
 
     quantization_config: BinarizationConfig
-    # Whole weights of a model that is spread over processes, while it is saved: `save_pretrained` of transformers (5.23)
+    # Whole weights of a model that is spread over processes, while it is saved: `save_pretrained` (transformers 5.23)
     # asks a quantizer for them, and forgets its own argument `state_dict`.
     gathered_state: dict[str, Any] | None = None
 
