@@ -15,6 +15,7 @@ from sklearn.datasets import load_sample_images
 from transformers.utils import logging
 
 from hub_server import running
+from processes import Processes
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -31,6 +32,14 @@ def hub(monkeypatch, tmp_path):
     with running() as server:
         server.connect(monkeypatch, tmp_path / "home")
         yield server
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Two processes, which call functions at the same time. Tests that use it are marked `xdist_group("processes")`."""
+    started = Processes()
+    yield started
+    started.end()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = {
     "errors": 0,
     "registry": 0,
+    "shards": 0,
     "sign": 0,
     "quantizers": 1,
     "packing": 1,

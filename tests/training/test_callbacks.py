@@ -196,8 +196,8 @@ def test_scores_are_those_of_the_state_that_a_run_resumes_from():
     scores = {"a": 0.1, "b": 1 / 3}
     begun = TrainerState(stateful_callbacks=[LayerScores(scores)])
     assert begun.stateful_callbacks["LayerScores"]["args"] == {"scores": scores}
-    callback = LayerScores({"of a run before": 1.0})
-    for step, expected in ((3, scores), (0, {})):
+    callback = LayerScores({"of this run": 1.0})
+    for step, expected in ((0, {"of this run": 1.0}), (3, scores)):
         begun.global_step = step
         callback.on_train_begin(None, begun, TrainerControl())
         assert callback.scores == expected

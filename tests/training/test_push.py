@@ -119,11 +119,14 @@ def test_latent_checkpoints_when_the_strategy_asks_for_them(hub, prepare):
     assert {"last-checkpoint/model.safetensors", "last-checkpoint/trainer_state.json"} <= set(files)
 
 
-def test_the_weights_of_a_sharded_training_are_in_no_process(hub, prepare):
+def test_of_a_model_that_is_spread_over_processes_only_bits_are_gathered(hub, prepare, monkeypatch):
+    """That it is spread is played here; `tests/training/test_distributed.py` packs one that is."""
     trainer = prepare()
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(ConfigError, match=r"No process holds the whole model.*trainer.save_model.*proxbit.push"):
-        trainer.push_to_hub()
+    monkeypatch.setattr("proxbit.training.push.is_spread", lambda model: True)
+    with pytest.raises(ConfigError, match=r"No process holds the float weights.*trainer.save_model.*latent=True"):
+        trainer.push_to_hub(latent=True)
+    trainer.push_to_hub()
+    assert "model.safetensors" in hub.hub.repositories["me/vit-1bit"].files()
 
 
 def test_refusals_are_one_line_and_training_is_not_lost(hub, prepare):

@@ -170,7 +170,7 @@ def test_a_resumed_run_keeps_the_order_it_began_with(tmp_path, crops):
     assert json.loads(last.read_text())["stateful_callbacks"]["LayerScores"]["args"]["scores"] == kept
 
     anew = progressive(tmp_path, AutoModelForImageClassification.from_pretrained(file.parent), data)
-    anew._stages(2 * HALF)
+    anew._score()
     scores = next(each.scores for each in anew.callback_handler.callbacks if isinstance(each, LayerScores))
     assert sorted(scores, key=scores.get) != order
 

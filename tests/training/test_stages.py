@@ -223,12 +223,12 @@ def test_every_process_and_every_run_has_the_same_scores(crops, tmp_path, monkey
         trainer = by_taylor(tmp_path, data)
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        trainer._stages(24)
+        trainer._score()
         found.append(kept(trainer))
         assert torch.equal(torch.get_rng_state(), before)
     assert found[0] == found[1]
     monkeypatch.setattr("proxbit.training.trainer.broadcast", lambda values: values.flip(0))
-    trainer._stages(24)
+    trainer._score()
     assert list(kept(trainer).values()) == list(found[0].values())[::-1]
 
 

@@ -41,6 +41,9 @@ class ProxbitHfQuantizer(HfQuantizer):
     """
 
     quantization_config: BinarizationConfig
+    # Whole weights of a model that is spread over processes, while it is saved: `save_pretrained` (transformers 5.23)
+    # asks a quantizer for them, and forgets its own argument `state_dict`.
+    gathered_state: dict[str, Any] | None = None
 
     def __init__(self, quantization_config: BinarizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -109,6 +112,10 @@ class ProxbitHfQuantizer(HfQuantizer):
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Latent and packed models are saved as they are."""
         return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """What `save_pretrained` writes: the model's own tensors, or those of `gathered_state`."""
+        return self.gathered_state, {}
 
     @property
     def is_trainable(self) -> bool:

@@ -177,7 +177,7 @@ class Int4Activation(ActivationQuantizer):
     step: nn.Parameter
 
     def make_parameters(self, kind: dict[str, Any]) -> None:
-        self.step = nn.Parameter(torch.empty((), **kind))
+        self.step = nn.Parameter(torch.empty(1, **kind))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -238,7 +238,7 @@ class SignActivation(ActivationQuantizer):
 
     def make_parameters(self, kind: dict[str, Any]) -> None:
         self.threshold = nn.Parameter(torch.empty(self.columns, **kind))
-        self.scale = nn.Parameter(torch.empty((), **kind))
+        self.scale = nn.Parameter(torch.empty(1, **kind))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

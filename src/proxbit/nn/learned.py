@@ -13,6 +13,8 @@ SMALLEST = 1e-8
 class Learned(nn.Module):
     """A module with numbers that proxbit adds to a model: they do not decay, and a checkpoint holds all of them.
 
+    No parameter is 0-dimensional: FSDP takes them apart by their first dimension.
+
     Attributes:
         calibrated: whether data has nothing to say any more about where its parameters start.
     """

@@ -30,7 +30,7 @@ class BinaryProbabilities(Learned):
         **kind: device and dtype of the parameter.
 
     Attributes:
-        scale: `[]`, 2 at first: keys with at least their even share.
+        scale: `[1]`, 2 at first: keys with at least their even share.
 
     Source:
         Liu et al., BiT: Robustly Binarized Multi-distilled Transformer, NeurIPS 2022, section 2.2, equation of the
@@ -40,7 +40,7 @@ class BinaryProbabilities(Learned):
 
     def __init__(self, **kind: Any) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.empty((), **kind))
+        self.scale = nn.Parameter(torch.empty(1, **kind))
         self.calibrated = False
         self.reset_parameters()
 

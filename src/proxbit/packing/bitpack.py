@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from proxbit.packing.layout import BITS_PER_BYTE, packed_columns
+from proxbit.shards import on_rows
 from proxbit.sign import is_positive
 
 __all__ = ["pack_signs", "unpack_signs"]
@@ -16,15 +17,19 @@ def pack_signs(values: Tensor) -> Tensor:
         byte[o, j] = \sum_{b=0}^{7} 1[values[o, 8 j + b] \ge 0] 2^b      (columns past the end count as 0)
 
     Args:
-        values: `[O, I]`, floating point, any device.
+        values: `[O, I]`, floating point, any device; of a DTensor, each process packs the rows it has.
 
     Returns:
-        `[O, ceil(I / 8)]`, uint8, same device.
+        `[O, ceil(I / 8)]`, uint8, same device; spread over processes as the rows are.
 
     Examples:
         >>> pack_signs(torch.tensor([[1.0, -1.0, 0.5]]))
         tensor([[5]], dtype=torch.uint8)
     """
+    return on_rows(_pack, values)
+
+
+def _pack(values: Tensor) -> Tensor:
     rows, columns = values.shape
     width = packed_columns(columns)
     bits = torch.zeros(rows, width * BITS_PER_BYTE, dtype=torch.uint8, device=values.device)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from proxbit.quantizers.pairs import QuantizerPair, compose
 from proxbit.quantizers.scaling import output_scale, row_divisor, row_offset
+from proxbit.shards import on_rows, placed_like, sum_of_rows, whole_rows
 from proxbit.sign import sign
 
 __all__ = ["HardRows", "hard_rows", "quantize", "update_start"]
@@ -46,7 +47,15 @@ def _centred(rows: Tensor, offset: Tensor, center: str) -> Tensor:
     return _precise(rows) if center == "none" else _precise(rows) - offset
 
 
-def _units(rows: Tensor, normalize: str, center: str) -> tuple[Tensor, Tensor]:
+def _common_divisor(latent: Tensor, normalize: str, center: str) -> Tensor | None:
+    """The mean of the divisors of all rows, in whatever process they are, `[1, 1]`, where they share one."""
+    if normalize != "tensor":
+        return None
+    sums = sum_of_rows(lambda part: _units(part.flatten(1), normalize, center, None)[1].sum(0, keepdim=True), latent)
+    return sums / len(latent)
+
+
+def _units(rows: Tensor, normalize: str, center: str, common: Tensor | None) -> tuple[Tensor, Tensor]:
     """Offset and divisor of every row, `[rows, 1]` each."""
     offsets, divisors = [], []
     for block in _blocks(rows):
@@ -54,16 +63,24 @@ def _units(rows: Tensor, normalize: str, center: str) -> tuple[Tensor, Tensor]:
         offsets.append(offset)
         divisors.append(row_divisor(_centred(rows[block], offset, center), normalize))
     offset, divisor = torch.cat(offsets), torch.cat(divisors)
-    return offset, divisor.mean(dim=0, keepdim=True).expand_as(divisor) if normalize == "tensor" else divisor
+    return offset, divisor if common is None else common.expand_as(divisor)
 
 
 class _ForwardBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, latent: Tensor, mu: Tensor, pair: QuantizerPair, normalize: str, scale: str, center: str, hard: bool
+        ctx: Any,
+        latent: Tensor,
+        mu: Tensor,
+        pair: QuantizerPair,
+        normalize: str,
+        scale: str,
+        center: str,
+        hard: bool,
+        common: Tensor | None,
     ) -> Tensor:
         rows = latent.flatten(1)
-        offset, divisor = _units(rows, normalize, center)
+        offset, divisor = _units(rows, normalize, center, common)
         factors: list[Tensor] = []
 
         def weight(block: slice, out: Tensor | None) -> Tensor:
@@ -107,7 +124,7 @@ class _ForwardBackward(torch.autograd.Function):
                 through_mean = through_mean + _precise(grad[block]).mean(dim=1, keepdim=True)
             return torch.add(piece, through_mean, out=out)
 
-        return _by_blocks(rows, gradient).view_as(latent), None, None, None, None, None, None
+        return _by_blocks(rows, gradient).view_as(latent), None, None, None, None, None, None, None
 
 
 def quantize(
@@ -130,7 +147,8 @@ def quantize(
         adds the row mean of dL/dw.
 
     Args:
-        latent: W, `[rows, ...]`, floating point, one row per output channel.
+        latent: W, `[rows, ...]`, floating point, one row per output channel; a DTensor too. Where it is spread by rows,
+            nothing is sent; where columns are spread, rows are put together and taken apart again.
         mu: sharpness, a 0-dimensional tensor (a tensor, so that compiled graphs are not re-compiled at each step).
         pair: F and B.
         normalize: how s is found, see `quantizers.scaling.row_divisor`.
@@ -145,8 +163,14 @@ def quantize(
         ProxConnect++: Lu et al., NeurIPS 2023. Differs from it in the row units: inside one step s and a are constants
         and centring is a projection, so a sound pair stays sound.
     """
-    result: Tensor = _ForwardBackward.apply(latent, mu, pair, normalize, scale, center, hard)
-    return result
+    with torch.no_grad():
+        common = _common_divisor(latent, normalize, center)
+
+    def weight(rows: Tensor) -> Tensor:
+        result: Tensor = _ForwardBackward.apply(rows, mu, pair, normalize, scale, center, hard, common)
+        return result
+
+    return placed_like(on_rows(weight, latent), latent)
 
 
 def update_start(latent: Tensor, mu: Tensor, pair: QuantizerPair, **arguments: Any) -> Tensor:
@@ -190,9 +214,15 @@ def hard_rows(latent: Tensor, *, normalize: str, scale: str, center: str = "none
         scale: as in `quantize`.
         center: as in `quantize`.
     """
-    rows = latent.detach().flatten(1)
-    offset, divisor = _units(rows, normalize, center)
-    values = _centred(rows, offset, center)
-    factor = output_scale(values, sign(values), divisor, scale)
-    stored = [number.squeeze(1).to(latent.dtype).contiguous() for number in (factor, offset)]
-    return HardRows(values, stored[0], stored[1] if center == "restore" else None)
+    latent = whole_rows(latent.detach())
+    common = _common_divisor(latent, normalize, center)
+
+    def parts(part: Tensor) -> tuple[Tensor | None, ...]:
+        rows = part.flatten(1)
+        offset, divisor = _units(rows, normalize, center, common)
+        values = _centred(rows, offset, center)
+        factor = output_scale(values, sign(values), divisor, scale)
+        stored = [number.squeeze(1).to(latent.dtype).contiguous() for number in (factor, offset)]
+        return values, stored[0], stored[1] if center == "restore" else None
+
+    return HardRows(*on_rows(parts, latent))  # type: ignore[arg-type]

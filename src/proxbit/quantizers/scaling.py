@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from proxbit.errors import ConfigError, LatentError
+from proxbit.shards import gathered, on_rows
 
 __all__ = [
     "CENTERINGS",
@@ -50,27 +51,32 @@ def check_rows(weight: Tensor, center: str, name: str, leave_out: str) -> None:
         LatentError: for NaN, infinite values, or a row that is all zero, also once its mean is taken off for good.
     """
     rows = weight.detach().flatten(1)
-    finite = torch.isfinite(rows).all(dim=1)
+    finite = gathered(on_rows(lambda rows: torch.isfinite(rows).all(dim=1), rows))
     if not bool(finite.all()):
         bad = (~finite).nonzero().flatten()
         raise LatentError(
             f"{name}: {len(bad)} of {len(rows)} rows hold NaN or infinite values (first: row {int(bad[0])})."
         )
-    empty = (rows == 0).all(dim=1)
+    empty = gathered(on_rows(lambda rows: (rows == 0).all(dim=1), rows))
     if bool(empty.any()):
         bad = empty.nonzero().flatten()
         raise LatentError(
             f"{name}: {len(bad)} of {len(rows)} rows are all zero (first: row {int(bad[0])}). "
             f"Such rows have no signs: leave {leave_out} or initialise it."
         )
-    centred = (rows - rows.mean(dim=1, keepdim=True)).abs().amax(dim=1)
-    constant = centred <= torch.finfo(rows.dtype).eps * rows.abs().amax(dim=1)
+    constant = gathered(on_rows(_all_equal, rows))
     if center == "remove" and bool(constant.any()):
         row = int(constant.nonzero()[0, 0])
         raise LatentError(
             f"{name}: the weights of row {row} are all equal: nothing is left of it with center='remove'. "
             "Use center='restore' or 'none'."
         )
+
+
+def _all_equal(rows: Tensor) -> Tensor:
+    """Whether the weights of a row are, up to rounding, one number."""
+    centred = (rows - rows.mean(dim=1, keepdim=True)).abs().amax(dim=1)
+    return centred <= torch.finfo(rows.dtype).eps * rows.abs().amax(dim=1)
 
 
 def row_offset(rows: Tensor, center: str) -> Tensor:

@@ -76,7 +76,7 @@ class MuCallback(TrainerCallback):
     ) -> None:
         """Warn if training ended on weights that are far from those that ship."""
         gap = hardening_gap(self.model)
-        if gap > SOFT:
+        if gap > SOFT and state.is_world_process_zero:
             layer = next(layer for _, layer in latent_layers(self.model))
             # The steps must outweigh the pull of a pair that updates from P(w*): there a larger mu learns nothing.
             sharper = ", or a larger mu_end" if layer.pair.update_from is None else ""
@@ -117,8 +117,9 @@ class LayerScores(TrainerCallback, ExportableState):
     ) -> None:
         """Read the scores of a run that resumes: the Trainer restores callbacks only where it is asked to."""
         kept: Any = state.stateful_callbacks
-        own = kept.get(type(self).__name__) if state.global_step else None
-        self.scores = own["args"]["scores"] if own else {}
+        if state.global_step:
+            own = kept.get(type(self).__name__)
+            self.scores = own["args"]["scores"] if own else {}
 
 
 def _from(schedule: MuSchedule, begin: int) -> MuSchedule:

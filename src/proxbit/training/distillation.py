@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from proxbit.errors import ConfigError
+from proxbit.hub import ProxbitHfQuantizer
 from proxbit.hub.compat import is_model_folder, load_weights
 from proxbit.training.arguments import DistillationArguments
 from proxbit.training.losses import distillation_loss, gram_loss, token_loss
@@ -61,6 +62,18 @@ class DistillationTrainer(Trainer):
     def _is_plain(self, model: nn.Module, folder: str) -> bool:
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         return isinstance(model, PreTrainedModel) and not sharded and is_model_folder(folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As the Trainer; the weights that an engine gathered reach the file of a latent model too."""
+        quantizer = vars(self.model).get("hf_quantizer")
+        if state_dict is None or not isinstance(quantizer, ProxbitHfQuantizer):
+            super()._save(output_dir, state_dict)
+            return
+        quantizer.gathered_state = state_dict
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            quantizer.gathered_state = None
 
     @staticmethod
     def _check_teacher(model: nn.Module | None, teacher: nn.Module | None) -> None:

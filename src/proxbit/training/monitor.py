@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from proxbit.nn import LatentWeight, Surroundings, latent_layers
+from proxbit.hub.spread import whole_latents
+from proxbit.nn import LatentWeight, Surroundings
 from proxbit.packing import pack_signs
 from proxbit.quantizers.scaling import row_divisor, row_offset
+from proxbit.shards import gathered, sum_of_rows
 
 __all__ = [
     "LATENT_EDGES",
@@ -33,23 +35,27 @@ class FlipCounter:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.sizes: dict[str, int] = {}
         self.signs = self._signs()
         self.ratios: dict[str, float] = {}
 
     def _signs(self) -> dict[str, Tensor]:
-        return {name: pack_signs(layer.hard_rows().values) for name, layer in latent_layers(self.model)}
+        signs = {}
+        for name, layer in whole_latents(self.model):
+            signs[name], self.sizes[name] = pack_signs(layer.hard_rows().values), layer.weight.numel()
+        return signs
 
     def flip_ratio(self) -> float:
         """Flipped signs / latent weights since the last call (or since the counter was made), in [0, 1]."""
         before, self.signs = self.signs, self._signs()
-        flips, total = 0, 0
-        for name, layer in latent_layers(self.model):
-            changed = before[name] ^ self.signs[name]
-            flipped = sum(int(((changed >> bit) & 1).sum()) for bit in range(8))
-            self.ratios[name] = flipped / max(1, layer.weight.numel())
-            flips += flipped
-            total += layer.weight.numel()
-        return flips / max(1, total)
+        flips = {name: int(sum_of_rows(_ones, before[name] ^ signs)) for name, signs in self.signs.items()}
+        self.ratios = {name: flipped / max(1, self.sizes[name]) for name, flipped in flips.items()}
+        return sum(flips.values()) / max(1, sum(self.sizes.values()))
+
+
+def _ones(packed: Tensor) -> Tensor:
+    """How many bits are 1."""
+    return torch.stack([((packed >> bit) & 1).sum() for bit in range(8)]).sum()
 
 
 @torch.no_grad()
@@ -63,9 +69,13 @@ def latent_histogram(layer: LatentWeight) -> Tensor:
     Returns:
         `[43]`, int64, on the device of the weight.
     """
+    return sum_of_rows(lambda rows: _histogram(rows, layer.center), layer.weight)
+
+
+def _histogram(weight: Tensor, center: str) -> Tensor:
     low, high, bins = LATENT_EDGES
-    rows = layer.weight.flatten(1).float()
-    rows = rows - row_offset(rows, layer.center)
+    rows = weight.flatten(1).float()
+    rows = rows - row_offset(rows, center)
     places = (rows / row_divisor(rows, "row")).sub_(low).mul_(bins / (high - low)).floor_().clamp_(-1, bins)
     return torch.bincount(places.nan_to_num_(nan=bins + 1).long().add_(1).flatten(), minlength=bins + 3)[:-1]
 
@@ -78,7 +88,7 @@ def layer_hardening_gap(layer: LatentWeight) -> tuple[Tensor, Tensor]:
         \sum |w_soft - w_hard| and \sum |w_hard|, both 0-dimensional.
     """
     soft, hard = layer.effective_weight(hard=layer.hardened), layer.effective_weight(hard=True)
-    return (soft - hard).abs().sum(), hard.abs().sum()
+    return gathered((soft - hard).abs().sum()), gathered(hard.abs().sum())
 
 
 def hardening_gap(model: nn.Module) -> float:
@@ -87,7 +97,7 @@ def hardening_gap(model: nn.Module) -> float:
     Formula:
         \sum |w_soft - w_hard| / \sum |w_hard|;   0 once the model is hard.
     """
-    parts = [layer_hardening_gap(layer) for _, layer in latent_layers(model)]
+    parts = [layer_hardening_gap(layer) for _, layer in whole_latents(model)]
     distance = sum(float(part[0]) for part in parts)
     size = sum(float(part[1]) for part in parts)
     return distance / size if size else 0.0

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import run_as_future
 from torch import nn
 from transformers.trainer_utils import HubStrategy
@@ -15,6 +16,7 @@ from transformers.utils import PushInProgress
 from proxbit.errors import ConfigError
 from proxbit.hub import pack
 from proxbit.hub.push import push
+from proxbit.hub.spread import is_spread, packed_copy
 from proxbit.training.distillation import DistillationTrainer
 
 __all__ = ["PushingTrainer"]
@@ -54,22 +56,25 @@ class PushingTrainer(DistillationTrainer):
             The address of the commit, or its future; None in all processes but the first.
 
         Raises:
-            ConfigError: under FSDP or DeepSpeed, where no process holds the whole model.
+            ConfigError: for `latent` under FSDP or ZeRO-3, where no process holds the float weights of the whole model.
             ModelStateError: if the model is no model of transformers.
             HubError: if the Hub refuses, or is not reached.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        model = self.accelerator.unwrap_model(self.model)
+        spread = is_spread(model)
+        if spread and latent:
             raise ConfigError(
-                "No process holds the whole model. Save it, trainer.save_model(folder); then load it in one process, "
-                "and proxbit.push(proxbit.pack(model), repo)."
+                "No process holds the float weights of the whole model. Save it, trainer.save_model(folder); then load "
+                "it in one process, and proxbit.push(model, repo, latent=True)."
             )
+        packed = packed_copy(model) if spread else None  # every process has a part in it
         if not self.is_world_process_zero():
             return None
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._finish_current_push()
         upload = partial(
             push,
-            self._copy_to_push(latent),
+            packed or self._copy_to_push(latent),
             self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
             message=commit_message,
             token=token or self.args.hub_token,
@@ -91,11 +96,11 @@ class PushingTrainer(DistillationTrainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """With `args.push_to_hub`, at every save: the packed model, or what `args.hub_strategy` says of checkpoints."""
-        if not self.is_world_process_zero():
-            return
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            super()._push_from_checkpoint(checkpoint_folder)
+            if self.is_world_process_zero():
+                super()._push_from_checkpoint(checkpoint_folder)
         elif self.args.hub_strategy == HubStrategy.EVERY_SAVE:
             pending = self.push_in_progress is not None and not self.push_in_progress.is_done()
-            if self.args.hub_always_push or not pending:
+            # The first process knows whether an upload is under way, and each has its part in the next one.
+            if self.args.hub_always_push or not broadcast_object_list([pending])[0]:
                 self.push_to_hub(f"Training in progress, step {self.state.global_step}", blocking=False)

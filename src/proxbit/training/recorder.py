@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
@@ -12,6 +11,7 @@ from proxbit.analysis.environment import environment
 from proxbit.analysis.run_log import append_event, replace_event, start_log
 from proxbit.analysis.summary import summary
 from proxbit.errors import UnknownNameError
+from proxbit.hub.spread import whole_latents
 from proxbit.nn import LatentWeight, latent_layers
 from proxbit.quantizers import pair_key
 from proxbit.training.gallery import Gallery
@@ -40,6 +40,8 @@ SETTINGS = (
 class RunRecorder(TrainerCallback):
     """Writes `proxbit_run.jsonl` into the output folder: every log, and at up to 60 logs how each layer is.
 
+    Every process counts, for each may hold a part of the weights; the first one writes.
+
     It begins with the training, and not at all with `logging_strategy="no"`. A training that resumes goes on in the
     same file. When it has ended, pictures of the last evaluation are added; those of an evaluation after it take their
     place.
@@ -52,7 +54,8 @@ class RunRecorder(TrainerCallback):
     def __init__(self, model: nn.Module, flips: Callable[[], FlipCounter]) -> None:
         self.model = model
         self.flips = flips
-        self.active = self.training = False
+        self.about = _about(model)  # now, while this process has the whole model
+        self.active = self.writes = self.training = False
         self.snapshots = -1
         self.found: Gallery | None = None
 
@@ -60,11 +63,13 @@ class RunRecorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin the file, or go on in it."""
-        self.active = state.is_world_process_zero and args.logging_strategy != IntervalStrategy.NO
+        self.active = args.logging_strategy != IntervalStrategy.NO
+        self.writes = self.active and state.is_world_process_zero
         if not self.active:
             return
         self.training, self.snapshots, self.found = True, -1, None
-        start_log(args.output_dir, self._run(args, state), state.global_step)
+        if self.writes:
+            start_log(args.output_dir, self._run(args, state), state.global_step)
         if state.global_step == 0:
             self._add_layers(args, state, counted=False)
 
@@ -81,10 +86,10 @@ class RunRecorder(TrainerCallback):
             return
         event = {"event": "log", "step": state.global_step, "epoch": state.epoch, **(logs or {})}
         if "loss" not in event:
-            append_event(args.output_dir, event)
+            self._write(args, event)
             return
         hard = all(layer.hardened for _, layer in latent_layers(self.model))
-        append_event(args.output_dir, event | {"hard": hard})
+        self._write(args, event | {"hard": hard})
         due = state.global_step * SNAPSHOTS // max(1, state.max_steps)
         if due > self.snapshots:
             self.snapshots = due
@@ -107,40 +112,48 @@ class RunRecorder(TrainerCallback):
         self._add_predictions(args, state, kwargs.get("processing_class"))
 
     def _add_predictions(self, args: TrainingArguments, state: TrainerState, processor: Any) -> None:
-        pictures = self.found.to_dict(processor) if self.active and self.found is not None else {}
+        pictures = self.found.to_dict(processor) if self.writes and self.found is not None else {}
         self.found = None
         if pictures:
             when = {"event": "predictions", "step": state.global_step, "epoch": state.epoch}
             replace_event(args.output_dir, when | pictures)
 
     def _add_layers(self, args: TrainingArguments, state: TrainerState, counted: bool) -> None:
-        layers = dict(latent_layers(self.model))
-        counts = torch.stack([latent_histogram(layer).cpu() for layer in layers.values()])
+        counts = {name: latent_histogram(layer).tolist() for name, layer in whole_latents(self.model)}
         ratios = self.flips().ratios
         event = {
             "event": "layers",
             "step": state.global_step,
             "epoch": state.epoch,
-            "flip_ratio": [round(ratios[name], 7) for name in layers] if counted else None,
-            "latents": counts.tolist(),
+            "flip_ratio": [round(ratios[name], 7) for name in counts] if counted else None,
+            "latents": list(counts.values()),
         }
-        append_event(args.output_dir, event)
+        self._write(args, event)
+
+    def _write(self, args: TrainingArguments, event: dict[str, Any]) -> None:
+        if self.writes:
+            append_event(args.output_dir, event)
 
     def _run(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-        sizes = summary(self.model, count_macs=False)
-        return {
-            "model": sizes.model,
+        return self.about | {
             "steps": state.max_steps,
             "epochs": state.num_train_epochs,
-            "layers": [_layer(name, layer) for name, layer in latent_layers(self.model)],
-            "edges": LATENT_EDGES,
-            "binary_parameters": sizes.binary_parameters,
-            "float_parameters": sizes.float_parameters,
-            "latent_bytes": sizes.file_bytes,
-            "packed_bytes": sizes.packed_bytes,
             "settings": {name: value for name, value in args.to_dict().items() if name in SETTINGS},
             "environment": str(environment()),
         }
+
+
+def _about(model: nn.Module) -> dict[str, Any]:
+    sizes = summary(model, count_macs=False)
+    return {
+        "model": sizes.model,
+        "layers": [_layer(name, layer) for name, layer in latent_layers(model)],
+        "edges": LATENT_EDGES,
+        "binary_parameters": sizes.binary_parameters,
+        "float_parameters": sizes.float_parameters,
+        "latent_bytes": sizes.file_bytes,
+        "packed_bytes": sizes.packed_bytes,
+    }
 
 
 def _layer(name: str, layer: LatentWeight) -> dict[str, Any]:

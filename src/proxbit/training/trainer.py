@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback
@@ -103,19 +103,21 @@ class ProxConnectTrainer(SavingTrainer):
         if self.args.detect_anomalies:
             watch_activations(self.model)
 
-    def _begin(self, steps: int) -> MuSchedule:
-        """Count flips from here on; return the schedule of this run, checked against the range of every pair in use."""
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Look at the first examples while each process still has the whole model, before an engine takes it apart."""
         if self.state.global_step == 0:
             self._calibrate()
+            self._score()
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def _begin(self, steps: int) -> MuSchedule:
+        """Count flips from here on; return the schedule of this run, checked against the range of every pair in use."""
         self._flips = FlipCounter(self.model)
         layers = [layer for _, layer in latent_layers(self.model)]
         kind, start, end = layers[0].pair.schedule
         kind = self.args.mu_schedule or kind
-        if kind == AGGREGATE and any(layer.pair.update_from is not None for layer in layers):
-            raise ConfigError(
-                "A pair with `update_from` applies P at every step anew: with the mu of the schedule 'aggregate' it "
-                "never learns. Leave mu_schedule, mu_start and mu_end at None for the default schedule of the pair."
-            )
+        if any(layer.pair.update_from is not None for layer in layers):
+            self._check_updates(kind)
         schedule = MuSchedule(
             kind=kind,
             start=start if self.args.mu_start is None else self.args.mu_start,
@@ -129,29 +131,43 @@ class ProxConnectTrainer(SavingTrainer):
                 layer.pair.check_mu(schedule.mu(step))
         return schedule
 
+    def _check_updates(self, kind: str) -> None:
+        if kind == AGGREGATE:
+            raise ConfigError(
+                "A pair with `update_from` applies P at every step anew: with the mu of the schedule 'aggregate' it "
+                "never learns. Leave mu_schedule, mu_start and mu_end at None for the default schedule of the pair."
+            )
+        if self.is_deepspeed_enabled:
+            raise ConfigError(
+                "A pair with `update_from` changes weights before each step, and DeepSpeed takes steps on a copy of "
+                "its own: it would do nothing. Take another pair, or FSDP2."
+            )
+
     def _stages(self, steps: int) -> list[Stage]:
         return stages(
             self.model,
             steps,
             activations_first=self.args.activations_first,
             progression=self.args.progression,
-            scores=self._scores(),
+            scores=self._kept.scores if self._kept else {},
         )
 
-    def _scores(self) -> dict[str, float]:
-        """What the progression goes by: taken at the first step, and kept in checkpoints from then on."""
-        score = PROGRESSIONS.get(self.args.progression).score
-        if score is None:
-            return {}
-        # Restoring callbacks from a checkpoint makes them anew.
-        kept = next(callback for callback in self.callback_handler.callbacks if isinstance(callback, LayerScores))
-        if self.state.global_step == 0:
-            with torch.random.fork_rng():
-                found = score(self.model, self._training_loss, islice(self._first_batches(), BATCHES))
-            # The same in every process, to the last bit: a GPU may sum in any order.
-            values = broadcast(torch.tensor(list(found.values()), device=self.args.device))
-            kept.scores = dict(zip(found, values.tolist(), strict=True))
-        return kept.scores
+    @property
+    def _kept(self) -> LayerScores | None:
+        """Where scores are, if the progression goes by some; restoring callbacks from a checkpoint makes it anew."""
+        return next((each for each in self.callback_handler.callbacks if isinstance(each, LayerScores)), None)
+
+    def _score(self) -> None:
+        """Take what the progression goes by, before the first step; from then on checkpoints keep it."""
+        score, kept = PROGRESSIONS.get(self.args.progression).score, self._kept
+        if score is None or kept is None:
+            return
+        self.model.to(self.args.device)
+        with torch.random.fork_rng():
+            found = score(self.model, self._training_loss, islice(self._first_batches(), BATCHES))
+        # The same in every process, to the last bit: a GPU may sum in any order.
+        values = broadcast(torch.tensor(list(found.values()), device=self.args.device))
+        kept.scores = dict(zip(found, values.tolist(), strict=True))
 
     def _training_loss(self, batch: Any) -> Tensor:
         try:
@@ -169,21 +185,23 @@ class ProxConnectTrainer(SavingTrainer):
         """Start what nobody has calibrated yet from the first examples, which are the same in every process."""
         if self.train_dataset is None or all(module.calibrated for _, module in learned_modules(self.model)):
             return
+        self.model.to(self.args.device)
         with torch.random.fork_rng():
             calibrate(self.model, self._first_batches())
         seen = BATCHES * self.args.per_device_train_batch_size
         self._calibration_samples = min(len(self.train_dataset), seen) if has_length(self.train_dataset) else seen
 
     def _first_batches(self) -> Iterable[Any]:
-        """The first training examples, which are the same in every process."""
+        """The first training examples as the first process draws them, so that they are the same in all."""
         dataset, collator = self.train_dataset, self.data_collator
         if dataset is None:
-            return ()
+            return
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="training")
-        return DataLoader(dataset, self.args.per_device_train_batch_size, collate_fn=collator)
+        for batch in DataLoader(dataset, self.args.per_device_train_batch_size, collate_fn=collator):
+            yield broadcast_object_list([batch])[0]
 
     def _learning_rates(self, steps: int) -> list[float]:
         """The learning rate of the latents at every step, from the scheduler's own formula."""
@@ -236,7 +254,7 @@ class ProxConnectTrainer(SavingTrainer):
         """Evaluate the hard model; add `{prefix}_soft_*` of F_mu, and `{prefix}_gap_*` = soft - hard."""
         arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         hard: EvalLoopOutput = super().evaluation_loop(*arguments)
-        if self._recorder.active and metric_key_prefix.startswith("eval"):
+        if self._recorder.writes and metric_key_prefix.startswith("eval"):
             names = self.model.config.id2label if isinstance(self.model, PreTrainedModel) else {}
             self._recorder.evaluated(choose(dataloader, hard, names))
         self._close_evaluation_bar()

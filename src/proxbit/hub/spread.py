@@ -1,0 +1,108 @@
+"""Packing a model that an engine has spread over processes: bits are gathered, float weights never are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_available
+
+from proxbit.errors import ModelStateError
+from proxbit.hub.hf_quantizer import attach
+from proxbit.nn import LatentWeight, latent_layers
+from proxbit.packing import pack_signs
+from proxbit.patching import state_of, to_latent, to_packed
+from proxbit.shards import gathered
+
+if is_deepspeed_available():
+    import deepspeed
+
+__all__ = ["is_spread", "packed_copy", "whole_latents", "whole_weights"]
+
+# What activation checkpointing adds to the names of modules.
+_WRAPPER = "_checkpoint_wrapped_module."
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether no process holds all of the weights, under FSDP2 or ZeRO-3."""
+    return isinstance(model, FSDPModule) or any(map(_is_partitioned, model.parameters()))
+
+
+def _is_partitioned(parameter: Tensor) -> bool:
+    return is_deepspeed_available() and "ds_tensor" in vars(parameter)
+
+
+@contextmanager
+def whole_weights(module: nn.Module) -> Iterator[None]:
+    """Within the context, the parameters of one module that ZeRO-3 took apart are whole; every process enters it."""
+    parameters = [parameter for parameter in module.parameters(recurse=False) if _is_partitioned(parameter)]
+    if not parameters:
+        yield
+        return
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
+def whole_latents(model: nn.Module) -> Iterator[tuple[str, LatentWeight]]:
+    """The layers with latent weights, with their names, one after the other in their `whole_weights`."""
+    for name, layer in latent_layers(model):
+        with whole_weights(layer):
+            yield name, layer
+
+
+def packed_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A packed copy of a latent model, whole or spread over processes; the model stays as it is.
+
+    Each process packs the rows that it has, and bits, scales, and what is no latent weight, are gathered: one layer at
+    a time. Every process calls this.
+
+    Args:
+        model: a latent model, as FSDP2 or DeepSpeed hold it, or a plain one.
+
+    Returns:
+        A packed model on the CPU, the same in every process.
+
+    Raises:
+        ModelStateError: if the model is not latent.
+        LatentError: for NaN or infinite latents, or rows that are all zero.
+    """
+    if state_of(model) != "latent":
+        raise ModelStateError(f"packed_copy takes a latent model, this one is {state_of(model)}.")
+    config = model.config.quantization_config
+    kind: type[PreTrainedModel] = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
+    with torch.device("meta"):
+        copy = kind(deepcopy(model.config))
+    _, config = to_latent(copy, config)
+    to_packed(copy)
+    attach(copy, config.replace(state="packed"))
+    for name, module in model.named_modules():
+        name = f"{name}.".replace(_WRAPPER, "").removesuffix(".")
+        with whole_weights(module), torch.no_grad():
+            own = copy.get_submodule(name)
+            for key, value in _packed_tensors(name, module):
+                _put(own, key, gathered(value).detach().cpu().clone())
+    copy.tie_weights()
+    return copy.eval()
+
+
+def _packed_tensors(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a module itself, as the packed model has them."""
+    for key, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if key != "weight" or not isinstance(module, LatentWeight):
+            yield key, value
+            continue
+        module.check_latent(name)
+        rows = module.hard_rows()
+        stored = {"weight": pack_signs(rows.values), "weight_scale": rows.scale, "weight_offset": rows.offset}
+        yield from ((part, tensor) for part, tensor in stored.items() if tensor is not None)
+
+
+def _put(module: nn.Module, key: str, value: Tensor) -> None:
+    """Replace a parameter or a buffer of the meta device."""
+    if key in dict(module.named_parameters(recurse=False)):
+        setattr(module, key, nn.Parameter(value, requires_grad=getattr(module, key).requires_grad))
+    else:
+        setattr(module, key, value)

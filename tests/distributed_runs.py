@@ -1,0 +1,177 @@
+"""What the processes of the distributed tests run: one training, under any engine, and what came of it."""
+
+import os
+import runpy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PrinterCallback, ViTForImageClassification
+
+import proxbit
+from proxbit.config import BinarizationConfig
+from proxbit.hub.spread import packed_copy
+from proxbit.training import ProxConnectArguments, ProxConnectTrainer
+from proxbit.training.metrics import classification_metrics
+from tiny_models import LABELS, vit
+
+FSDP = dict(
+    ACCELERATE_USE_FSDP="true",
+    FSDP_VERSION="2",
+    FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+    FSDP_TRANSFORMER_CLS_TO_WRAP="ViTLayer",
+    FSDP_STATE_DICT_TYPE="FULL_STATE_DICT",
+)
+ENGINES: dict[str, dict[str, str]] = {
+    "one": {},
+    "ddp": {},
+    "fsdp": FSDP,
+    **{
+        f"zero-{stage}": dict(
+            ACCELERATE_USE_DEEPSPEED="true",
+            ACCELERATE_DEEPSPEED_ZERO_STAGE=str(stage),
+            ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL="true",
+            DS_ACCELERATOR="cpu",
+        )
+        for stage in (1, 2, 3)
+    },
+    "fsdp sharded": FSDP | dict(FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT"),
+}
+
+
+@contextmanager
+def engine(settings: dict[str, str]) -> Iterator[None]:
+    """Within the context, accelerate is set up as by `accelerate launch`.
+
+    It has FSDP and DeepSpeed on accelerators only: for these it is told that there is one.
+    """
+    if "ACCELERATE_USE_DEEPSPEED" in settings:
+        # It would compile a shortcut through shared memory.
+        import_module("deepspeed").ops.__compatible_ops__.clear()
+    before, prepare = dict(os.environ), PartialState._prepare_backend
+    if not {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & settings.keys():
+        settings = settings | {"ACCELERATE_USE_CPU": "true"}
+    else:
+        settings = settings | {"ACCELERATE_TORCH_DEVICE": "cpu"}
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    os.environ |= settings
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+        PartialState._prepare_backend = prepare
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def make(seed: int = 1, latent: bool = True, **changes: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    model = ViTForImageClassification(vit())
+    nn.init.normal_(model.classifier.weight, std=0.1)
+    return proxbit.binarize(model, BinarizationConfig(**changes)) if latent else model
+
+
+def examples(pictures: torch.Tensor) -> list[dict[str, Any]]:
+    return [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(pictures)]
+
+
+def prepare(folder, pictures: torch.Tensor, model: nn.Module, **changes: Any) -> ProxConnectTrainer:
+    teacher = make(9, latent=False) if changes.pop("teacher", False) else None
+    callbacks = changes.pop("callbacks", None)
+    fixed = dict(
+        report_to="none", disable_tqdm=True, save_strategy="no", use_cpu="ACCELERATE_TORCH_DEVICE" not in os.environ
+    )
+    training = dict(
+        per_device_train_batch_size=4, per_device_eval_batch_size=4, max_steps=50, learning_rate=1e-3, logging_steps=1
+    )
+    trainer = ProxConnectTrainer(
+        model=model,
+        teacher=teacher,
+        args=ProxConnectArguments(str(folder), **(fixed | training | changes)),
+        train_dataset=examples(pictures),
+        eval_dataset=examples(pictures[:8]),
+        compute_metrics=classification_metrics,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def curve(trainer) -> list[dict[str, float]]:
+    names = ("step", "loss", "grad_norm", "learning_rate", "mu", "hardening_gap", "flip_ratio")
+    return [{k: entry[k] for k in names if k in entry} for entry in trainer.state.log_history if "loss" in entry]
+
+
+def fit(kind: str, folder, pictures, *, model: dict | None = None, resume: str | None = None, **changes: Any) -> dict:
+    with engine(ENGINES[kind]):
+        trainer = prepare(folder, pictures, make(**(model or {})), **changes)
+        trainer.train(resume_from_checkpoint=resume)
+        return outcome(trainer)
+
+
+def outcome(trainer) -> dict[str, Any]:
+    evaluation = trainer.evaluate()
+    return {
+        "curve": curve(trainer),
+        "evaluation": {key: value for key, value in evaluation.items() if "time" not in key and "second" not in key},
+        "packed": packed_copy(trainer.model).state_dict(),
+        "distributed": str(trainer.accelerator.distributed_type),
+        "weights": {name: whole(value) for name, value in trainer.model.state_dict().items()},
+    }
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
+
+
+def settings_of(file: str, *options: str) -> dict[str, str]:
+    """What `accelerate launch --config_file FILE` would put into the environment of its processes."""
+    arguments = ["--config_file", file, "--main_process_port", "0", *options, "script.py"]
+    args, defaults, mixed = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    if args.use_deepspeed:
+        fields = [*defaults.deepspeed_config, *(["mixed_precision"] if mixed else [])]
+        args.deepspeed_fields_from_accelerate_config = ",".join(fields)
+        environment = prepare_deepspeed_cmd_env(args)[1]
+    else:
+        environment = prepare_multi_gpu_env(args)
+    return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_", "PARALLEL"))}
+
+
+def run_example(settings: dict[str, str], file: str, *argv: str) -> dict[str, float]:
+    """Run `main` of an example."""
+    with engine(settings):
+        return runpy.run_path(file)["main"](list(argv))
+
+
+def traffic(pictures: torch.Tensor, latent: bool, hook: str) -> int:
+    """Bytes that a process hands over for the gradients of one step of DDP, with a hook of torch."""
+    model = DistributedDataParallel(make(latent=latent))
+    hooks = {
+        "none": (None, default_hooks.allreduce_hook),
+        "fp16": (None, default_hooks.fp16_compress_hook),
+        "powerSGD": (PowerSGDState(None, 1, start_powerSGD_iter=2, use_error_feedback=False), powerSGD_hook),
+    }
+    model.register_comm_hook(*hooks[hook])
+    sent, send = [], torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda tensor, *args, **kwargs: (
+        sent.append(tensor.nbytes),
+        send(tensor, *args, **kwargs),
+    )[1]
+    try:
+        for _ in range(4):  # PowerSGD begins after the second
+            sent.clear()
+            model(pictures[:4], labels=torch.arange(4) % LABELS).loss.backward()
+    finally:
+        torch.distributed.all_reduce = send
+    return sum(sent)

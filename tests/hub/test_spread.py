@@ -1,0 +1,45 @@
+"""A packed copy of a latent model: that of `pack`, and the model stays as it is."""
+
+import copy
+
+import pytest
+import torch
+
+import proxbit
+from proxbit.errors import LatentError, ModelStateError
+from proxbit.hub.spread import is_spread, packed_copy
+from proxbit.nn import latent_layers
+from proxbit.patching import state_of
+from tiny_models import FAMILIES, SIDE
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "convnext", "dinov3"])
+@pytest.mark.parametrize("center", ["none", "restore"])
+def test_it_is_what_pack_makes(family, center, crops):
+    """With the buffers that no checkpoint holds, such as positions."""
+    model = proxbit.binarize(FAMILIES[family](), proxbit.BinarizationConfig(center=center)).eval()
+    before = copy.deepcopy(model.state_dict())
+    made = packed_copy(model)
+    packed = proxbit.pack(copy.deepcopy(model))
+    assert state_of(model) == "latent" and not is_spread(model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    expected = packed.state_dict()
+    assert expected.keys() == made.state_dict().keys()
+    assert all(torch.equal(expected[name], value) for name, value in made.state_dict().items())
+    pictures = crops(2, SIDE)
+    with torch.inference_mode():
+        torch.testing.assert_close(made(pictures)[0], packed(pictures)[0], rtol=0, atol=0)
+    assert made.config.quantization_config.state == "packed" and model.config.quantization_config.state == "latent"
+
+
+def test_it_takes_a_latent_model():
+    with pytest.raises(ModelStateError, match="packed_copy takes a latent model, this one is float"):
+        packed_copy(FAMILIES["vit"]())
+
+
+def test_a_broken_row_is_named():
+    model = proxbit.binarize(FAMILIES["vit"]())
+    name, layer = next(iter(latent_layers(model)))
+    layer.weight.data[3] = float("nan")
+    with pytest.raises(LatentError, match=rf"{name}.weight: 1 of 36 rows hold NaN or infinite values \(first: row 3\)"):
+        packed_copy(model)

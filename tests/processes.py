@@ -1,0 +1,80 @@
+"""Two processes on the CPU, joined by gloo, that are started once and run what tests hand them."""
+
+import faulthandler
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+WORLD = 2
+# Seconds until a call that does not come back is taken for processes that wait for each other.
+PATIENCE = 300
+
+
+def _environment(rank: int, port: int) -> dict[str, str]:
+    """What `torchrun` and `accelerate launch` give a process."""
+    sizes = {"WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "RANK": rank, "LOCAL_RANK": rank}
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | {name: str(n) for name, n in sizes.items()}
+
+
+def _work(rank: int, port: int, calls: Connection) -> None:
+    os.environ |= _environment(rank, port)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    while True:
+        function, args, kwargs = calls.recv()
+        torch.manual_seed(0)
+        faulthandler.dump_traceback_later(PATIENCE - 10)
+        try:
+            answer = (True, function(*args, **kwargs))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        faulthandler.cancel_dump_traceback_later()
+        calls.send(answer)
+
+
+class Processes:
+    """Calls functions of importable modules in both processes, at the same time."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = get_context("spawn")
+        pipes = [context.Pipe() for _ in range(WORLD)]
+        self.calls = [mine for mine, _ in pipes]
+        self.processes = [
+            context.Process(target=_work, args=(rank, port, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """What the function returns in each process, by rank."""
+        for call in self.calls:
+            call.send((function, args, kwargs))
+        answers = []
+        for rank, call in enumerate(self.calls):
+            if not call.poll(PATIENCE):
+                answers.append((False, f"The process of rank {rank} did not come back."))
+            else:
+                answers.append(call.recv())
+        failures = [f"rank {rank}: {answer}" for rank, (good, answer) in enumerate(answers) if not good]
+        if failures:
+            # One may wait for the other for ever.
+            self.end()
+            self.__init__()
+            raise AssertionError("\n".join(failures))
+        return [answer for _, answer in answers]
+
+    def end(self) -> None:
+        """End both."""
+        for process in self.processes:
+            process.kill()
+            process.join()

@@ -1,0 +1,118 @@
+"""`ProxConnectTrainer` in two processes: DDP and FSDP2 give what one process gives with twice the batch."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from distributed_runs import fit, make, traffic
+from tiny_models import SIDE
+
+pytestmark = pytest.mark.xdist_group("processes")
+
+STEPS = 8
+SHORT = dict(max_steps=STEPS, hard_fraction=0.25)
+
+
+def apart(first, second):
+    """The largest difference of each logged number."""
+    assert len(first) == len(second) > 0
+    return {name: max(abs(a[name] - b[name]) for a, b in zip(first, second)) for name in first[0]}
+
+
+def other_bits(first, second):
+    """The share of the packed bits that differ."""
+    assert first.keys() == second.keys()
+    packed = [name for name, value in first.items() if value.dtype == torch.uint8]
+    changed = [first[name] ^ second[name] for name in packed]
+    return sum(int(sum(((bits >> place) & 1).sum() for place in range(8))) for bits in changed) / sum(
+        8 * bits.numel() for bits in changed
+    )
+
+
+def same_weights(first, second, tolerance=0.0):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(
+            second[name], value, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.fixture(scope="module")
+def pictures(crops):
+    return crops(24, SIDE)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, pictures):
+    """One process with twice the batch, 50 steps."""
+    return fit("one", tmp_path_factory.mktemp("one"), pictures, per_device_train_batch_size=8)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, processes, pictures, whole, engine, capsys):
+    """50 steps, the last of them hard: losses, flips, evaluations, and the bits that ship."""
+    first, second = processes(fit, engine, tmp_path, pictures)
+    assert first["distributed"] == {"ddp": "DistributedType.MULTI_CPU", "fsdp": "DistributedType.FSDP"}[engine]
+    differences = apart(whole["curve"], first["curve"])
+    assert len(first["curve"]) == 50
+    assert differences["loss"] < 1e-5 and differences["hardening_gap"] < 1e-5
+    assert differences["mu"] == differences["learning_rate"] == differences["flip_ratio"] == 0
+    assert first["curve"] == second["curve"]
+    same_weights(first["weights"], second["weights"])
+    for key, value in whole["evaluation"].items():
+        assert first["evaluation"][key] == second["evaluation"][key] == pytest.approx(value, abs=1e-5)
+    share = other_bits(whole["packed"], first["packed"])
+    with capsys.disabled():
+        sys.stdout.write(f"\n{engine}: {share:.5%} of the packed bits differ from those of one process\n")
+    assert share <= 1e-3
+    same_weights(first["packed"], second["packed"])
+
+
+def test_the_run_is_written_once(tmp_path, processes, pictures):
+    processes(fit, "fsdp", tmp_path, pictures, **SHORT)
+    events = [json.loads(line) for line in (tmp_path / "proxbit_run.jsonl").read_text().splitlines()]
+    logs = [event for event in events if event["event"] == "log" and "loss" in event]
+    assert [event["step"] for event in logs] == list(range(1, STEPS + 1))
+    layers = [event for event in events if event["event"] == "layers"]
+    weights = sum(map(sum, layers[0]["latents"]))
+    alone = tmp_path / "alone"
+    fit("one", alone, pictures, per_device_train_batch_size=8, **SHORT)
+    reference = [json.loads(line) for line in (alone / "proxbit_run.jsonl").read_text().splitlines()]
+    (before, *_) = [event for event in reference if event["event"] == "layers"]
+    assert layers[0]["latents"] == before["latents"] and weights > 10_000
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(recipe="w1a8", teacher=True),
+        dict(recipe="w1a4", gradient_accumulation_steps=2, per_device_train_batch_size=2),
+        dict(recipe="w1a1-two-stage", progression="taylor"),
+    ],
+    ids=["int8 with a teacher", "learned steps, accumulated", "thresholds, layer by layer"],
+)
+def test_recipes(tmp_path, processes, pictures, engine, changes):
+    """Calibrated from all examples; also with layers that wait, whose parameters have no gradients yet."""
+    pictures = pictures[:8]
+    given = SHORT | dict(model=dict(latent=False)) | changes
+    size = given.get("per_device_train_batch_size", 4)
+    alone = fit("one", tmp_path / "one", pictures, **given | dict(per_device_train_batch_size=2 * size))
+    first, second = processes(fit, engine, tmp_path / engine, pictures, **given)
+    assert apart(alone["curve"], first["curve"])["loss"] < 1e-4
+    same_weights(first["weights"], second["weights"])
+    same_weights(alone["weights"], first["weights"], tolerance=1e-3)
+    assert other_bits(alone["packed"], first["packed"]) <= 1e-3
+
+
+def test_gradients_are_as_many_bytes_as_those_of_the_float_model(processes, pictures, capsys):
+    """And half of them, or fewer, with hooks of torch."""
+    sent = {hook: processes(traffic, pictures, True, hook)[0] for hook in ("none", "fp16", "powerSGD")}
+    weights = sum(parameter.numel() for parameter in make().parameters())
+    assert processes(traffic, pictures, False, "none")[0] == sent["none"] == 4 * weights
+    assert sent["fp16"] == 2 * weights
+    assert sent["powerSGD"] < sent["none"] / 4
+    with capsys.disabled():
+        sys.stdout.write(f"\nbytes of gradients in a step: {sent}\n")
