@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import ViTConfig, ViTForImageClassification
 
 import proxbit
-from proxbit.hub.spread import packed_copy
 from proxbit.quantizers import MuSchedule
 from proxbit.training import hardening_gap
 
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 break
 
     gap = hardening_gap(model)
-    packed = packed_copy(accelerator.unwrap_model(model))  # every process packs what it has; bits are gathered
+    packed = proxbit.packed_copy(accelerator.unwrap_model(model))  # every process packs what it has; bits are gathered
     pictures, labels = digits()[:500]
     with torch.inference_mode():
         accuracy = (packed(pictures).logits.argmax(1) == labels).float().mean().item()

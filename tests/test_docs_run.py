@@ -21,7 +21,14 @@ from proxbit.training import RECIPES
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Lines that set up a machine, as .ci/run does, or take hours.
-NOT_HERE = ("pip install ", "python3 -m venv ", "python benchmarks/", "python examples/")
+NOT_HERE = (
+    "pip install ",
+    "python3 -m venv ",
+    "python benchmarks/",
+    "python examples/",
+    "accelerate launch --config_file examples/",
+    "ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/",
+)
 MODEL = "google/vit-base-patch16-224"
 
 

@@ -28,6 +28,8 @@ CALLS = {
     "np": {"load"},
     "jinja2": {"Template"},
 }
+# To be caught, which unpickles nothing.
+ERRORS = {"UnpicklingError"}
 WORDS = {"shell", "trust_remote_code", "allow_pickle"}
 
 
@@ -40,7 +42,7 @@ def findings(source: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             module = (node.module or "").split(".")[0]
             names = {alias.name for alias in node.names}
-            found += [module] if module in MODULES else sorted(names & CALLS.get(module, set()))
+            found += [module] if module in MODULES and names - ERRORS else sorted(names & CALLS.get(module, set()))
         elif isinstance(node, ast.Call):
             function = node.func
             if isinstance(function, ast.Name) and function.id in CALLS["builtins"]:
