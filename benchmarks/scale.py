@@ -13,7 +13,8 @@ Formulas, for a step of b pictures a device in pieces of at most 128, n devices,
     compute     3 (operations of a picture) b / speed
     quantizers  pieces L (bytes a weight) / memory bandwidth
     optimizer   28 P / (devices that share it) / memory bandwidth: AdamW reads four and writes three numbers
-    traffic     k (n - 1) / n 4 P / link, k = 2 for an all-reduce, 3 where parameters are sharded
+    traffic     k (n - 1) / n 4 P / link, k = 2 for an all-reduce, 3 where parameters are sharded; between nodes, the
+                links of all devices of a node together
 and what of the traffic the backward pass does not hide. Memory: 4 bytes each for parameters, gradients and twice for
 the optimizer, divided among the devices that share them, and what is kept of the pictures of a piece.
 """
@@ -130,7 +131,8 @@ def cost(counts: Counts, machine: Machine, engine: Engine, devices: int, batch: 
     state = group if engine.shares_state else 1
     optimizer = 28 * counts.parameters / state / machine.memory_bandwidth
     sent = engine.passes * (group - 1) / group * 4 * counts.parameters
-    seconds = sent / (machine.inner if group <= machine.node else machine.outer)
+    across_nodes = min(machine.inner, machine.node * machine.outer)
+    seconds = sent / (machine.inner if group <= machine.node else across_nodes)
     if group < devices:  # Gradients are summed between the groups too: each device its part.
         others = devices // group
         across = 2 * (others - 1) / others * 4 * counts.parameters / group

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from transformers import ViTForImageClassification
 
 from distributed_runs import fit, make, traffic
 from tiny_models import SIDE
@@ -105,6 +106,19 @@ def test_recipes(tmp_path, processes, pictures, engine, changes):
     same_weights(first["weights"], second["weights"])
     same_weights(alone["weights"], first["weights"], tolerance=1e-3)
     assert other_bits(alone["packed"], first["packed"]) <= 1e-3
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_in_bf16_the_best_model_is_loaded_at_the_end(tmp_path, processes, pictures, engine):
+    """Both processes end with the same weights, those of the best checkpoint."""
+    best = dict(load_best_model_at_end=True, metric_for_best_model="accuracy", eval_strategy="steps", eval_steps=4)
+    given = SHORT | best | dict(bf16=True, save_strategy="steps", save_steps=4, learning_rate=5e-3)
+    first, second = processes(fit, engine, tmp_path, pictures, **given)
+    same_weights(first["weights"], second["weights"])
+    state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    assert first["evaluation"]["eval_accuracy"] == pytest.approx(state["best_metric"])
+    saved = ViTForImageClassification.from_pretrained(state["best_model_checkpoint"]).state_dict()
+    assert all(torch.equal(first["weights"][name], value) for name, value in saved.items())
 
 
 def test_gradients_are_as_many_bytes_as_those_of_the_float_model(processes, pictures, capsys):

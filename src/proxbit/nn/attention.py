@@ -6,6 +6,7 @@ whole numbers; softmax is that of floats. Gradients pass the rounding straight, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from proxbit.nn.activations import DEFAULT_ACTIVATION_PAIR
 from proxbit.nn.probabilities import BinaryProbabilities, even_share
+from proxbit.nn.recomputed import recomputed
 from proxbit.nn.surrogate import binarize_units
 from proxbit.quantizers import get_pair
 from proxbit.sign import is_positive
@@ -135,16 +137,32 @@ class Attention:
         key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
         is_causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
         is_causal = query.shape[2] > 1 and attention_mask is None and is_causal
+        p = dropout if module.training else 0.0
+        attend = partial(self._attend, module, attention_mask, p, scaling, is_causal, position_bias)
+        result, probabilities = recomputed(attend, query, key, value, random=p > 0)
+        return result.transpose(1, 2).contiguous().to(dtype), probabilities.to(dtype)
+
+    def _attend(
+        self,
+        module: nn.Module,
+        attention_mask: Tensor | None,
+        dropout: float,
+        scaling: float | None,
+        is_causal: bool,
+        position_bias: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         with torch.autocast(query.device.type, enabled=False):
             (q, q_step), (k, k_step) = self.quantize(query, -1), self.quantize(key, -1)
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             scores = (q @ k.transpose(-1, -2)) * (q_step * scaling) * k_step.transpose(-1, -2)
             scores = scores if position_bias is None else scores + position_bias.to(scores.dtype)
             p, p_step = self.quantize_probabilities(_masked_softmax(scores, attention_mask, is_causal), module)
-            p = nn.functional.dropout(p, dropout, module.training)
+            p = nn.functional.dropout(p, dropout)
             v, v_step = self.quantize(value, -2)
-            result = (p @ v) * p_step * v_step
-        return result.transpose(1, 2).contiguous().to(dtype), (p * p_step).to(dtype)
+            return (p @ v) * p_step * v_step, p * p_step
 
 
 # q, k, v rounded to -127..127 by the largest; p = round(255 P / max P).
