@@ -177,7 +177,7 @@ def main() -> None:
         cells = [f"{milliseconds:.0f}", f"{time:.2f}", f"{megabytes:.0f}", f"{share:.2f}"]
         rows.append([name, *cells, verdict(name, options.size, time, share)])
     setting = (
-        f"{options.size}, batch {options.batch}, {options.processes} processes of {options.threads} threads, "
+        f"{options.size}, batch {options.batch}, processes: {options.processes}, threads of each: {options.threads}, "
         f"{options.rounds} rounds"
     )
     lines = [f"`python benchmarks/training.py`: {setting}. {here}.", ""]
