@@ -13,10 +13,6 @@ from proxbit.nn import learned_modules
 from proxbit.packing import packed_columns
 from proxbit.patching.replace import PackedLayer
 
-# What a model may be larger than twice its files: the head of another task, with tens of thousands of labels.
-_NEW_BYTES = 2**30
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
 __all__ = [
     "check_complete",
     "check_dtypes",
@@ -27,6 +23,10 @@ __all__ = [
     "reset_learned",
     "tensor_headers",
 ]
+
+# What a model may be larger than twice its files: the head of another task, with tens of thousands of labels.
+_NEW_BYTES = 2**30
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def tensor_headers(file: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:

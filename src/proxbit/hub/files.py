@@ -48,9 +48,9 @@ def read_json(file: str | Path) -> Any:
         if len(content) > _JSON_BYTES:
             raise CheckpointError(f"{file.name} is damaged: it has more than {_JSON_BYTES:,} bytes.")
         return json.loads(content)
+    except CheckpointError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(
             f"{file.name} cannot be read ({type(error).__name__}: {error}). Download or copy it again."
         ) from error
