@@ -8,6 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "proxbit"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = {
+    "blocks": 0,
     "errors": 0,
     "registry": 0,
     "shards": 0,

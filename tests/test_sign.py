@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from proxbit.sign import is_positive, sign
+from proxbit.sign import is_positive, reaches, sign
 
 VALUES = {
     "zero": (0.0, 1.0),
@@ -60,3 +60,14 @@ def test_the_input_is_untouched():
     values = torch.tensor([-2.0, 0.0, 2.0])
     sign(values)
     assert values.tolist() == [-2.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_from_a_boundary_on(dtype):
+    """One for all, or one a column; what is exactly at it reaches it."""
+    values = torch.tensor([[1.0, -2.0, math.nan], [1.5, 0.5, math.inf]], dtype=dtype, requires_grad=True)
+    assert reaches(values, 1).tolist() == [[1.0, 0.0, 0.0], [1.0, 0.0, 1.0]]
+    boundary = torch.tensor([1.5, -2.0, 9.0], dtype=dtype)
+    assert reaches(values, boundary).tolist() == [[0.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
+    assert sign(values, boundary).tolist() == [[-1.0, 1.0, -1.0], [1.0, 1.0, 1.0]]
+    assert not reaches(values, boundary).requires_grad and reaches(values, 1).dtype == dtype

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-__all__ = ["is_positive", "sign"]
+__all__ = ["is_positive", "reaches", "sign"]
 
 
 def is_positive(values: Tensor) -> Tensor:
@@ -20,7 +20,24 @@ def is_positive(values: Tensor) -> Tensor:
     return values >= 0
 
 
-def sign(values: Tensor) -> Tensor:
+def reaches(values: Tensor, boundary: Tensor | float) -> Tensor:
+    r"""The indicator of values that are not below a boundary, as numbers.
+
+    Formula:
+        1[x \ge b]
+
+    Args:
+        values: x, any shape, floating point; NaN is below everything.
+        boundary: b, a number, or a tensor that broadcasts to the shape of x and has its dtype.
+
+    Returns:
+        0.0 and 1.0, same shape, dtype and device as x.
+    """
+    # Written as floats: on a CPU, a comparison that makes booleans, and their conversion, take five times as long each.
+    return values.detach().clone().ge_(boundary)
+
+
+def sign(values: Tensor, boundary: Tensor | float = 0.0) -> Tensor:
     r"""Sign with values in {-1, +1}.
 
     Formula:
@@ -28,6 +45,7 @@ def sign(values: Tensor) -> Tensor:
 
     Args:
         values: any shape, floating point.
+        boundary: where +1 begins, as in `reaches`.
 
     Returns:
         Same shape, dtype and device.
@@ -37,5 +55,4 @@ def sign(values: Tensor) -> Tensor:
         >>> sign(torch.tensor([-2.0, -0.0, 0.0, 3.0]))
         tensor([-1.,  1.,  1.,  1.])
     """
-    # Three times as fast as torch.where on a CPU.
-    return is_positive(values).to(values.dtype).mul_(2).sub_(1)
+    return reaches(values, boundary).mul_(2).sub_(1)

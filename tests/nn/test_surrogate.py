@@ -1,4 +1,4 @@
-"""Two levels: by a mask or by F of a pair, with B of the pair as the gradient."""
+"""Two levels: those given or by F of a pair, with B of the pair as the gradient."""
 
 import pytest
 import torch
@@ -12,9 +12,9 @@ from proxbit.quantizers import get_pair
 def test_values_and_gradients(name, hard):
     pair, mu = get_pair(name), torch.tensor(2.0, dtype=torch.float64)
     units = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
-    is_plus = torch.rand(5, 7) > 0.5
-    result = binarize_units(units, is_plus, mu, pair, hard)
-    expected = torch.where(is_plus, 1.0, -1.0).double() if hard else pair.forward(units.detach(), mu)
+    levels = torch.where(torch.rand(5, 7) > 0.5, 1.0, -1.0)
+    result = binarize_units(units, levels, mu, pair, hard)
+    expected = levels.double() if hard else pair.forward(units.detach(), mu)
     assert torch.equal(result.detach(), expected)
     grad = torch.randn(5, 7, dtype=torch.float64)
     mu_before = mu.clone()

@@ -8,6 +8,7 @@ import torch
 
 from pair_formulas import ROWS, swish, swish_slope, units, weight_and_gradient
 from pair_formulas import plus_minus as signs
+from proxbit import blocks
 from proxbit.quantizers import PAIRS, autograd, compose, get_pair, hard_rows, quantize
 from proxbit.quantizers.proximal import BINARYRELAX, IDENTITY
 from proxbit.quantizers.transforms import SIGN_SWISH
@@ -91,7 +92,7 @@ def test_many_blocks_are_one(name, center, normalize, scale, monkeypatch):
     ):
         start, grad, results = latent_of(shape, dtype).detach(), torch.randn(shape).to(dtype), []
         for block in (131072, 30):
-            monkeypatch.setattr(autograd, "BLOCK", block // torch.get_num_threads())
+            monkeypatch.setattr(blocks, "BLOCK", block // torch.get_num_threads())
             latent = start.clone().requires_grad_()
             assert (blocks_of(latent) > 1) == (block < latent.numel())
             modes = {"normalize": normalize, "scale": scale, "center": center, "hard": hard}
@@ -105,7 +106,7 @@ def test_many_blocks_are_one(name, center, normalize, scale, monkeypatch):
 
 @pytest.mark.parametrize("block", [131072, 1], ids=["one-block", "many-blocks"])
 def test_transposed_and_channels_last_latents(block, monkeypatch):
-    monkeypatch.setattr(autograd, "BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK", block)
     for latent in (latent_of((7, 5)).t(), latent_of((4, 3, 2, 2)).to(memory_format=torch.channels_last)):
         view, plain = latent.detach().requires_grad_(), latent.detach().contiguous().requires_grad_()
         assert not view.is_contiguous()
@@ -121,7 +122,7 @@ def test_transposed_and_channels_last_latents(block, monkeypatch):
 @pytest.mark.parametrize("block", [131072, 1], ids=["one-block", "many-blocks"])
 def test_one_divisor_for_all_rows(block, monkeypatch):
     """DoReFa: a weight of two values, the mean size of all of it."""
-    monkeypatch.setattr(autograd, "BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK", block)
     latent = torch.tensor([[1.0, -2.0], [0.25, 0.75], [-6.0, 8.0]])
     weight = quantize(latent, torch.tensor(1.0), get_pair("dorefa"), normalize="tensor", scale="fixed")
     assert weight.tolist() == [[3.0, -3.0], [3.0, 3.0], [-3.0, 3.0]]
@@ -168,7 +169,7 @@ def test_gradcheck_where_the_backward_is_the_exact_gradient(name, mu, shape):
 @every_center
 def test_gradients_through_the_mean_and_second_derivatives(center, block, monkeypatch):
     """For bnn++ in the raw form B is the derivative of F, and the mean is linear: a smooth function like any other."""
-    monkeypatch.setattr(autograd, "BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK", block)
     latent, mu = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.tensor(1.3, dtype=torch.float64)
     assert (blocks_of(latent) > 1) == (block == 1)
     for pair in (get_pair("bnn++"), compose(IDENTITY, lambda p, mu: (mu * p).tanh())):

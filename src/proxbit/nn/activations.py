@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from proxbit.errors import ConfigError
 from proxbit.kernels import quantize_activations, unpack_signs
+from proxbit.nn.blockwise import Blockwise, is_plain
 from proxbit.nn.learned import SMALLEST, Learned, lsq_scale
 from proxbit.nn.surrogate import binarize_units
 from proxbit.quantizers import QuantizerPair, get_pair
+from proxbit.sign import sign
 
 __all__ = [
     "ACTIVATIONS",
@@ -110,6 +112,31 @@ class ActivationQuantizer(Learned):
             Same shape and dtype.
         """
         return x
+
+    def times(self, x: Tensor, weight: Tensor, bias: Tensor | None, hard: bool = True) -> Tensor:
+        """The product of `forward` and a weight; for the backward pass x is kept, and not what `forward` makes of it.
+
+        Args:
+            x: `[..., I]`.
+            weight: `[O, I]`.
+            bias: `[O]` or None.
+            hard: as in `forward`.
+
+        Returns:
+            `[..., O]`.
+        """
+        if is_plain():
+            return nn.functional.linear(self(x, hard), weight, bias)
+        learned = dict(self.named_parameters())
+
+        def tokens(*tensors: Tensor) -> tuple[Tensor]:
+            numbers = dict(zip(learned, tensors[:-1], strict=True))
+            made: Tensor = torch.func.functional_call(self, numbers, (tensors[-1], hard))
+            return (made,)
+
+        rows = x.reshape(-1, self.columns)
+        product = Blockwise(tokens, self.columns).times(weight, bias, tuple(learned.values()), rows)
+        return product.view(*x.shape[:-1], len(weight))
 
     def parts(self, x: Tensor, hard: bool = True) -> tuple[Tensor, Tensor]:
         """`forward` as codes times their unit; codes are whole numbers where `hard`.
@@ -263,14 +290,20 @@ class SignActivation(ActivationQuantizer):
         """From where on the upper level is taken, `[I]`."""
         return self.threshold
 
-    def _binarize(self, units: Tensor, x: Tensor, hard: bool) -> Tensor:
+    def _units(self, x: Tensor) -> Tensor:
+        """x in units whose levels are -1 and +1, with the gradient of what is learned."""
+        size = self._positive_scale().detach()
+        return torch.addcmul(-self.threshold / size, x, 1 / size)
+
+    def _two_levels(self, x: Tensor, hard: bool) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        is_plus = x.to(wide) >= self._boundary().to(wide)
-        return binarize_units(units, is_plus, self.mu, self.pair, hard)
+        levels = sign(x.to(wide), self._boundary().detach().to(wide))
+        if hard and not torch.is_grad_enabled():
+            return levels
+        return binarize_units(self._units(x.to(wide)), levels, self.mu, self.pair, hard)
 
     def parts(self, x: Tensor, hard: bool = True) -> tuple[Tensor, Tensor]:
-        scale = self._positive_scale()
-        return self._binarize((x - self.threshold) / scale.detach(), x, hard), scale
+        return self._two_levels(x, hard), self._positive_scale()
 
     def forward(self, x: Tensor, hard: bool = True) -> Tensor:
         codes, scale = self.parts(x, hard)
@@ -307,10 +340,12 @@ class ElasticActivation(SignActivation):
     def _boundary(self) -> Tensor:
         return self.threshold + self._positive_scale() / 2
 
+    def _units(self, x: Tensor) -> Tensor:
+        half = self._positive_scale() / 2
+        return torch.addcmul(-self.threshold / half - 1, x, 1 / half)
+
     def parts(self, x: Tensor, hard: bool = True) -> tuple[Tensor, Tensor]:
-        scale = self._positive_scale()
-        units = (x - self.threshold) / (scale / 2) - 1
-        return (self._binarize(units, x, hard) + 1) / 2, scale
+        return (self._two_levels(x, hard) + 1) / 2, self._positive_scale()
 
     def fold(self, scale: Tensor, bias: Tensor | None, weight: Tensor) -> Folded:
         half = scale * (self._positive_scale() / 2).to(scale.dtype)

@@ -4,20 +4,20 @@ They take what its attention functions take, and treat masks, dropout and groupe
 whole numbers; softmax is that of floats. Gradients pass the rounding straight, and signs with the B of a pair.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from proxbit.nn.activations import DEFAULT_ACTIVATION_PAIR
-from proxbit.nn.probabilities import BinaryProbabilities, even_share
-from proxbit.nn.recomputed import recomputed
+from proxbit.nn.blockwise import Blockwise, is_plain
+from proxbit.nn.probabilities import BinaryProbabilities, binarize_probabilities, even_share
 from proxbit.nn.surrogate import binarize_units
 from proxbit.quantizers import get_pair
-from proxbit.sign import is_positive
+from proxbit.sign import reaches, sign
 
 __all__ = ["ATTENTIONS", "BINARY", "LEARNED_SCALE", "Attention", "binary_attention", "int8_attention"]
 
@@ -28,10 +28,15 @@ LEARNED_SCALE = "binary_probabilities"
 _SMALLEST = 1e-30
 
 
+def _straight(values: Tensor, units: Tensor) -> Tensor:
+    """The values, with the gradient of the units."""
+    return values + (units - units.detach())
+
+
 def _rounded(x: Tensor, step: Tensor, peak: int) -> Tensor:
     """x / step as a whole number up to `peak`; the gradient passes straight."""
     units = x / step.clamp(min=_SMALLEST)
-    return units + (units.round().clamp(-peak, peak) - units).detach()
+    return _straight(units.detach().round().clamp_(-peak, peak), units)
 
 
 def _int8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -45,10 +50,12 @@ def _signs(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     size = x.abs().mean(dim=dim, keepdim=True)
     pair = get_pair(DEFAULT_ACTIVATION_PAIR)
     units = x / size.detach().clamp(min=_SMALLEST)
-    return binarize_units(units, is_positive(x), torch.tensor(pair.schedule[1], dtype=torch.float64), pair), size
+    return binarize_units(units, sign(x), torch.tensor(pair.schedule[1], dtype=torch.float64), pair), size
 
 
 def _masked_softmax(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    if mask is None and not is_causal:
+        return scores.softmax(dim=-1)
     if is_causal:
         length, keys = scores.shape[-2:]
         future = torch.ones(length, keys, dtype=torch.bool, device=scores.device).triu(keys - length + 1)
@@ -62,24 +69,25 @@ def _masked_softmax(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Ten
     return probabilities.masked_fill(nothing, 0.0)
 
 
-def _uint8(probabilities: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
+def _uint8(probabilities: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     step = probabilities.detach().amax(dim=-1, keepdim=True) / 255
     return _rounded(probabilities, step, 255), step
 
 
-def _zero_or_one(probabilities: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
-    """As the module learned it; else 1 where a key has its even share of the probability, and the mean of those."""
-    learned = getattr(module, LEARNED_SCALE, None)
-    if isinstance(learned, BinaryProbabilities):
-        result: tuple[Tensor, Tensor] = learned(probabilities)
-        return result
+def _zero_or_one(probabilities: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As the scale was learned; else 1 where a key has its even share of the probability, and the mean of those."""
+    if scale is not None:
+        return binarize_probabilities(probabilities, scale)
     share = even_share(probabilities)
-    is_one = (probabilities >= share) & (probabilities > 0)
+    is_one = reaches(probabilities, share)
     # Units of an elastic quantizer whose upper level is twice the even share.
-    inside = probabilities * (probabilities <= 2 * share) / (2 * share)
-    codes = inside + (is_one.to(inside.dtype) - inside).detach()
     size = (probabilities * is_one).sum(dim=-1, keepdim=True) / is_one.sum(dim=-1, keepdim=True).clamp(min=1)
-    return codes, size
+    return _straight(is_one, (probabilities / (2 * share)).clamp(max=1)), size
+
+
+def _of_every_row(tensor: Tensor, batch: int) -> Tensor:
+    """A mask or a bias with as many rows as the batch; no copy."""
+    return tensor.expand(batch, *tensor.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -92,11 +100,11 @@ class Attention:
 
     Args:
         quantize: `(x, dim) -> whole numbers, their size along dim`, for queries, keys and values.
-        quantize_probabilities: likewise of P along its rows, `(P, module)`.
+        quantize_probabilities: likewise of P along its rows, `(P, learned scale or None)`.
     """
 
     quantize: Callable[[Tensor, int], tuple[Tensor, Tensor]]
-    quantize_probabilities: Callable[[Tensor, nn.Module], tuple[Tensor, Tensor]]
+    quantize_probabilities: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
     def __call__(
         self,
@@ -137,30 +145,47 @@ class Attention:
         key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
         is_causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
         is_causal = query.shape[2] > 1 and attention_mask is None and is_causal
-        p = dropout if module.training else 0.0
-        attend = partial(self._attend, module, attention_mask, p, scaling, is_causal, position_bias)
-        result, probabilities = recomputed(attend, query, key, value, random=p > 0)
+        learned = getattr(module, LEARNED_SCALE, None)
+        scales = (learned.scale,) if isinstance(learned, BinaryProbabilities) else ()
+        batch, heads, length, _ = query.shape
+        shape = (batch, heads, length, key.shape[2])
+        extras = {"mask": attention_mask, "bias": position_bias}
+        if dropout and module.training:
+            extras["kept"] = nn.functional.dropout(query.new_ones(shape), dropout)
+        rows = {name: _of_every_row(each, batch) for name, each in extras.items() if each is not None}
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+        def attend(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            scale, rest = tensors[: len(scales)], tensors[len(scales) :]
+            given = dict(zip(rows, rest[3:], strict=True))
+            return self._attend(*rest[:3], *scale, scaling=scaling, is_causal=is_causal, **given)
+
+        if is_plain():
+            result, probabilities = attend(*scales, query, key, value, *rows.values())
+        else:
+            blockwise = Blockwise(attend, math.prod(shape[1:]))
+            result, probabilities = blockwise(scales, (query, key, value, *rows.values()))
         return result.transpose(1, 2).contiguous().to(dtype), probabilities.to(dtype)
 
     def _attend(
         self,
-        module: nn.Module,
-        attention_mask: Tensor | None,
-        dropout: float,
-        scaling: float | None,
-        is_causal: bool,
-        position_bias: Tensor | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        scale: Tensor | None = None,
+        *,
+        scaling: float,
+        is_causal: bool,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(query.device.type, enabled=False):
             (q, q_step), (k, k_step) = self.quantize(query, -1), self.quantize(key, -1)
-            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             scores = (q @ k.transpose(-1, -2)) * (q_step * scaling) * k_step.transpose(-1, -2)
-            scores = scores if position_bias is None else scores + position_bias.to(scores.dtype)
-            p, p_step = self.quantize_probabilities(_masked_softmax(scores, attention_mask, is_causal), module)
-            p = nn.functional.dropout(p, dropout)
+            scores = scores if bias is None else scores + bias.to(scores.dtype)
+            p, p_step = self.quantize_probabilities(_masked_softmax(scores, mask, is_causal), scale)
+            p = p if kept is None else p * kept
             v, v_step = self.quantize(value, -2)
             return (p @ v) * p_step * v_step, p * p_step
 

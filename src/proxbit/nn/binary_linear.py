@@ -1,6 +1,5 @@
 """A linear layer with latent weights."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from proxbit.errors import ConfigError
 from proxbit.kernels import pack_signs
 from proxbit.nn.accumulators import Accumulator
 from proxbit.nn.latent import LatentWeight
-from proxbit.nn.recomputed import recomputed
 from proxbit.nn.surroundings import Surroundings, add_offset, packed_product
 from proxbit.quantizers import QuantizerPair
 
@@ -109,11 +107,8 @@ class BinaryLinear(LatentWeight, Surroundings, nn.Linear):
         elif self.activations == "float":
             result = nn.functional.linear(input, self.effective_weight(), self.bias)
         else:
-            result = recomputed(partial(self._product, hard=self.is_hard), input, self.effective_weight())
+            result = self.activation.times(input, self.effective_weight(), self.bias, self.is_hard)
         return self.finish(result, input)
-
-    def _product(self, input: Tensor, weight: Tensor, hard: bool) -> Tensor:
-        return nn.functional.linear(self.activation(input, hard), weight, self.bias)
 
     def _narrow(self, input: Tensor) -> Tensor:
         """With sums that end in the accumulator: of codes times F in units of the row scale, +-1 where F is hard."""

@@ -8,13 +8,21 @@ from torch import Tensor, nn
 
 from proxbit.nn.activations import upper_level
 from proxbit.nn.learned import SMALLEST, Learned, lsq_scale
+from proxbit.sign import reaches
 
-__all__ = ["BinaryProbabilities", "even_share"]
+__all__ = ["BinaryProbabilities", "binarize_probabilities", "even_share"]
 
 
 def even_share(probabilities: Tensor) -> Tensor:
     """1 / n of each row, `[..., 1]`: what each of the n keys that a query can see has if all have the same."""
-    return (probabilities > 0).sum(dim=-1, keepdim=True).clamp(min=1).to(probabilities.dtype).reciprocal()
+    return probabilities.detach().clone().gt_(0).sum(dim=-1, keepdim=True).clamp(min=1).reciprocal()
+
+
+def binarize_probabilities(probabilities: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`BinaryProbabilities` with this scale."""
+    size = lsq_scale(scale, probabilities.shape[-1]).to(probabilities.dtype) * even_share(probabilities)
+    units = (probabilities / size).clamp(max=1)
+    return reaches(probabilities, size.detach() / 2) + (units - units.detach()), size
 
 
 class BinaryProbabilities(Learned):
@@ -63,8 +71,4 @@ class BinaryProbabilities(Learned):
         Returns:
             p, `[..., K]`, and s_p, `[..., 1]`.
         """
-        scale = lsq_scale(self.scale, probabilities.shape[-1]).to(probabilities.dtype)
-        size = scale * even_share(probabilities)
-        units = (probabilities / size).clamp(max=1)
-        is_one = (probabilities >= size / 2).to(units.dtype)
-        return units + (is_one - units).detach(), size
+        return binarize_probabilities(probabilities, self.scale)

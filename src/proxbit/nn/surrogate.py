@@ -11,13 +11,13 @@ __all__ = ["binarize_units"]
 
 
 class _Binarize(torch.autograd.Function):
-    """F of a pair, or +1 and -1 by a mask; backward: B of the pair."""
+    """F of a pair, or the levels that are given; backward: B of the pair."""
 
     @staticmethod
-    def forward(ctx: Any, units: Tensor, is_plus: Tensor, mu: Tensor, pair: QuantizerPair, hard: bool) -> Tensor:
+    def forward(ctx: Any, units: Tensor, levels: Tensor, mu: Tensor, pair: QuantizerPair, hard: bool) -> Tensor:
         ctx.save_for_backward(units, mu.clone())
         ctx.pair = pair
-        return is_plus.to(units.dtype) * 2 - 1 if hard else pair.forward(units, mu).to(units.dtype)
+        return levels.to(units.dtype) if hard else pair.forward(units, mu).to(units.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -25,12 +25,12 @@ class _Binarize(torch.autograd.Function):
         return (ctx.pair.backward(units, mu) * grads[0]).to(units.dtype), None, None, None, None
 
 
-def binarize_units(units: Tensor, is_plus: Tensor, mu: Tensor, pair: QuantizerPair, hard: bool = True) -> Tensor:
+def binarize_units(units: Tensor, levels: Tensor, mu: Tensor, pair: QuantizerPair, hard: bool = True) -> Tensor:
     """Two levels with the gradient of a pair.
 
     Args:
         units: numbers whose levels are -1 and +1; any shape.
-        is_plus: where the upper level is taken, same shape.
+        levels: which of the two is taken, same shape.
         mu: sharpness.
         pair: F and B.
         hard: levels; without, F of the units.
@@ -38,5 +38,5 @@ def binarize_units(units: Tensor, is_plus: Tensor, mu: Tensor, pair: QuantizerPa
     Returns:
         Same shape and dtype as `units`; backward: B of the units.
     """
-    result: Tensor = _Binarize.apply(units, is_plus, mu, pair, hard)
+    result: Tensor = _Binarize.apply(units, levels, mu, pair, hard)
     return result

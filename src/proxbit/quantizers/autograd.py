@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from proxbit.blocks import row_blocks
 from proxbit.quantizers.pairs import QuantizerPair, compose
 from proxbit.quantizers.scaling import output_scale, row_divisor, row_offset
 from proxbit.shards import on_rows, placed_like, sum_of_rows, whole_rows
@@ -13,18 +14,10 @@ from proxbit.sign import sign
 
 __all__ = ["HardRows", "hard_rows", "quantize", "update_start"]
 
-# Elements a CPU thread works on at a time. F and B are long chains of elementwise operations: in blocks, what lies
-# between two of them stays in the cache, and takes no memory of the size of the weight.
-BLOCK = 131072
-
 
 def _blocks(rows: Tensor) -> list[slice]:
-    """The rows in blocks; in one piece where a compiler fuses the chain, where autograd records it, and on
-    accelerators, where starting a kernel is what costs."""
-    if rows.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return [slice(None)]
-    step = max(1, BLOCK * torch.get_num_threads() // max(1, rows.shape[1]))
-    return [slice(start, start + step) for start in range(0, max(1, len(rows)), step)]
+    """F and B are long chains of elementwise operations: in blocks, they take no memory of the size of the weight."""
+    return row_blocks(len(rows), rows.shape[1], rows.device)
 
 
 def _by_blocks(rows: Tensor, function: Callable[[slice, Tensor | None], Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from proxbit.quantizers.proximal import (
     Mu,
     ProximalMap,
 )
-from proxbit.sign import sign
+from proxbit.sign import reaches, sign
 
 __all__: list[str] = []
 
@@ -44,7 +44,7 @@ def _sign(w: Tensor, mu: Mu) -> Tensor:
 
 
 def _box(w: Tensor, mu: Mu) -> Tensor:
-    return (w.abs() <= 1).to(w.dtype)
+    return reaches(-w.abs(), -1)
 
 
 def _fourier_slope(w: Tensor, mu: Mu) -> Tensor:
@@ -56,13 +56,13 @@ def _reste(w: Tensor, mu: Mu) -> Tensor:
     size = w.abs()
     power = size.clamp(min=smallest) ** ((1 - mu) / mu) / mu
     secant = smallest ** (1 / mu) / smallest
-    inner = (size <= smallest).to(w.dtype)
-    return (inner * secant + (1 - inner) * power) * (size <= largest).to(w.dtype)
+    inner = reaches(-size, -smallest)
+    return (inner * secant + (1 - inner) * power) * reaches(-size, -largest)
 
 
 def _dsq(w: Tensor, mu: Mu) -> Tensor:
     scale = 1 / t.as_tensor_like(mu, w).tanh()
-    return scale * mu * (1 - (mu * w).tanh() ** 2) * (w.abs() <= 1).to(w.dtype)
+    return scale * mu * (1 - (mu * w).tanh() ** 2) * _box(w, mu)
 
 
 def _square_wave(w: Tensor, mu: Mu) -> Tensor:

@@ -168,7 +168,7 @@ def _polynomial(p: Tensor, mu: Mu) -> Tensor:
 
 
 def _polynomial_slope(p: Tensor, mu: Mu) -> Tensor:
-    return mu * (2 - 2 * (mu * p).abs()).clamp(min=0)
+    return (mu * p).abs().mul_(-2).add_(2).clamp_(min=0).mul_(mu)
 
 
 # The half period of the Fourier series is 2 pi, so that weights of a few row means lie on its flat top.

@@ -1,0 +1,156 @@
+"""Memory for time: what is cheap to compute is computed again in the backward pass, instead of being kept for it; and
+some rows at a time, so that what lies between two operations stays in the cache of a CPU.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from proxbit.blocks import row_blocks
+from proxbit.errors import ModelStateError
+
+__all__ = ["Blockwise", "is_plain"]
+
+Results = tuple[Tensor, ...]
+
+
+def is_plain() -> bool:
+    """Whether nothing is kept anyway, or a compiler decides by itself what to keep and what to fuse."""
+    return not torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+class Blockwise:
+    """A function of rows that do not know of each other. For the backward pass its inputs are kept, and nothing else.
+
+    It is for passes that autograd records, see `is_plain`; its gradients cannot be differentiated once more.
+
+    Args:
+        function: `(*shared, *rows) -> results`: tensors that all rows see, and rows, `[n, ...]` each; results are
+            `[n, ...]`. The same whenever it is called with the same tensors.
+        width: elements of one row at the widest place of the function.
+    """
+
+    def __init__(self, function: Callable[..., Results], width: int) -> None:
+        self.function, self.width = function, width
+
+    def __call__(self, shared: Sequence[Tensor], rows: Sequence[Tensor]) -> Results:
+        """The results."""
+        results: Results = _Rows.apply(_Pass(self, len(shared), rows[0]), *shared, *rows)
+        return results
+
+    def times(self, weight: Tensor, bias: Tensor | None, shared: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """The product of the one result, `[n, I]`, and a weight; the result is not kept either.
+
+        Args:
+            weight: `[O, I]`.
+            bias: `[O]` or None.
+            shared: as above.
+            rows: as above.
+
+        Returns:
+            `[n, O]`.
+        """
+        result: Tensor = _Product.apply(_Pass(self, len(shared), rows), weight, bias, *shared, rows)
+        return result
+
+
+class _Pass:
+    """One forward pass, and its backward pass."""
+
+    def __init__(self, blockwise: Blockwise, shared: int, rows: Tensor) -> None:
+        kind = rows.device.type
+        self.function, self.width, self.shared = blockwise.function, blockwise.width, shared
+        self.autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+    def _parts(self, tensors: Sequence[Tensor]) -> list[tuple[slice, list[Tensor]]]:
+        """By block of rows, what the function is called with."""
+        shared, rows = tensors[: self.shared], tensors[self.shared :]
+        blocks = row_blocks(len(rows[0]), self.width, rows[0].device)
+        return [(block, [*shared, *(each[block] for each in rows)]) for block in blocks]
+
+    def results(self, tensors: Sequence[Tensor]) -> Results:
+        parts, results = self._parts(tensors), Results()
+        for block, part in parts:
+            made = self.function(*part)
+            if len(parts) == 1:
+                return made
+            results = results or tuple(each.new_empty(len(tensors[self.shared]), *each.shape[1:]) for each in made)
+            for whole, each in zip(results, made, strict=True):
+                whole[block] = each
+        return results
+
+    def gradients(
+        self,
+        tensors: Sequence[Tensor],
+        needs: Sequence[bool],
+        grads: Sequence[Tensor | None],
+        values: Tensor | None = None,
+    ) -> list[Tensor | None]:
+        """Of the tensors that need one, by those of the results.
+
+        With `values`, that is given the one result once more, and its gradient becomes that of the rows in place.
+        """
+        if torch.is_grad_enabled():
+            raise ModelStateError(
+                "Quantized activations and attention have no second derivative: leave out create_graph."
+            )
+        wanted = [i for i, need in enumerate(needs) if need]
+        found: dict[int, Tensor] = {}
+        if values is not None and grads[0] is not None:
+            found[self.shared] = grads[0]
+        parts = self._parts(tensors)
+        for block, part in parts:
+            with torch.enable_grad(), self.autocast():
+                inputs = [each.detach().requires_grad_(need) for each, need in zip(part, needs, strict=True)]
+                made = self.function(*inputs)
+            if values is not None:
+                values[block] = made[0].detach()
+            pairs = [(result, grad[block]) for result, grad in zip(made, grads, strict=True) if grad is not None]
+            if not wanted or not pairs:
+                continue
+            results, gradients = zip(*pairs, strict=True)
+            pieces = torch.autograd.grad(results, [inputs[i] for i in wanted], gradients, materialize_grads=True)
+            for i, piece in zip(wanted, pieces, strict=True):
+                if i < self.shared:
+                    found[i] = found[i] + piece if i in found else piece
+                elif len(parts) == 1:
+                    found[i] = piece
+                else:
+                    found.setdefault(i, torch.empty_like(tensors[i]))[block] = piece
+        return [found.get(i) for i in range(len(tensors))]
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, once: _Pass, *tensors: Tensor) -> Results:
+        ctx.save_for_backward(*tensors)
+        ctx.once = once
+        ctx.set_materialize_grads(False)
+        return once.results(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *ctx.once.gradients(ctx.saved_tensors, ctx.needs_input_grad[1:], grads)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, once: _Pass, weight: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, *tensors)
+        ctx.once, ctx.bias_dtype = once, None if bias is None else bias.dtype
+        return nn.functional.linear(once.results(tensors)[0], weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (weight, *tensors) = grads, ctx.saved_tensors
+        _, of_weight, of_bias, *needs = ctx.needs_input_grad
+        # Under autocast the product was one of fewer bits, and so are its gradients.
+        back = (grad @ weight.to(grad.dtype)).to(tensors[-1].dtype)
+        values = torch.empty_like(back, dtype=grad.dtype)
+        found = ctx.once.gradients(tensors, needs, [back], values)
+        weight_grad = (grad.t() @ values).to(weight.dtype) if of_weight else None
+        bias_grad = grad.sum(0).to(ctx.bias_dtype) if of_bias else None
+        return None, weight_grad, bias_grad, *found
