@@ -21,11 +21,23 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 
+# What takes longest begins first, so that no worker is left with it at the end.
+LONGEST = ("processes", "test_examples.py", "test_faults.py", "test_families.py", "test_docs_run.py", "test_resume.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests of a file run in one worker, so that what they share is made once."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    marker = item.get_closest_marker("xdist_group")
+    assert marker is not None
+    name = marker.args[0].rpartition("/")[2]
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
 @pytest.fixture(autouse=True)

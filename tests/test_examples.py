@@ -55,7 +55,7 @@ def test_solar_cells_reloads_with_the_same_predictions(solar_cells):
 def test_custom_pair_is_judged_trained_and_packed(tmp_path):
     """In a few lines: fewer than 60, as its page promises."""
     example = EXAMPLES / "custom_quantizer_pair.py"
-    command = [sys.executable, str(example), "--epochs", "2"]
+    command = [sys.executable, str(example), "--epochs", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "arctangent: P is non-decreasing" in done.stdout
