@@ -1,4 +1,7 @@
-"""Two processes on the CPU, joined by gloo, that are started once and run what tests hand them."""
+"""Processes on the CPU, joined by gloo, that are started once and run what tests hand them.
+
+They are forked from a server that has imported everything once.
+"""
 
 import faulthandler
 import os
@@ -11,19 +14,21 @@ from typing import Any
 
 import torch
 
-WORLD = 2
+CONTEXT = get_context("forkserver")
+# By names of packages: the server does not know the folder of this file.
+CONTEXT.set_forkserver_preload(["proxbit.training", "transformers.models.vit.modeling_vit"])
 # Seconds until a call that does not come back is taken for processes that wait for each other.
 PATIENCE = 300
 
 
-def _environment(rank: int, port: int) -> dict[str, str]:
+def _environment(rank: int, world: int, port: int) -> dict[str, str]:
     """What `torchrun` and `accelerate launch` give a process."""
-    sizes = {"WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "RANK": rank, "LOCAL_RANK": rank}
+    sizes = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank}
     return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | {name: str(n) for name, n in sizes.items()}
 
 
-def _work(rank: int, port: int, calls: Connection) -> None:
-    os.environ |= _environment(rank, port)
+def _work(rank: int, world: int, port: int, calls: Connection) -> None:
+    os.environ |= _environment(rank, world, port)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     while True:
@@ -39,17 +44,16 @@ def _work(rank: int, port: int, calls: Connection) -> None:
 
 
 class Processes:
-    """Calls functions of importable modules in both processes, at the same time."""
+    """Calls functions of importable modules in all processes, at the same time."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: int = 2) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = get_context("spawn")
-        pipes = [context.Pipe() for _ in range(WORLD)]
+        pipes = [CONTEXT.Pipe() for _ in range(world)]
         self.calls = [mine for mine, _ in pipes]
         self.processes = [
-            context.Process(target=_work, args=(rank, port, theirs), daemon=True)
+            CONTEXT.Process(target=_work, args=(rank, world, port, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self.processes:
@@ -69,12 +73,12 @@ class Processes:
         if failures:
             # One may wait for the other for ever.
             self.end()
-            self.__init__()
+            self.__init__(len(self.calls))
             raise AssertionError("\n".join(failures))
         return [answer for _, answer in answers]
 
     def end(self) -> None:
-        """End both."""
+        """End all."""
         for process in self.processes:
             process.kill()
             process.join()

@@ -26,7 +26,7 @@ def check(first, second, tolerance=0.0):
         assert one == pytest.approx(other, abs=10 * tolerance)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "fsdp sharded"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2_full", "fsdp2_sharded_checkpoints"])
 def test_resuming_is_as_if_training_had_not_stopped(tmp_path, processes, pictures, engine):
     whole, _ = processes(fit, engine, tmp_path, pictures, **SETTINGS)
     checkpoint = str(tmp_path / "checkpoint-4")
