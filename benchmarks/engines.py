@@ -29,6 +29,8 @@ from processes import Processes
 from tiny_models import SIDE
 
 STEPS, SAVED, PICTURES, BATCH = 50, 25, 24, 8
+# Of a compiler, on two slow cores.
+PATIENCE = 1800
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Trainings:
         fixed = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": SAVED, "save_total_limit": None}
         sizes = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": BATCH // processes}
         if processes not in self.started:
-            self.started[processes] = Processes(processes)
+            self.started[processes] = Processes(processes, PATIENCE)
         kind = config if processes > 1 else "one"
         call = self.started[processes]
         return call(fit, kind, self.folder / name, self.pictures, **fixed, **sizes, **changes, **more)[0]

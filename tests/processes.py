@@ -17,8 +17,6 @@ import torch
 CONTEXT = get_context("forkserver")
 # By names of packages: the server does not know the folder of this file.
 CONTEXT.set_forkserver_preload(["proxbit.training", "transformers.models.vit.modeling_vit"])
-# Seconds until a call that does not come back is taken for processes that wait for each other.
-PATIENCE = 300
 
 
 def _environment(rank: int, world: int, port: int) -> dict[str, str]:
@@ -27,14 +25,14 @@ def _environment(rank: int, world: int, port: int) -> dict[str, str]:
     return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | {name: str(n) for name, n in sizes.items()}
 
 
-def _work(rank: int, world: int, port: int, calls: Connection) -> None:
+def _work(rank: int, world: int, port: int, patience: int, calls: Connection) -> None:
     os.environ |= _environment(rank, world, port)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     while True:
         function, args, kwargs = calls.recv()
         torch.manual_seed(0)
-        faulthandler.dump_traceback_later(PATIENCE - 10)
+        faulthandler.dump_traceback_later(patience - 10)
         try:
             answer = (True, function(*args, **kwargs))
         except BaseException:
@@ -44,16 +42,22 @@ def _work(rank: int, world: int, port: int, calls: Connection) -> None:
 
 
 class Processes:
-    """Calls functions of importable modules in all processes, at the same time."""
+    """Calls functions of importable modules in all processes, at the same time.
 
-    def __init__(self, world: int = 2) -> None:
+    Args:
+        world: how many.
+        patience: seconds until a call that does not come back is taken for processes that wait for each other.
+    """
+
+    def __init__(self, world: int = 2, patience: int = 300) -> None:
+        self.patience = patience
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         pipes = [CONTEXT.Pipe() for _ in range(world)]
         self.calls = [mine for mine, _ in pipes]
         self.processes = [
-            CONTEXT.Process(target=_work, args=(rank, world, port, theirs), daemon=True)
+            CONTEXT.Process(target=_work, args=(rank, world, port, patience, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self.processes:
@@ -65,7 +69,7 @@ class Processes:
             call.send((function, args, kwargs))
         answers = []
         for rank, call in enumerate(self.calls):
-            if not call.poll(PATIENCE):
+            if not call.poll(self.patience):
                 answers.append((False, f"The process of rank {rank} did not come back."))
             else:
                 answers.append(call.recv())
@@ -73,7 +77,7 @@ class Processes:
         if failures:
             # One may wait for the other for ever.
             self.end()
-            self.__init__(len(self.calls))
+            self.__init__(len(self.calls), self.patience)
             raise AssertionError("\n".join(failures))
         return [answer for _, answer in answers]
 

@@ -61,6 +61,20 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, processes, picture
     same_weights(first["packed"], second["packed"])
 
 
+def test_four_processes_in_two_groups(tmp_path, four_processes, pictures):
+    """Weights are spread within a group, and gradients averaged over both."""
+    alone = fit("one", tmp_path / "one", pictures, per_device_train_batch_size=8, **SHORT)
+    sizes = dict(per_device_train_batch_size=2, per_device_eval_batch_size=2)
+    first, *others = four_processes(fit, "fsdp2_hybrid", tmp_path / "four", pictures, **SHORT, **sizes)
+    differences = apart(alone["curve"], first["curve"])
+    assert differences["loss"] < 1e-5 and differences["flip_ratio"] == 0
+    assert other_share(alone["packed"], first["packed"]) <= 1e-3
+    for other in others:
+        assert other["curve"] == first["curve"]
+        same_weights(first["weights"], other["weights"])
+        same_weights(first["packed"], other["packed"])
+
+
 def test_the_run_is_written_once(tmp_path, processes, pictures):
     processes(fit, "fsdp2_full", tmp_path, pictures, **SHORT)
     events = [json.loads(line) for line in (tmp_path / "proxbit_run.jsonl").read_text().splitlines()]
