@@ -7,6 +7,7 @@ distributed training run, from `tests/`. DeepSpeed is run where it is installed.
 """
 
 import argparse
+import re
 import sys
 import tempfile
 import time
@@ -182,16 +183,23 @@ def examine(row: Row, train: Trainings) -> Found:
         whole = train(row.config, saved_by, row.changes)
         resumed = train(row.config, row.processes, row.changes, saved_by)
     except AssertionError as error:
-        return Found(failed=str(error).strip().splitlines()[-1], seconds=time.perf_counter() - begun)
+        said = explanation(str(error)).replace(f"{train.folder}/", "")
+        return Found(failed=said, seconds=time.perf_counter() - begun)
     alone = train("one", 1, row.like)
     reached = resumed if row.saved_by else whole
     return Found(difference(alone, reached), difference(whole, resumed), seconds=time.perf_counter() - begun)
 
 
+def explanation(traceback: str) -> str:
+    """The error that came first."""
+    lines = traceback.strip().splitlines()
+    return next((line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[-1])
+
+
 def cells(row: Row, found: Found) -> list[str]:
     """A line of the table."""
     if found.alone is None or found.resumed is None:
-        return [row.what, str(row.processes), found.failed, "", "", ""]
+        return [row.what, str(row.processes), found.failed.replace("|", "/"), "", "", ""]
     alone, resumed = found.alone, found.resumed
     share = f"{alone.bits} of {alone.all_bits:,} ({alone.bits / alone.all_bits:.3%})"
     again = "yes" if resumed.same else f"no: losses {resumed.loss:.1e} apart, {resumed.bits} bits"
@@ -216,7 +224,8 @@ def page(found: list[tuple[Row, Found]]) -> list[str]:
         "",
         f"`python benchmarks/engines.py`: a tiny ViT, {STEPS} steps of {BATCH} pictures in all, on CPUs with gloo; the "
         f"first {SAVED} steps resumed with a model of other weights. Columns 3 to 5 compare with one process and "
-        f"{BATCH} pictures, the last one with the same training, not stopped.",
+        f"{BATCH} pictures, the last one with the same training, not stopped. Packed bits are those of "
+        "`proxbit.packed_copy`.",
         "",
         ", ".join(f"{name} {version(name)}" for name in versions) + ".",
         "",

@@ -63,9 +63,10 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, processes, picture
 
 def test_four_processes_in_two_groups(tmp_path, four_processes, pictures):
     """Weights are spread within a group, and gradients averaged over both."""
-    alone = fit("one", tmp_path / "one", pictures, per_device_train_batch_size=8, **SHORT)
+    steps = dict(max_steps=4, hard_fraction=0.25)
+    alone = fit("one", tmp_path / "one", pictures, per_device_train_batch_size=8, **steps)
     sizes = dict(per_device_train_batch_size=2, per_device_eval_batch_size=2)
-    first, *others = four_processes(fit, "fsdp2_hybrid", tmp_path / "four", pictures, **SHORT, **sizes)
+    first, *others = four_processes(fit, "fsdp2_hybrid", tmp_path / "four", pictures, **steps, **sizes)
     differences = apart(alone["curve"], first["curve"])
     assert differences["loss"] < 1e-5 and differences["flip_ratio"] == 0
     assert other_share(alone["packed"], first["packed"]) <= 1e-3
