@@ -62,6 +62,14 @@ def processes():
 
 
 @pytest.fixture(scope="session")
+def four_processes():
+    """Four of them, for groups of two."""
+    started = Processes(4)
+    yield started
+    started.end()
+
+
+@pytest.fixture(scope="session")
 def photographs() -> list[np.ndarray]:
     """Two photographs, `[height, width, 3]` uint8, as they come with scikit-learn."""
     return load_sample_images().images

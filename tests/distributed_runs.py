@@ -3,8 +3,9 @@
 import os
 import runpy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,33 +21,13 @@ from transformers import PrinterCallback, ViTForImageClassification
 
 import proxbit
 from proxbit.config import BinarizationConfig
-from proxbit.hub.spread import packed_copy
+from proxbit.hub.spread import packed_copy, whole_weights
+from proxbit.shards import gathered
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer
 from proxbit.training.metrics import classification_metrics
 from tiny_models import LABELS, vit
 
-FSDP = dict(
-    ACCELERATE_USE_FSDP="true",
-    FSDP_VERSION="2",
-    FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-    FSDP_TRANSFORMER_CLS_TO_WRAP="ViTLayer",
-    FSDP_STATE_DICT_TYPE="FULL_STATE_DICT",
-)
-ENGINES: dict[str, dict[str, str]] = {
-    "one": {},
-    "ddp": {},
-    "fsdp": FSDP,
-    **{
-        f"zero-{stage}": dict(
-            ACCELERATE_USE_DEEPSPEED="true",
-            ACCELERATE_DEEPSPEED_ZERO_STAGE=str(stage),
-            ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL="true",
-            DS_ACCELERATOR="cpu",
-        )
-        for stage in (1, 2, 3)
-    },
-    "fsdp sharded": FSDP | dict(FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT"),
-}
+CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate_configs"
 
 
 @contextmanager
@@ -56,6 +37,7 @@ def engine(settings: dict[str, str]) -> Iterator[None]:
     It has FSDP and DeepSpeed on accelerators only: for these it is told that there is one.
     """
     if "ACCELERATE_USE_DEEPSPEED" in settings:
+        os.environ["DS_ACCELERATOR"] = "cpu"
         # It would compile a shortcut through shared memory.
         import_module("deepspeed").ops.__compatible_ops__.clear()
     before, prepare = dict(os.environ), PartialState._prepare_backend
@@ -114,7 +96,17 @@ def curve(trainer) -> list[dict[str, float]]:
 
 
 def fit(kind: str, folder, pictures, *, model: dict | None = None, resume: str | None = None, **changes: Any) -> dict:
-    with engine(ENGINES[kind]):
+    """Train, and say what came of it.
+
+    Args:
+        kind: "one", one process; or a file of `examples/accelerate_configs/`.
+        folder: of the output.
+        pictures: to train with, and the first of them to evaluate.
+        model: what `make` takes.
+        resume: a checkpoint.
+        **changes: of the arguments.
+    """
+    with engine({} if kind == "one" else settings_of(str(CONFIGS / f"{kind}.yaml"))):
         trainer = prepare(folder, pictures, make(**(model or {})), **changes)
         trainer.train(resume_from_checkpoint=resume)
         return outcome(trainer)
@@ -127,12 +119,31 @@ def outcome(trainer) -> dict[str, Any]:
         "evaluation": {key: value for key, value in evaluation.items() if "time" not in key and "second" not in key},
         "packed": packed_copy(trainer.model).state_dict(),
         "distributed": str(trainer.accelerator.distributed_type),
-        "weights": {name: whole(value) for name, value in trainer.model.state_dict().items()},
+        "weights": whole_state(trainer.model),
     }
 
 
-def whole(value: torch.Tensor) -> torch.Tensor:
-    return (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
+def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All weights, wherever an engine has them."""
+    with ExitStack() as gathered_for_zero:
+        for module in model.modules():
+            gathered_for_zero.enter_context(whole_weights(module))
+        return {name: gathered(value).detach().clone() for name, value in model.state_dict().items()}
+
+
+def apart(first: list[dict[str, float]], second: list[dict[str, float]]) -> dict[str, float]:
+    """The largest difference of each logged number."""
+    assert len(first) == len(second) > 0
+    return {name: max(abs(a[name] - b[name]) for a, b in zip(first, second)) for name in first[0]}
+
+
+def other_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """How many of the packed bits differ, and of how many."""
+    assert first.keys() == second.keys()
+    packed = [name for name, value in first.items() if value.dtype == torch.uint8]
+    changed = [first[name] ^ second[name] for name in packed]
+    different = sum(int(sum(((bits >> place) & 1).sum() for place in range(8))) for bits in changed)
+    return different, sum(8 * bits.numel() for bits in changed)
 
 
 def settings_of(file: str, *options: str) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Two processes on the CPU, joined by gloo, that are started once and run what tests hand them."""
+"""Processes on the CPU, joined by gloo, that are started once and run what tests hand them.
+
+They are forked from a server that has imported everything once.
+"""
 
 import faulthandler
 import os
@@ -11,25 +14,25 @@ from typing import Any
 
 import torch
 
-WORLD = 2
-# Seconds until a call that does not come back is taken for processes that wait for each other.
-PATIENCE = 300
+CONTEXT = get_context("forkserver")
+# By names of packages: the server does not know the folder of this file.
+CONTEXT.set_forkserver_preload(["proxbit.training", "transformers.models.vit.modeling_vit"])
 
 
-def _environment(rank: int, port: int) -> dict[str, str]:
+def _environment(rank: int, world: int, port: int) -> dict[str, str]:
     """What `torchrun` and `accelerate launch` give a process."""
-    sizes = {"WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "RANK": rank, "LOCAL_RANK": rank}
+    sizes = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank}
     return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | {name: str(n) for name, n in sizes.items()}
 
 
-def _work(rank: int, port: int, calls: Connection) -> None:
-    os.environ |= _environment(rank, port)
+def _work(rank: int, world: int, port: int, patience: int, calls: Connection) -> None:
+    os.environ |= _environment(rank, world, port)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     while True:
         function, args, kwargs = calls.recv()
         torch.manual_seed(0)
-        faulthandler.dump_traceback_later(PATIENCE - 10)
+        faulthandler.dump_traceback_later(patience - 10)
         try:
             answer = (True, function(*args, **kwargs))
         except BaseException:
@@ -39,17 +42,22 @@ def _work(rank: int, port: int, calls: Connection) -> None:
 
 
 class Processes:
-    """Calls functions of importable modules in both processes, at the same time."""
+    """Calls functions of importable modules in all processes, at the same time.
 
-    def __init__(self) -> None:
+    Args:
+        world: how many.
+        patience: seconds until a call that does not come back is taken for processes that wait for each other.
+    """
+
+    def __init__(self, world: int = 2, patience: int = 300) -> None:
+        self.patience = patience
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = get_context("spawn")
-        pipes = [context.Pipe() for _ in range(WORLD)]
+        pipes = [CONTEXT.Pipe() for _ in range(world)]
         self.calls = [mine for mine, _ in pipes]
         self.processes = [
-            context.Process(target=_work, args=(rank, port, theirs), daemon=True)
+            CONTEXT.Process(target=_work, args=(rank, world, port, patience, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self.processes:
@@ -61,7 +69,7 @@ class Processes:
             call.send((function, args, kwargs))
         answers = []
         for rank, call in enumerate(self.calls):
-            if not call.poll(PATIENCE):
+            if not call.poll(self.patience):
                 answers.append((False, f"The process of rank {rank} did not come back."))
             else:
                 answers.append(call.recv())
@@ -69,12 +77,12 @@ class Processes:
         if failures:
             # One may wait for the other for ever.
             self.end()
-            self.__init__()
+            self.__init__(len(self.calls), self.patience)
             raise AssertionError("\n".join(failures))
         return [answer for _, answer in answers]
 
     def end(self) -> None:
-        """End both."""
+        """End all."""
         for process in self.processes:
             process.kill()
             process.join()

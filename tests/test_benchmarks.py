@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from proxbit.analysis.environment import environment
 from proxbit.analysis.timing import Timings
@@ -129,3 +130,32 @@ def test_every_method_trains_and_is_packed(script, tmp_path, monkeypatch):
             result = accuracy.run(accuracy.Run(16, method, column, 0, 0), tmp_path)
             assert 0 <= result["accuracy"] <= 1
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_every_engine_is_compared(script):
+    """All files of the examples, but the one that the Trainer has on accelerators only."""
+    configs = {path.stem for path in (BENCHMARKS.parent / "examples" / "accelerate_configs").iterdir()}
+    assert {row.config for row in script("engines").ROWS} == configs - {"fsdp2_bf16"} | {"one"}
+
+
+def test_what_two_trainings_differ_by(script):
+    """One flip of ten at step 2, three bits, and the loss."""
+    engines = script("engines")
+
+    def made(loss, flips, byte):
+        curve = [{"loss": 1.0, "flip_ratio": 0.0}, {"loss": loss, "flip_ratio": flips}]
+        packed = {"fc.weight": torch.tensor([[byte]], dtype=torch.uint8), "fc.weight_scale": torch.ones(1)}
+        return {"curve": curve, "packed": packed, "weights": {"fc.weight": torch.zeros(1, 10)}}
+
+    first, second = made(2.0, 0.5, 0b1110), made(2.25, 0.6, 0b0001_1000)
+    assert engines.difference(first, second) == engines.Difference(0.25, 1, 3, 8, False)
+    assert engines.difference(first, first) == engines.Difference(0, 0, 0, 8, True)
+    found = engines.Found(engines.difference(first, second), engines.difference(first, first))
+    assert engines.cells(engines.ROWS[1], found)[2:] == ["2.5e-01", "1", "3 of 8 (37.500%)", "yes"]
+
+
+def test_a_row_says_why_there_is_nothing(script):
+    engines = script("engines")
+    said = engines.explanation("rank 0: Traceback\n  File x\nlib.SomeError: it | broke\n\nOther: ...\nValueError: so")
+    cells = engines.cells(engines.ROWS[1], engines.Found(failed=said))
+    assert said == "lib.SomeError: it | broke" and cells[2] == "lib.SomeError: it / broke"

@@ -26,7 +26,7 @@ def check(first, second, tolerance=0.0):
         assert one == pytest.approx(other, abs=10 * tolerance)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "fsdp sharded"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2_full", "fsdp2_sharded_checkpoints"])
 def test_resuming_is_as_if_training_had_not_stopped(tmp_path, processes, pictures, engine):
     whole, _ = processes(fit, engine, tmp_path, pictures, **SETTINGS)
     checkpoint = str(tmp_path / "checkpoint-4")
@@ -46,3 +46,13 @@ def test_another_number_of_processes(tmp_path, processes, pictures):
         fit, "ddp", tmp_path / "two", pictures, resume=str(tmp_path / "one" / "checkpoint-4"), **SETTINGS
     )
     check(one, resumed, tolerance=2e-5)
+
+
+def test_four_processes_go_on_where_two_stopped(tmp_path, processes, four_processes, pictures):
+    """Every process has written its part, and reads others."""
+    kind, checkpoint = "fsdp2_sharded_checkpoints", str(tmp_path / "checkpoint-4")
+    two, _ = processes(fit, kind, tmp_path, pictures, **SETTINGS)
+    sizes = dict(per_device_train_batch_size=2, per_device_eval_batch_size=2)
+    four = four_processes(fit, kind, tmp_path, pictures, model=dict(seed=2), resume=checkpoint, **SETTINGS, **sizes)
+    for each in four:
+        check(two, each, tolerance=2e-5)

@@ -24,6 +24,7 @@ from proxbit.hub.downloads import check_downloads
 from proxbit.hub.files import check_against_card
 from proxbit.hub.folders import check_folder
 from proxbit.hub.push_method import give_push, take_push
+from proxbit.hub.tensor_parallel import check_not_split
 from proxbit.nn import learned_modules
 from proxbit.patching import check_latents, check_packed_layers, matches, packed_layers, to_float, to_latent, to_packed
 
@@ -92,6 +93,7 @@ class ProxbitHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        check_not_split(model)
         restore_outlines(model, self._outlines)
         check_loaded(packed_layers(model))
         if self.pre_quantized:

@@ -1,0 +1,64 @@
+"""`tp_plan` in two processes: what it may split, and what it may not."""
+
+import pytest
+import torch
+from transformers import ViTForImageClassification
+from transformers.distributed import DistributedConfig
+
+import proxbit
+from distributed_runs import make
+from proxbit.errors import ConfigError
+from tiny_models import SIDE
+
+pytestmark = pytest.mark.xdist_group("processes")
+
+MLP = {"vit.layers.*.mlp.fc1": "colwise", "vit.layers.*.mlp.fc2": "rowwise"}
+
+
+def load(folder, plan):
+    return ViTForImageClassification.from_pretrained(
+        folder, distributed_config=DistributedConfig(tp_plan=plan, tp_size=2)
+    )
+
+
+def message(folder, plan):
+    """Of the error."""
+    try:
+        load(folder, plan)
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def answers(folder, plan, pictures):
+    model = load(folder, plan)
+    with torch.inference_mode():
+        return model(pictures).logits, type(model.classifier.weight).__name__
+
+
+@pytest.fixture(params=["latent", "packed"])
+def folder(request, tmp_path):
+    model = make()
+    if request.param == "packed":
+        proxbit.pack(model)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_float_layers_are_split(folder, processes, crops):
+    pictures = crops(4, SIDE)
+    expected = ViTForImageClassification.from_pretrained(folder)(pictures).logits
+    for found, kind in processes(answers, folder, {"classifier": "colwise_gather_output"}, pictures):
+        assert kind == "DTensor"
+        torch.testing.assert_close(found, expected)
+
+
+def test_other_layers_are_refused(folder, processes):
+    """All four of them, before anything is computed from halves of rows."""
+    for found in processes(message, folder, MLP):
+        assert found.startswith(f"{ConfigError.__name__}: The tp_plan splits vit.layers.0.mlp.fc1 and 3 more")
+
+
+def test_a_model_without_a_plan_says_so(folder, processes):
+    for found in processes(message, folder, "auto"):
+        assert "`ViTForImageClassification` has no `tp_plan`" in found
