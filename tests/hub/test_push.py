@@ -148,10 +148,11 @@ def cut_off(folder):
 DAMAGE = {
     "no folder": (shutil.rmtree, CheckpointError, "holds no model: there is no config.json"),
     "no json": (lambda f: (f / "config.json").write_text("{"), CheckpointError, "config.json cannot be read"),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), CheckpointError, "config.json cannot be read"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), CheckpointError, "config.json is damaged"),
+    "a word": (lambda f: set_config(f, quantization_config="w1a8"), CheckpointError, "config.json is damaged"),
     "float": (lambda f: set_config(f, quantization_config=None), ModelStateError, "is float, not one of proxbit. Pack"),
     "foreign": (lambda f: set_config(f, quantization_config={"quant_method": "awq"}), ModelStateError, "is awq, not"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "lacks model.safetensors"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "has no file model.safetensors"),
     "cut off": (cut_off, CheckpointError, "model.safetensors is truncated or damaged"),
     "not packed": (
         lambda f: edit(f, lambda tensors: {key: tensor.float() for key, tensor in tensors.items()}),
@@ -190,7 +191,9 @@ def test_weights_that_are_not_those_of_the_card_are_refused(hub, release):
     assert hub.log == []
 
 
-@pytest.mark.parametrize("damage, words", [("shard", "lacks model-00002-of-00003"), ("index", "index.json is damaged")])
+@pytest.mark.parametrize(
+    "damage, words", [("shard", "model-00002-of-00003.safetensors is missing"), ("index", "index.json is damaged")]
+)
 def test_a_model_in_pieces_is_uploaded_whole_or_not_at_all(hub, shards, damage, words):
     if damage == "shard":
         (shards / "model-00002-of-00003.safetensors").unlink()
