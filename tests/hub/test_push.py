@@ -192,7 +192,7 @@ def test_weights_that_are_not_those_of_the_card_are_refused(hub, release):
 
 
 @pytest.mark.parametrize(
-    "damage, words", [("shard", "model-00002-of-00003.safetensors is missing"), ("index", "index.json is damaged")]
+    "damage, words", [("shard", "00002-of-00003.safetensors is missing"), ("index", "index.json is damaged")]
 )
 def test_a_model_in_pieces_is_uploaded_whole_or_not_at_all(hub, shards, damage, words):
     if damage == "shard":
