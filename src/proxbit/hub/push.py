@@ -20,7 +20,7 @@ from proxbit.hub.checkpoint import tensor_headers
 from proxbit.hub.client import client, first_line, one_line
 from proxbit.hub.files import CARD_NAME, check_files, read_json, weight_files
 from proxbit.hub.folders import folder_files
-from proxbit.hub.model_card import README, model_card
+from proxbit.hub.model_card import README, model_card, rename
 from proxbit.hub.release import write_release
 from proxbit.patching import state_of
 
@@ -81,7 +81,8 @@ def prepare_upload(
 
     Args:
         source: a packed model; or the folder of one. Of a folder what `save_pretrained` and `write_release` write is
-            taken, and cards that it lacks are added to the upload. Its subfolders stay where they are.
+            taken. Cards that it lacks are added to the upload, and those that it has name `repo` in the upload. Its
+            subfolders stay where they are.
         repo: owner/name, or a name of the user's.
         revision: a branch; `upload` makes it if there is none.
         token: as in `huggingface_hub`; None: the one that is stored.
@@ -224,6 +225,7 @@ def _copy_release(
     weights = weight_files(folder)
     if (folder / CARD_NAME).is_file():
         check_files(folder / CARD_NAME, weights)
+        _name_cards(folder, run["model_id"])
     missing = [name for name in (CARD_NAME, README) if not (folder / name).is_file()]
     if not missing:
         return
@@ -235,6 +237,15 @@ def _copy_release(
         card = QuantizationCard.load(folder)
         text = model_card(model, card, run=run, name=folder.name, processing_class=processor, tags=tags)
         text.save(folder / README)
+
+
+def _name_cards(folder: Path, repo: str) -> None:
+    """Write the place on the Hub into the cards of a release, which was written before it had one."""
+    card, readme = QuantizationCard.load(folder), folder / README
+    QuantizationCard({**card.values, "model_id": repo}).save(folder)
+    if readme.is_file():
+        text = rename(readme.read_bytes().decode("utf-8"), card["model_id"], repo)
+        readme.write_bytes(text.encode("utf-8"))
 
 
 def _load(folder: Path) -> PreTrainedModel:
