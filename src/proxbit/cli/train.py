@@ -108,6 +108,9 @@ def parse(arguments: list[str]) -> tuple[PictureArguments, ProxConnectArguments]
         raise ConfigError(f"These arguments do not work: {error}") from error
     if unknown:
         raise ConfigError(f"Unknown: {' '.join(unknown)}. See `proxbit train --help`.")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if getattr(training, name) < 1:
+            raise ConfigError(f"{name} must be 1 or more, not {getattr(training, name)}.")
     training.remove_unused_columns = False
     return pictures, training
 
@@ -211,15 +214,20 @@ def make_trainer(given: PictureArguments, args: ProxConnectArguments) -> ProxCon
     read = partial(read_labeled, numbers=numbers, name=given.model)
     train_set, test_set = read_data(train_split, test_split, read, given, args.seed)
     transform = partial(prepare, processor=processor)
-    return ProxConnectTrainer(
-        model=model,
-        args=args,
-        teacher=teacher,
-        train_dataset=train_set.with_transform(transform),
-        eval_dataset=test_set.with_transform(transform),
-        processing_class=processor,
-        compute_metrics=classification_metrics,
-    )
+    try:
+        return ProxConnectTrainer(
+            model=model,
+            args=args,
+            teacher=teacher,
+            train_dataset=train_set.with_transform(transform),
+            eval_dataset=test_set.with_transform(transform),
+            processing_class=processor,
+            compute_metrics=classification_metrics,
+        )
+    except ProxbitError:
+        raise
+    except (ValueError, ImportError, RuntimeError) as error:  # Such as `report_to` something that is not installed.
+        raise ConfigError(f"These arguments do not work: {error}") from error
 
 
 def train(context: typer.Context) -> None:
