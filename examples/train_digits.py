@@ -136,7 +136,7 @@ def main() -> None:
         drawn[first].save(options.out / "samples" / f"{digit}.png")
     print(proxbit.summary(model))
     print(f"accuracy on {len(test)} pictures: float {in_float:.1%}, packed {packed:.1%}")
-    print(f"Wrote {folder}, {options.out / 'samples'}")
+    print(f"Wrote {options.out / folder.name}, {options.out / 'samples'}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+RELEASE = "solar-cells-pvtv2-1bit"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_solar_cells_leaves_models_curves_and_results(solar_cells):
     assert len(results) == 1
     packed, latent = results[0]["packed, reloaded"], results[0]["latent, hard (simulated)"]
     assert packed["accuracy"] == latent["accuracy"]
-    assert packed["bytes"] == (run / "packed" / "model.safetensors").stat().st_size < latent["bytes"] / 8
+    assert packed["bytes"] == (run / RELEASE / "model.safetensors").stat().st_size < latent["bytes"] / 8
 
 
 def test_solar_cells_reloads_with_the_same_predictions(solar_cells):
@@ -44,7 +45,7 @@ def test_solar_cells_reloads_with_the_same_predictions(solar_cells):
     _, out = solar_cells
     command = [sys.executable, str(EXAMPLES / "finetune_solar_cells.py"), "--evaluate"]
     runs = [
-        subprocess.run([*command, str(out / "fold0-seed0" / "packed")], capture_output=True, text=True, check=True)
+        subprocess.run([*command, str(out / "fold0-seed0" / RELEASE)], capture_output=True, text=True, check=True)
         for _ in range(2)
     ]
     logits = [np.array(json.loads(run.stdout.splitlines()[-1])["logits"]) for run in runs]

@@ -70,11 +70,12 @@ for _name, _help in COMMANDS.items():
 
 
 def main() -> None:
-    """Run the program. What proxbit refuses is one line on standard error, and exit status 2."""
+    """Run the program. What proxbit or the file system refuses is one line on standard error, and exit status 2."""
     try:
         app()
     except Exception as error:
-        if not isinstance(error, import_module("proxbit.errors").ProxbitError):
+        no_place = isinstance(error, OSError) and error.filename is not None
+        if not no_place and not isinstance(error, import_module("proxbit.errors").ProxbitError):
             raise
         line = " ".join([str(error), *vars(error).get("__notes__", ())])
         Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(line)}", highlight=False)

@@ -1,5 +1,6 @@
 """The program as a whole: its commands, what it imports, and how it refuses; in a terminal and in a pipe."""
 
+import errno
 import fcntl
 import os
 import pty
@@ -139,6 +140,21 @@ def test_a_refusal_is_one_line_and_exit_status_2(monkeypatch, capsys, tmp_path):
     assert caught.value.code == 2
     assert "Error: Unknown quantizer pair '[red]bnn+++'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line_too(monkeypatch, capsys, tmp_path):
+    """The file system has the last word: a disk that is full, or read-only, looks like a good one before."""
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "x.png"))
+
+    monkeypatch.setattr(sys, "argv", ["proxbit", "env"])
+    monkeypatch.setattr("proxbit.cli.env.environment", full)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    shown = capsys.readouterr().err
+    assert "No space left on device" in shown and "x.png" in shown and shown.count("\n") == 1
 
 
 def test_what_is_added_to_an_error_is_in_its_line(monkeypatch, capsys):

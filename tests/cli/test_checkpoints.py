@@ -1,5 +1,7 @@
 """Names become models, models become folders; mistakes become sentences."""
 
+import json
+
 import pytest
 import torch
 import transformers as hf
@@ -48,6 +50,29 @@ def test_what_is_no_model_is_refused(folder, harm):
         torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="There is no model" if harm == "nowhere" else "safetensors"):
         load_model(str(folder / "nowhere" if harm == "nowhere" else folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (None, r"There is no model in '.*float': it holds no config.json"),
+        ("{", r"There is no model in '.*float' that can be read: .*JSON"),
+        ({"model_type": "nope"}, r"There is no model in '.*' that can be read: .*`nope`"),
+        (
+            {"hidden_size": "wide"},
+            r"There is no model in '.*' that can be read: .*'hidden_size'.* expected int, got str",
+        ),
+        ({"hidden_size": 40}, r"'.*' cannot be made: the weights have other sizes than its config.json says"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"'.*' cannot be made: .*requires"),
+    ],
+    ids=["none", "no json", "type", "kind", "sizes", "foreign"],
+)
+def test_what_is_wrong_with_a_configuration_is_said(folder, changes, words):
+    file = folder / "config.json"
+    text = json.dumps(json.loads(file.read_text()) | changes) if isinstance(changes, dict) else changes
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(CheckpointError, match=words):
+        load_model(str(folder))
 
 
 def test_there_need_be_no_processor(tmp_path):

@@ -80,19 +80,39 @@ def test_options_win_over_the_file(tmp_path):
         ("data: d", ["--model", "m", "--recipe", "w9"], "Unknown recipe 'w9'"),
         ("data: d", ["--model", "m", "--eval_fraction", "1"], "eval_fraction"),
         ("data: d", ["--model", "m", "--eval_strategy", "now"], "now"),
+        ("data: d", ["--model", "m", "--per_device_train_batch_size", "0"], "must be 1 or more, not 0"),
     ],
-    ids=["field", "list", "number", "no fields", "not yaml", "missing", "option", "recipe", "fraction", "choice"],
+    ids=[
+        "field",
+        "list",
+        "number",
+        "no fields",
+        "not yaml",
+        "missing",
+        "option",
+        "recipe",
+        "fraction",
+        "choice",
+        "batch",
+    ],
 )
 def test_fields_that_do_not_work_are_refused(tmp_path, text, arguments, words):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(proxbit.ProxbitError) as refused:
         parse([str(tmp_path / "a.yaml"), *arguments])
-    assert words in str(refused.value)
+    assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_a_file_that_is_not_there():
     with pytest.raises(ConfigError, match="nowhere.yaml cannot be read"):
         parse(["nowhere.yaml"])
+
+
+def test_what_the_trainer_does_not_take_is_refused(place, tmp_path):
+    good = ["--model", place / "float", "--data", place / "photos", "--output_dir", tmp_path / "out"]
+    refused = run(*good, *FAST, "--report_to", "nobody").exception
+    assert isinstance(refused, ConfigError) and "nobody is not supported" in str(refused)
+    assert not (tmp_path / "out").exists()
 
 
 def test_refusals_write_nothing(place, tmp_path):

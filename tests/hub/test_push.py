@@ -36,16 +36,27 @@ def latent():
 # --- what is uploaded
 
 
-def test_a_release_is_uploaded_as_it_is(hub, release):
+def test_a_release_is_uploaded_as_it_is_but_for_its_name(hub, release):
+    """The folder did not know what it would be called: its cards name the repository, and the folder stays."""
+    before = contents(release)
     with prepare_upload(release, "me/tiny") as planned:
-        assert planned.files == {name: len(data) for name, data in contents(release).items()}
         assert planned.bytes == sum(planned.files.values()) and planned.url == f"{hub.url}/me/tiny"
         assert planned.state == "packed" and hub.log == []
         commit = upload(planned, message="first")
-    repository = hub.hub.repositories["me/tiny"]
-    assert on_the_hub(hub) == contents(release)
+    repository, files = hub.hub.repositories["me/tiny"], on_the_hub(hub)
     assert commit == f"{hub.url}/me/tiny/commit/{repository.branches['main']}"
     assert repository.titles == ["initial commit", "first"] and not repository.private
+    assert contents(release) == before and set(files) == set(before) == set(planned.files)
+    assert {name for name in files if files[name] != before[name]} == {"README.md", CARD_NAME}
+    card, card_before = json.loads(files[CARD_NAME]), json.loads(before[CARD_NAME])
+    assert card == {**card_before, "model_id": "me/tiny"} != card_before
+    load = b'model = ViTForImageClassification.from_pretrained("%s")'
+    lines = zip(before["README.md"].splitlines(), files["README.md"].splitlines(), strict=True)
+    assert [pair for pair in lines if pair[0] != pair[1]] == [
+        (b"# release", b"# tiny"),
+        (load % b"release", load % b"me/tiny"),
+        (b"| `model_id` | unknown | name on the Hub |", b"| `model_id` | me/tiny | name on the Hub |"),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["plain", "shards"])
@@ -148,10 +159,11 @@ def cut_off(folder):
 DAMAGE = {
     "no folder": (shutil.rmtree, CheckpointError, "holds no model: there is no config.json"),
     "no json": (lambda f: (f / "config.json").write_text("{"), CheckpointError, "config.json cannot be read"),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), CheckpointError, "config.json cannot be read"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), CheckpointError, "config.json is damaged"),
+    "a word": (lambda f: set_config(f, quantization_config="w1a8"), CheckpointError, "config.json is damaged"),
     "float": (lambda f: set_config(f, quantization_config=None), ModelStateError, "is float, not one of proxbit. Pack"),
     "foreign": (lambda f: set_config(f, quantization_config={"quant_method": "awq"}), ModelStateError, "is awq, not"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "lacks model.safetensors"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "has no file model.safetensors"),
     "cut off": (cut_off, CheckpointError, "model.safetensors is truncated or damaged"),
     "not packed": (
         lambda f: edit(f, lambda tensors: {key: tensor.float() for key, tensor in tensors.items()}),
@@ -190,7 +202,9 @@ def test_weights_that_are_not_those_of_the_card_are_refused(hub, release):
     assert hub.log == []
 
 
-@pytest.mark.parametrize("damage, words", [("shard", "lacks model-00002-of-00003"), ("index", "index.json is damaged")])
+@pytest.mark.parametrize(
+    "damage, words", [("shard", "00002-of-00003.safetensors is missing"), ("index", "index.json is damaged")]
+)
 def test_a_model_in_pieces_is_uploaded_whole_or_not_at_all(hub, shards, damage, words):
     if damage == "shard":
         (shards / "model-00002-of-00003.safetensors").unlink()

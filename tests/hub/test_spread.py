@@ -37,6 +37,15 @@ def test_it_takes_a_latent_model():
         packed_copy(FAMILIES["vit"]())
 
 
+def test_it_takes_a_model_that_its_configuration_describes():
+    with pytest.raises(ModelStateError, match="a model of transformers, not a Sequential"):
+        packed_copy(proxbit.binarize(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))))
+    model = proxbit.binarize(FAMILIES["vit"]())
+    model.classifier = torch.nn.Sequential(model.classifier)
+    with pytest.raises(ModelStateError, match=r"^classifier\.0: this model and a ViTForImageClassification made from"):
+        packed_copy(model)
+
+
 def test_a_broken_row_is_named():
     model = proxbit.binarize(FAMILIES["vit"]())
     name, layer = next(iter(latent_layers(model)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
@@ -20,6 +21,9 @@ from proxbit.patching import state_of
 
 __all__ = ["architecture", "check_new_folder", "load_model", "load_processor", "save", "save_plain"]
 
+# What comes of a configuration that holds anything else than it should.
+MISTAKES = (StrictDataclassError, TypeError, KeyError, AttributeError)
+
 
 def architecture(name: str) -> tuple[transformers.PreTrainedConfig, Any | None]:
     """The configuration of a folder or of a name on the hub, and the class that it names, if it names one.
@@ -29,11 +33,22 @@ def architecture(name: str) -> tuple[transformers.PreTrainedConfig, Any | None]:
     """
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"There is no model {name!r}, neither in a folder nor on the hub: {first_line(error)}"
-        ) from error
+    except (*MISTAKES, OSError, ValueError) as error:
+        raise CheckpointError(_nowhere(name, error)) from error
     return config, getattr(transformers, next(iter(config.architectures or []), ""), None)
+
+
+def _nowhere(name: str, error: Exception) -> str:
+    """What to say where a configuration was looked for, and the search ended with this error."""
+    place, reason = Path(name), first_line(error)
+    if isinstance(error, StrictDataclassError):  # The second line says what, the first one only where.
+        reason = " ".join(str(error).split())
+    if place.is_dir() and not (place / "config.json").is_file():
+        return f"There is no model in {name!r}: it holds no config.json."
+    if place.exists():
+        return f"There is no model in {name!r} that can be read: {reason}."
+    private = " If it is private: `hf auth login`, or HF_TOKEN." if "private repository" in str(error) else ""
+    return f"There is no model {name!r}, neither in a folder nor on the hub: {reason}.{private}"
 
 
 def load_model(name: str, dtype: torch.dtype | str = "auto", **changes: Any) -> nn.Module:
@@ -53,8 +68,12 @@ def load_model(name: str, dtype: torch.dtype | str = "auto", **changes: Any) -> 
         model: nn.Module = loader.from_pretrained(name, dtype=dtype, use_safetensors=True, **changes)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"The weights of {name!r} cannot be read from safetensors: {first_line(error)}"
+            f"The weights of {name!r} cannot be read from safetensors: {first_line(error)}."
         ) from error
+    except (*MISTAKES, ImportError, RuntimeError) as error:
+        mismatch = "the weights have other sizes than its config.json says, see above"
+        reason = mismatch if "ignore_mismatched_sizes" in str(error) else first_line(error)
+        raise CheckpointError(f"The model of {name!r} cannot be made: {reason}.") from error
     return model.eval()
 
 

@@ -40,7 +40,9 @@ def evaluate(
     chosen = pick_split(splits, split, PREFERRED)
     loaded, processor = load_model(model), load_processor(model)
     if processor is None:
-        raise CheckpointError(f"{model!r} has no preprocessor_config.json: it is not known how pictures are prepared.")
+        raise CheckpointError(
+            f"{model!r} has no preprocessor_config.json that can be read: it is not known how pictures are prepared."
+        )
     pictures = read_pictures(splits[chosen], partial(watch, "Reading pictures"))
     result = evaluate_pictures(
         loaded, processor, pictures, name=repr(model), batch=batch, watch=partial(watch, "Classifying")

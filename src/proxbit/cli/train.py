@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from proxbit.analysis.latency import measure_latency
 from proxbit.cli.checkpoints import architecture, check_new_folder, load_model, load_processor, save, save_plain
 from proxbit.cli.progress import watch
+from proxbit.config import QUANT_METHOD
 from proxbit.errors import CheckpointError, ConfigError, DataError, ModelStateError, ProxbitError
 from proxbit.hub import pack
 from proxbit.hub.compat import is_model_folder
@@ -83,7 +84,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text())  # JSON is YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML or JSON: {error}") from error
+        raise ConfigError(f"{path} cannot be read as YAML or JSON: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} must hold fields and their values, such as `learning_rate: 1e-4`.")
     return found
@@ -107,6 +108,9 @@ def parse(arguments: list[str]) -> tuple[PictureArguments, ProxConnectArguments]
         raise ConfigError(f"These arguments do not work: {error}") from error
     if unknown:
         raise ConfigError(f"Unknown: {' '.join(unknown)}. See `proxbit train --help`.")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if getattr(training, name) < 1:
+            raise ConfigError(f"{name} must be 1 or more, not {getattr(training, name)}.")
     training.remove_unused_columns = False
     return pictures, training
 
@@ -162,6 +166,9 @@ def read_labeled(dataset: Dataset, numbers: Mapping[int, int], name: str) -> Dat
 def load_for(name: str, names: Sequence[str] | None) -> tuple[nn.Module, dict[int, int]]:
     """The model, and its number of each class: with its own labels if they fit, else with a new head."""
     config, _ = architecture(name)
+    stored = getattr(config, "quantization_config", None) or {}
+    if stored.get("quant_method") == QUANT_METHOD and stored.get("state") == "packed":
+        raise ModelStateError(f"{name!r} is packed, and cannot be trained; name its latent checkpoint.")
     changes: dict[str, Any] = {}
     try:
         numbers = match_labels(names, config.label2id, repr(name))
@@ -170,10 +177,7 @@ def load_for(name: str, names: Sequence[str] | None) -> tuple[nn.Module, dict[in
         numbers = {i: i for i in label2id.values()}
         changes = {"id2label": dict(enumerate(label2id)), "label2id": label2id, "ignore_mismatched_sizes": True}
         typer.echo(f"{name} gets a new head for {len(numbers)} classes, which are none of its labels.", err=True)
-    model = load_model(name, **changes)
-    if state_of(model) == "packed":
-        raise ModelStateError(f"{name!r} is packed, and cannot be trained; name its latent checkpoint.")
-    return model, numbers
+    return load_model(name, **changes), numbers
 
 
 def prepare(batch: dict[str, Any], processor: Any) -> dict[str, Any]:
@@ -198,7 +202,9 @@ def make_trainer(given: PictureArguments, args: ProxConnectArguments) -> ProxCon
     train_split, test_split = pick_splits(given)
     processor = load_processor(given.model)
     if processor is None:
-        raise CheckpointError(f"{given.model!r} has no preprocessor_config.json: how are pictures prepared for it?")
+        raise CheckpointError(
+            f"{given.model!r} has no preprocessor_config.json that can be read: how are pictures prepared for it?"
+        )
     model, numbers = load_for(given.model, class_names(train_split))
     if state_of(model) == "float" and args.recipe is None:
         args.recipe = DEFAULT_RECIPE
@@ -208,15 +214,20 @@ def make_trainer(given: PictureArguments, args: ProxConnectArguments) -> ProxCon
     read = partial(read_labeled, numbers=numbers, name=given.model)
     train_set, test_set = read_data(train_split, test_split, read, given, args.seed)
     transform = partial(prepare, processor=processor)
-    return ProxConnectTrainer(
-        model=model,
-        args=args,
-        teacher=teacher,
-        train_dataset=train_set.with_transform(transform),
-        eval_dataset=test_set.with_transform(transform),
-        processing_class=processor,
-        compute_metrics=classification_metrics,
-    )
+    try:
+        return ProxConnectTrainer(
+            model=model,
+            args=args,
+            teacher=teacher,
+            train_dataset=train_set.with_transform(transform),
+            eval_dataset=test_set.with_transform(transform),
+            processing_class=processor,
+            compute_metrics=classification_metrics,
+        )
+    except ProxbitError:
+        raise
+    except (ValueError, ImportError, RuntimeError) as error:  # Such as `report_to` something that is not installed.
+        raise ConfigError(f"These arguments do not work: {error}") from error
 
 
 def train(context: typer.Context) -> None:

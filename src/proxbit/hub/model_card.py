@@ -1,6 +1,7 @@
 """The model card of a release: `README.md`, from the quantization card, the model and the record of its training."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from proxbit.analysis.run import RUN_FIELDS, VARIANTS, check_run
 from proxbit.analysis.schema import KINDS, cell, line
 from proxbit.patching import blank_picture
 
-__all__ = ["README", "model_card", "pipeline_tag"]
+__all__ = ["README", "model_card", "pipeline_tag", "rename"]
 
 README = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -112,6 +113,30 @@ def model_card(
         quantization_card=card.to_markdown(),
     )
     return made
+
+
+def rename(text: str, model_id: str | None, repo: str) -> str:
+    """Give a model card that was written before the place on the Hub was known that place: in its title, in the name of
+    its results, in the code that loads the model, and in the table. Every other line stays, as does the text of others.
+
+    Args:
+        text: of the card.
+        model_id: the name that the quantization card beside it has.
+        repo: owner/name.
+    """
+    found = re.search(r"^# (.+)$", text, re.MULTILINE)
+    title, name = found[1] if found else "", repo.rpartition("/")[2]
+    old, new = json.dumps(model_id or title), json.dumps(repo)
+    ends = {
+        f"\n# {title}": f"\n# {name}",
+        f"\n- name: {title}": f"\n- name: {name}",
+        f"model={old})": f"model={new})",
+        f".from_pretrained({old})": f".from_pretrained({new})",
+        f"`model_id` | {cell(model_id or 'unknown')} | name on the Hub |": f"`model_id` | {repo} | name on the Hub |",
+    }
+    for before, after in ends.items():
+        text = text.replace(f"{before}\n", f"{after}\n")
+    return text
 
 
 def _metadata(

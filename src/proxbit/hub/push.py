@@ -1,6 +1,5 @@
 """Uploading a packed model, or when asked a latent one, to the Hub."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,20 +18,21 @@ from proxbit.config import QUANT_METHOD
 from proxbit.errors import CheckpointError, ModelStateError, ProxbitError
 from proxbit.hub.checkpoint import tensor_headers
 from proxbit.hub.client import client, first_line, one_line
-from proxbit.hub.files import CARD_NAME, check_files, weight_files
-from proxbit.hub.model_card import README, model_card
+from proxbit.hub.files import CARD_NAME, check_files, read_json, weight_files
+from proxbit.hub.folders import folder_files
+from proxbit.hub.model_card import README, model_card, rename
 from proxbit.hub.release import write_release
 from proxbit.patching import state_of
 
 __all__ = ["Upload", "prepare_upload", "push", "upload"]
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
 
 # Nothing else leaves the machine: no pickles, no states of optimizers, no checkpoints in folders of their own.
 SUFFIXES = (".safetensors", ".json", ".md", ".txt")
 
 # Of an earlier upload, what would be loaded instead of the new files, or contradict them.
-REPLACED = ["model*.safetensors", INDEX]
+REPLACED = ["model*.safetensors", "model.safetensors.index.json"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def prepare_upload(
 
     Args:
         source: a packed model; or the folder of one. Of a folder what `save_pretrained` and `write_release` write is
-            taken, and cards that it lacks are added to the upload. Its subfolders stay where they are.
+            taken. Cards that it lacks are added to the upload, and those that it has name `repo` in the upload. Its
+            subfolders stay where they are.
         repo: owner/name, or a name of the user's.
         revision: a branch; `upload` makes it if there is none.
         token: as in `huggingface_hub`; None: the one that is stored.
@@ -194,12 +195,12 @@ def push(
 
 def _stored_state(folder: Path) -> str:
     """What the configuration in a folder says that the model is."""
-    try:
-        stored = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("quantization_config") or {}
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} holds no model: there is no {CONFIG}.") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} cannot be read: {first_line(error)}") from error
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} holds no model: there is no {CONFIG}.")
+    found = read_json(folder / CONFIG)
+    stored = (found.get("quantization_config") or {}) if isinstance(found, dict) else None
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{folder / CONFIG} is damaged: it is no configuration of a model.")
     if stored.get("quant_method") != QUANT_METHOD:
         kind = stored.get("quant_method") or "float"
         raise ModelStateError(
@@ -213,7 +214,8 @@ def _copy_release(
     source: Path, folder: Path, processing_class: Any, run: Mapping[str, Any], tags: tuple[str, ...]
 ) -> None:
     """Copy a release; and what makes a folder that `save_pretrained` wrote into one."""
-    _check_weights(source)
+    for file in folder_files(source):
+        tensor_headers(file)
     folder.mkdir()
     for file in source.iterdir():
         if file.is_file() and file.suffix in SUFFIXES and not file.name.startswith("."):
@@ -223,6 +225,7 @@ def _copy_release(
     weights = weight_files(folder)
     if (folder / CARD_NAME).is_file():
         check_files(folder / CARD_NAME, weights)
+        _name_cards(folder, run["model_id"])
     missing = [name for name in (CARD_NAME, README) if not (folder / name).is_file()]
     if not missing:
         return
@@ -234,6 +237,15 @@ def _copy_release(
         card = QuantizationCard.load(folder)
         text = model_card(model, card, run=run, name=folder.name, processing_class=processor, tags=tags)
         text.save(folder / README)
+
+
+def _name_cards(folder: Path, repo: str) -> None:
+    """Write the place on the Hub into the cards of a release, which was written before it had one."""
+    card, readme = QuantizationCard.load(folder), folder / README
+    QuantizationCard({**card.values, "model_id": repo}).save(folder)
+    if readme.is_file():
+        text = rename(readme.read_bytes().decode("utf-8"), card["model_id"], repo)
+        readme.write_bytes(text.encode("utf-8"))
 
 
 def _load(folder: Path) -> PreTrainedModel:
@@ -252,18 +264,3 @@ def _load(folder: Path) -> PreTrainedModel:
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"The model in {folder} cannot be loaded: {first_line(error)}.") from error
     return model
-
-
-def _check_weights(folder: Path) -> None:
-    """Check that the weights are there, all of them and to their ends."""
-    index, names = folder / INDEX, [WEIGHTS]
-    if not (folder / WEIGHTS).is_file() and index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{INDEX} is damaged, or is none: {first_line(error)}.") from error
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{folder} lacks {', '.join(missing)}: a model is uploaded whole, and as safetensors.")
-    for name in names:
-        tensor_headers(folder / name)

@@ -66,11 +66,14 @@ def packed_copy(model: PreTrainedModel) -> PreTrainedModel:
         A packed model on the CPU, the same in every process.
 
     Raises:
-        ModelStateError: if the model is not latent.
+        ModelStateError: if the model is not latent, is none of transformers, or has other modules than its class makes
+            from its configuration.
         LatentError: for NaN or infinite latents, or rows that are all zero.
     """
     if state_of(model) != "latent":
         raise ModelStateError(f"packed_copy takes a latent model, this one is {state_of(model)}.")
+    if not isinstance(model, PreTrainedModel):
+        raise ModelStateError(f"packed_copy takes a model of transformers, not a {type(model).__name__}.")
     config = model.config.quantization_config
     kind: type[PreTrainedModel] = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
     with torch.device("meta"):
@@ -78,8 +81,13 @@ def packed_copy(model: PreTrainedModel) -> PreTrainedModel:
     _, config = to_latent(copy, config)
     to_packed(copy)
     attach(copy, config.replace(state="packed"))
-    for name, module in model.named_modules():
-        name = f"{name}.".replace(_WRAPPER, "").removesuffix(".")
+    modules = {f"{name}.".replace(_WRAPPER, "").removesuffix("."): module for name, module in model.named_modules()}
+    if other := modules.keys() ^ dict(copy.named_modules()).keys():
+        raise ModelStateError(
+            f"{min(other)}: this model and a {kind.__name__} made from its configuration differ there, so it could not "
+            "be loaded again. Change the class or the configuration, not the model."
+        )
+    for name, module in modules.items():
         with whole_weights(module), torch.no_grad():
             own = copy.get_submodule(name)
             for key, value in _packed_tensors(name, module):

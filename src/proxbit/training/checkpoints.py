@@ -10,7 +10,7 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from proxbit.errors import CheckpointError
-from proxbit.hub.files import sha256
+from proxbit.hub.files import read_json, sha256
 from proxbit.hub.staging import put
 
 __all__ = [
@@ -208,14 +208,14 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and checksum of each file, by name."""
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"it has no {MANIFEST}")
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
-            raise CheckpointError(f"its {MANIFEST} has format {found['format']}, and this version reads {FORMAT}")
-        return {name: {"size": facts["size"], "sha256": facts["sha256"]} for name, facts in found["files"].items()}
-    except FileNotFoundError as error:
-        raise CheckpointError(f"it has no {MANIFEST}") from error
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"its {MANIFEST} is damaged ({type(error).__name__}: {error})") from error
+        found = read_json(folder / MANIFEST)
+        version, files = found["format"], found["files"].items()
+        if version == FORMAT:
+            return {name: {"size": facts["size"], "sha256": facts["sha256"]} for name, facts in files}
+    except (CheckpointError, TypeError, KeyError, AttributeError) as error:
+        cause = error.__cause__ or error
+        raise CheckpointError(f"its {MANIFEST} is damaged ({type(cause).__name__}: {cause})") from error
+    raise CheckpointError(f"its {MANIFEST} has format {version}, and this version reads {FORMAT}")

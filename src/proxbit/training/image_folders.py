@@ -65,9 +65,9 @@ def load_splits(source: str) -> datasets.DatasetDict:
             return datasets.load_dataset("imagefolder", data_dir=str(path), drop_labels=False)
         return datasets.load_dataset(source)
     except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].rstrip(".")
         if path.is_dir():
-            raise DataError(f"{source} holds no pictures that can be read as a dataset: {reason} {LAYOUT}") from error
+            raise DataError(f"{source} holds no pictures that can be read as a dataset: {reason}. {LAYOUT}") from error
         raise DataError(f"There is no folder and no dataset on the hub named {source!r}: {reason}") from error
 
 

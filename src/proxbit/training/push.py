@@ -9,12 +9,10 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import run_as_future
-from torch import nn
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from proxbit.errors import ConfigError
-from proxbit.hub import pack
 from proxbit.hub.push import push
 from proxbit.hub.spread import is_spread, packed_copy
 from proxbit.training.distillation import DistillationTrainer
@@ -61,20 +59,19 @@ class PushingTrainer(DistillationTrainer):
             HubError: if the Hub refuses, or is not reached.
         """
         model = self.accelerator.unwrap_model(self.model)
-        spread = is_spread(model)
-        if spread and latent:
+        if latent and is_spread(model):
             raise ConfigError(
                 "No process holds the float weights of the whole model. Save it, trainer.save_model(folder); then load "
                 "it in one process, and proxbit.push(model, repo, latent=True)."
             )
-        packed = packed_copy(model) if spread else None  # every process has a part in it
+        packed = None if latent else packed_copy(model)  # every process has a part in it
         if not self.is_world_process_zero():
             return None
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._finish_current_push()
         upload = partial(
             push,
-            packed or self._copy_to_push(latent),
+            packed or copy.deepcopy(model).cpu(),
             self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
             message=commit_message,
             token=token or self.args.hub_token,
@@ -89,10 +86,6 @@ class PushingTrainer(DistillationTrainer):
         future = run_as_future(upload)
         self.push_in_progress = PushInProgress([future])
         return future
-
-    def _copy_to_push(self, latent: bool) -> nn.Module:
-        model: nn.Module = copy.deepcopy(self.accelerator.unwrap_model(self.model)).cpu()
-        return model if latent else pack(model)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """With `args.push_to_hub`, at every save: the packed model, or what `args.hub_strategy` says of checkpoints."""
