@@ -3,37 +3,16 @@
 import pytest
 import torch
 from transformers import ViTForImageClassification
-from transformers.distributed import DistributedConfig
 
 import proxbit
 from distributed_runs import make
 from proxbit.errors import ConfigError
+from tensor_parallel_runs import answers, message
 from tiny_models import SIDE
 
 pytestmark = pytest.mark.xdist_group("processes")
 
 MLP = {"vit.layers.*.mlp.fc1": "colwise", "vit.layers.*.mlp.fc2": "rowwise"}
-
-
-def load(folder, plan):
-    return ViTForImageClassification.from_pretrained(
-        folder, distributed_config=DistributedConfig(tp_plan=plan, tp_size=2)
-    )
-
-
-def message(folder, plan):
-    """Of the error."""
-    try:
-        load(folder, plan)
-    except ValueError as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def answers(folder, plan, pictures):
-    model = load(folder, plan)
-    with torch.inference_mode():
-        return model(pictures).logits, type(model.classifier.weight).__name__
 
 
 @pytest.fixture(params=["latent", "packed"])

@@ -7,6 +7,7 @@ whole numbers; softmax is that of floats. Gradients pass the rounding straight, 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ BINARY = "proxbit_binary"
 LEARNED_SCALE = "binary_probabilities"
 
 _SMALLEST = 1e-30
+
+Codes = tuple[Tensor, Tensor]
+OfProbabilities = Callable[[Tensor], Codes] | None
 
 
 def _straight(values: Tensor, units: Tensor) -> Tensor:
@@ -69,15 +73,15 @@ def _masked_softmax(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Ten
     return probabilities.masked_fill(nothing, 0.0)
 
 
-def _uint8(probabilities: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _uint8(probabilities: Tensor, learned: OfProbabilities) -> Codes:
     step = probabilities.detach().amax(dim=-1, keepdim=True) / 255
     return _rounded(probabilities, step, 255), step
 
 
-def _zero_or_one(probabilities: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As the scale was learned; else 1 where a key has its even share of the probability, and the mean of those."""
-    if scale is not None:
-        return binarize_probabilities(probabilities, scale)
+def _zero_or_one(probabilities: Tensor, learned: OfProbabilities) -> Codes:
+    """As it was learned; else 1 where a key has its even share of the probability, and the mean of those."""
+    if learned is not None:
+        return learned(probabilities)
     share = even_share(probabilities)
     is_one = reaches(probabilities, share)
     # Units of an elastic quantizer whose upper level is twice the even share.
@@ -90,6 +94,20 @@ def _of_every_row(tensor: Tensor, batch: int) -> Tensor:
     return tensor.expand(batch, *tensor.shape[1:])
 
 
+def _in_blocks(
+    attend: Callable[..., Codes], learned: BinaryProbabilities | None, tensors: tuple[Tensor, ...], width: int
+) -> Codes:
+    """`attend(learned, *tensors)`, for some pictures at a time."""
+    if is_plain():
+        return attend(learned, *tensors)
+    if learned is None:
+        made = Blockwise(partial(attend, None), width)((), tensors)
+    else:
+        by_scale = Blockwise(lambda scale, *rest: attend(partial(binarize_probabilities, scale=scale), *rest), width)
+        made = by_scale((learned.scale,), tensors)
+    return made[0], made[1]
+
+
 @dataclass(frozen=True)
 class Attention:
     r"""Attention on whole numbers, as a function with the arguments of transformers' own.
@@ -100,11 +118,11 @@ class Attention:
 
     Args:
         quantize: `(x, dim) -> whole numbers, their size along dim`, for queries, keys and values.
-        quantize_probabilities: likewise of P along its rows, `(P, learned scale or None)`.
+        quantize_probabilities: likewise of P along its rows, `(P, as the module learned it, or None)`.
     """
 
-    quantize: Callable[[Tensor, int], tuple[Tensor, Tensor]]
-    quantize_probabilities: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    quantize: Callable[[Tensor, int], Codes]
+    quantize_probabilities: Callable[[Tensor, OfProbabilities], Codes]
 
     def __call__(
         self,
@@ -146,7 +164,7 @@ class Attention:
         is_causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
         is_causal = query.shape[2] > 1 and attention_mask is None and is_causal
         learned = getattr(module, LEARNED_SCALE, None)
-        scales = (learned.scale,) if isinstance(learned, BinaryProbabilities) else ()
+        learned = learned if isinstance(learned, BinaryProbabilities) else None
         batch, heads, length, _ = query.shape
         shape = (batch, heads, length, key.shape[2])
         extras = {"mask": attention_mask, "bias": position_bias}
@@ -155,16 +173,12 @@ class Attention:
         rows = {name: _of_every_row(each, batch) for name, each in extras.items() if each is not None}
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
 
-        def attend(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-            scale, rest = tensors[: len(scales)], tensors[len(scales) :]
-            given = dict(zip(rows, rest[3:], strict=True))
-            return self._attend(*rest[:3], *scale, scaling=scaling, is_causal=is_causal, **given)
+        def attend(learned: OfProbabilities, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Codes:
+            given: dict[str, Any] = dict(zip(rows, others, strict=True))
+            return self._attend(q, k, v, learned, scaling=scaling, is_causal=is_causal, **given)
 
-        if is_plain():
-            result, probabilities = attend(*scales, query, key, value, *rows.values())
-        else:
-            blockwise = Blockwise(attend, math.prod(shape[1:]))
-            result, probabilities = blockwise(scales, (query, key, value, *rows.values()))
+        tensors = (query, key, value, *rows.values())
+        result, probabilities = _in_blocks(attend, learned, tensors, math.prod(shape[1:]))
         return result.transpose(1, 2).contiguous().to(dtype), probabilities.to(dtype)
 
     def _attend(
@@ -172,19 +186,19 @@ class Attention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scale: Tensor | None = None,
+        learned: OfProbabilities,
         *,
         scaling: float,
         is_causal: bool,
         mask: Tensor | None = None,
         bias: Tensor | None = None,
         kept: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Codes:
         with torch.autocast(query.device.type, enabled=False):
             (q, q_step), (k, k_step) = self.quantize(query, -1), self.quantize(key, -1)
             scores = (q @ k.transpose(-1, -2)) * (q_step * scaling) * k_step.transpose(-1, -2)
             scores = scores if bias is None else scores + bias.to(scores.dtype)
-            p, p_step = self.quantize_probabilities(_masked_softmax(scores, mask, is_causal), scale)
+            p, p_step = self.quantize_probabilities(_masked_softmax(scores, mask, is_causal), learned)
             p = p if kept is None else p * kept
             v, v_step = self.quantize(value, -2)
             return (p @ v) * p_step * v_step, p * p_step
