@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from proxbit.nn.surrogate import binarize_units
+from proxbit.nn.surrogate import binarize_units, straight_through
 from proxbit.quantizers import get_pair
 
 
@@ -21,3 +21,12 @@ def test_values_and_gradients(name, hard):
     mu.fill_(99.0)  # A schedule moves on between forward and backward.
     result.backward(grad)
     torch.testing.assert_close(units.grad, pair.backward(units.detach(), mu_before) * grad)
+
+
+def test_values_of_one_and_the_gradient_of_the_other():
+    x, grad = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7)
+    units = 3 * x
+    made = straight_through(units.detach().round(), units)
+    assert torch.equal(made, (3 * x.detach()).round())
+    made.backward(grad)
+    assert torch.equal(x.grad, 3 * grad)

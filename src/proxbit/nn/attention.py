@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from proxbit.nn.activations import DEFAULT_ACTIVATION_PAIR
 from proxbit.nn.blockwise import Blockwise, is_plain
 from proxbit.nn.probabilities import BinaryProbabilities, binarize_probabilities, even_share
-from proxbit.nn.surrogate import binarize_units
+from proxbit.nn.surrogate import binarize_units, straight_through
 from proxbit.quantizers import get_pair
 from proxbit.sign import reaches, sign
 
@@ -32,15 +32,10 @@ Codes = tuple[Tensor, Tensor]
 OfProbabilities = Callable[[Tensor], Codes] | None
 
 
-def _straight(values: Tensor, units: Tensor) -> Tensor:
-    """The values, with the gradient of the units."""
-    return values + (units - units.detach())
-
-
 def _rounded(x: Tensor, step: Tensor, peak: int) -> Tensor:
     """x / step as a whole number up to `peak`; the gradient passes straight."""
     units = x / step.clamp(min=_SMALLEST)
-    return _straight(units.detach().round().clamp_(-peak, peak), units)
+    return straight_through(units.detach().round().clamp_(-peak, peak), units)
 
 
 def _int8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -86,7 +81,7 @@ def _zero_or_one(probabilities: Tensor, learned: OfProbabilities) -> Codes:
     is_one = reaches(probabilities, share)
     # Units of an elastic quantizer whose upper level is twice the even share.
     size = (probabilities * is_one).sum(dim=-1, keepdim=True) / is_one.sum(dim=-1, keepdim=True).clamp(min=1)
-    return _straight(is_one, (probabilities / (2 * share)).clamp(max=1)), size
+    return straight_through(is_one, (probabilities / (2 * share)).clamp(max=1)), size
 
 
 def _of_every_row(tensor: Tensor, batch: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Two levels with the gradient of a quantizer pair, for activations and attention."""
+"""Levels with the gradient of something else, for activations and attention."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from proxbit.quantizers import QuantizerPair
 
-__all__ = ["binarize_units"]
+__all__ = ["binarize_units", "straight_through"]
 
 
 class _Binarize(torch.autograd.Function):
@@ -40,3 +40,13 @@ def binarize_units(units: Tensor, levels: Tensor, mu: Tensor, pair: QuantizerPai
     """
     result: Tensor = _Binarize.apply(units, levels, mu, pair, hard)
     return result
+
+
+def straight_through(values: Tensor, units: Tensor) -> Tensor:
+    """The values, to the last bit, with the gradient of the units.
+
+    Args:
+        values: without a gradient; any shape.
+        units: what they were made of, same shape.
+    """
+    return values + (units - units.detach())
