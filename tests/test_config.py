@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import proxbit
-from proxbit.config import BinarizationConfig
+from proxbit.config import BinarizationConfig, stored_kind
 from proxbit.errors import CheckpointError, ConfigError, ProxbitError, UnknownNameError
 from proxbit.quantizers import PAIRS, ProximalMap, catalog, get_pair
 
@@ -291,3 +291,21 @@ def test_format_version_1_stays_loadable():
         scale="fixed",
         state="packed",
     )
+
+
+@pytest.mark.parametrize(
+    "stored, kind",
+    [
+        (None, ("float", None)),
+        ({}, ("float", None)),
+        ({"quant_method": "gptq", "state": "packed"}, ("gptq", None)),
+        (BinarizationConfig(state="packed").to_dict(), ("proxbit", "packed")),
+    ],
+)
+def test_what_a_stored_configuration_makes_of_a_model(stored, kind):
+    assert stored_kind(stored, "config.json") == kind
+
+
+def test_a_stored_configuration_that_is_none_is_damage():
+    with pytest.raises(CheckpointError, match="quantization_config of tiny/vit is damaged: 'w1a8'"):
+        stored_kind("w1a8", "tiny/vit")

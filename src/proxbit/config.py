@@ -11,13 +11,33 @@ from proxbit.errors import CheckpointError, ConfigError, UnknownNameError
 from proxbit.nn import ACCUMULATORS, DEFAULT_ACTIVATION_PAIR, Accumulator, check_activations
 from proxbit.quantizers import PAIRS, QuantizerPair, check_scaling, get_pair, pair_key
 
-__all__ = ["FORMAT_VERSION", "QUANT_METHOD", "STATES", "BinarizationConfig"]
+__all__ = ["FORMAT_VERSION", "QUANT_METHOD", "STATES", "BinarizationConfig", "stored_kind"]
 
 QUANT_METHOD = "proxbit"
 FORMAT_VERSION = 1
 STATES = ("latent", "packed")
 SITE = ("activations", "activation_pair", "rprelu", "residual", "accumulator_bits", "accumulator_mode")
 OF_THE_PAIR = ("pair_parameters", "normalize", "scale", "center")
+
+
+def stored_kind(stored: Any, where: str) -> tuple[str, str | None]:
+    """What a stored `quantization_config` makes of a model: its method, "float" for none; and the state, if proxbit's.
+
+    Args:
+        stored: as it was read.
+        where: the model or its file, for the message.
+
+    Raises:
+        CheckpointError: if it is no configuration.
+
+    Examples:
+        >>> stored_kind({"quant_method": "proxbit", "state": "packed"}, "config.json")
+        ('proxbit', 'packed')
+    """
+    if not isinstance(stored, dict | None):
+        raise CheckpointError(f"The quantization_config of {where} is damaged: {stored!r} is no configuration.")
+    method = (stored or {}).get("quant_method") or "float"
+    return method, stored.get("state") if stored and method == QUANT_METHOD else None
 
 
 def _as_json(parameters: Any) -> Any:

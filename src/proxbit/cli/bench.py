@@ -15,7 +15,7 @@ from proxbit.analysis.environment import environment
 from proxbit.analysis.timing import Timings, operator_shares, time_rounds, torch_threads
 from proxbit.analysis.variants import forward_calls, packed_copy, variants
 from proxbit.cli.checkpoints import architecture, load_model
-from proxbit.config import QUANT_METHOD, BinarizationConfig
+from proxbit.config import QUANT_METHOD, BinarizationConfig, stored_kind
 from proxbit.errors import CheckpointError
 
 __all__ = ["bench"]
@@ -29,21 +29,20 @@ def load(name: str, random: bool) -> nn.Module:
     """
     config, model_class = architecture(name)
     if random:
-        return _random(config, model_class)
+        return _random(name, config, model_class)
     try:
         return load_model(name, torch.float32)
     except CheckpointError as error:
         raise CheckpointError(f"{error} (--random takes random weights, and needs a config.json only.)") from error
 
 
-def _random(config: transformers.PreTrainedConfig, model_class: Any | None) -> nn.Module:
+def _random(name: str, config: transformers.PreTrainedConfig, model_class: Any | None) -> nn.Module:
     """A model with random weights, packed where its configuration says that it is of proxbit."""
     stored = config.__dict__.pop("quantization_config", None)
+    kind, _ = stored_kind(stored, name)
     make = model_class or transformers.AutoModelForImageClassification.from_config
     model: nn.Module = make(config)
-    if stored is None or stored.get("quant_method") != QUANT_METHOD:
-        return model
-    return packed_copy(model, BinarizationConfig(**stored))
+    return packed_copy(model, BinarizationConfig(**stored)) if kind == QUANT_METHOD else model
 
 
 def table_of(timings: Timings, shares: dict[str, dict[str, float]]) -> Table:

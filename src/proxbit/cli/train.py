@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from proxbit.analysis.latency import measure_latency
 from proxbit.cli.checkpoints import architecture, check_new_folder, load_model, load_processor, save, save_plain
 from proxbit.cli.progress import watch
-from proxbit.config import QUANT_METHOD
+from proxbit.config import QUANT_METHOD, stored_kind
 from proxbit.errors import CheckpointError, ConfigError, DataError, ModelStateError, ProxbitError
 from proxbit.hub import pack
 from proxbit.hub.compat import is_model_folder
@@ -166,8 +166,7 @@ def read_labeled(dataset: Dataset, numbers: Mapping[int, int], name: str) -> Dat
 def load_for(name: str, names: Sequence[str] | None) -> tuple[nn.Module, dict[int, int]]:
     """The model, and its number of each class: with its own labels if they fit, else with a new head."""
     config, _ = architecture(name)
-    stored = getattr(config, "quantization_config", None) or {}
-    if stored.get("quant_method") == QUANT_METHOD and stored.get("state") == "packed":
+    if stored_kind(getattr(config, "quantization_config", None), name) == (QUANT_METHOD, "packed"):
         raise ModelStateError(f"{name!r} is packed, and cannot be trained; name its latent checkpoint.")
     changes: dict[str, Any] = {}
     try:

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from transformers import AutoConfig, PreTrainedModel
 
 from proxbit.analysis.card import QuantizationCard, quantization_card
-from proxbit.config import QUANT_METHOD
+from proxbit.config import QUANT_METHOD, stored_kind
 from proxbit.errors import CheckpointError, ModelStateError, ProxbitError
 from proxbit.hub.checkpoint import tensor_headers
 from proxbit.hub.client import client, first_line, one_line
@@ -198,16 +198,15 @@ def _stored_state(folder: Path) -> str:
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} holds no model: there is no {CONFIG}.")
     found = read_json(folder / CONFIG)
-    stored = (found.get("quantization_config") or {}) if isinstance(found, dict) else None
-    if not isinstance(stored, dict):
+    if not isinstance(found, dict):
         raise CheckpointError(f"{folder / CONFIG} is damaged: it is no configuration of a model.")
-    if stored.get("quant_method") != QUANT_METHOD:
-        kind = stored.get("quant_method") or "float"
+    kind, state = stored_kind(found.get("quantization_config"), str(folder / CONFIG))
+    if kind != QUANT_METHOD:
         raise ModelStateError(
             f"The model in {folder} is {kind}, not one of proxbit. Pack one and save it: "
             "proxbit.pack(proxbit.binarize(model)).save_pretrained(...); any folder at all is uploaded by `hf upload`."
         )
-    return str(stored.get("state"))
+    return str(state)
 
 
 def _copy_release(
