@@ -5,7 +5,7 @@ import torch
 __all__ = ["row_blocks"]
 
 # Elements a CPU thread works on at a time.
-BLOCK = 131072
+BLOCK = 262144
 
 
 def row_blocks(rows: int, width: int, device: torch.device) -> list[slice]:

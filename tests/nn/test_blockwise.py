@@ -7,8 +7,8 @@ from proxbit import blocks
 from proxbit.errors import ModelStateError
 from proxbit.nn import BinaryLinear
 from proxbit.nn.attention import binary_attention, int8_attention
-from proxbit.nn.blockwise import Blockwise
-from proxbit.quantizers import get_pair
+from proxbit.nn.blockwise import Blockwise, linear
+from proxbit.quantizers import get_pair, quantize
 
 
 def kept(call):
@@ -103,6 +103,46 @@ def test_a_product_under_autocast():
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("center", ["none", "remove", "restore"])
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+def test_a_weight_that_is_made_again(hard, center):
+    """What a layer computes, and its first and second derivatives, do not depend on whether its weight was kept."""
+    x, latent, bias, grad = inputs((2, 5, 3), (4, 3), (4,), (2, 5, 4))
+    mu = torch.tensor(1.7, dtype=torch.float64)
+    found = []
+    for product in (torch.nn.functional.linear, linear):
+        made = product(x, quantize(latent, mu, get_pair("bnn++"), hard=hard, center=center), bias)
+        first = torch.autograd.grad(made, (x, latent, bias), grad, create_graph=True)
+        second = torch.autograd.grad(sum(each.square().sum() for each in first), (x, latent, grad))
+        found.append((made, *first, *second))
+    assert_equal(*found)
+
+
+@pytest.mark.parametrize("frozen", ["latent", "bias", "x"])
+def test_a_weight_that_is_made_again_beside_what_is_frozen(frozen):
+    tensors = dict(zip(("x", "latent", "bias"), inputs((5, 3), (4, 3), (4,)), strict=True))
+    tensors[frozen].requires_grad_(False)
+    x, latent, bias = tensors.values()
+    asked = [each for each in tensors.values() if each.requires_grad]
+    weight = quantize(latent, torch.tensor(1.7), get_pair("bnn++"))
+    found = [product(x, weight, bias).sin().sum() for product in (torch.nn.functional.linear, linear)]
+    assert_equal(*(torch.autograd.grad(each, asked, retain_graph=True) for each in found))
+
+
+def test_a_weight_that_is_made_again_has_the_mu_of_its_forward():
+    """mu moves in place between two forwards and their common backward."""
+    x, latent = inputs((5, 3), (4, 3))
+    found = []
+    for product in (torch.nn.functional.linear, linear):
+        mu = torch.tensor(1.0, dtype=torch.float64)
+        first = product(x, quantize(latent, mu, get_pair("bnn++")), None)
+        mu.fill_(5.0)
+        second = product(x, quantize(latent, mu, get_pair("bnn++")), None)
+        mu.fill_(20.0)
+        found.append(torch.autograd.grad((first * second).sum(), (x, latent)))
+    assert_equal(*found)
+
+
 def test_no_second_derivative():
     (x,) = inputs((5, 3))
     (made,) = Blockwise(lambda x: (x.exp(),), 3)([], [x])
@@ -110,13 +150,12 @@ def test_no_second_derivative():
         torch.autograd.grad(made.sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize("activations", ["int8", "int4", "sign", "elastic"])
-def test_a_linear_layer_keeps_its_input_only(activations):
-    """And the weight; of a float layer it is the same."""
-    layer = BinaryLinear(64, 8, pair=get_pair("bnn++"), activations=activations).train()
+@pytest.mark.parametrize("activations", ["float", "int8", "int4", "sign", "elastic"])
+def test_a_linear_layer_keeps_its_input_and_its_latent_weight_only(activations):
+    layer = BinaryLinear(64, 32, pair=get_pair("bnn++"), activations=activations).train()
     x = torch.randn(100, 64, requires_grad=True)
     elements, _ = kept(lambda: layer(x))
-    assert 100 * 64 <= elements <= 100 * 64 + 2 * 8 * 64 + 300
+    assert 100 * 64 + 32 * 64 <= elements <= 100 * 64 + 32 * 64 + 300
 
 
 @pytest.mark.parametrize("attention", [int8_attention, binary_attention], ids=["int8", "binary"])

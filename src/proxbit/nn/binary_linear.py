@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from proxbit.errors import ConfigError
 from proxbit.kernels import pack_signs
 from proxbit.nn.accumulators import Accumulator
+from proxbit.nn.blockwise import linear
 from proxbit.nn.latent import LatentWeight
 from proxbit.nn.surroundings import Surroundings, add_offset, packed_product
 from proxbit.quantizers import QuantizerPair
@@ -93,7 +94,7 @@ class BinaryLinear(LatentWeight, Surroundings, nn.Linear):
         if "activation" in self.waits and not self.is_hard:
             # The bias has what a calibrated activation takes off its input.
             shift = self.activation.shift
-            result = nn.functional.linear(input if shift is None else input - shift, self.effective_weight(), self.bias)
+            result = linear(input if shift is None else input - shift, self.effective_weight(), self.bias)
             self.overflow_share = self.overflow_penalty = None
         elif self.accumulator is not None:
             result = self._narrow(input)
@@ -105,7 +106,7 @@ class BinaryLinear(LatentWeight, Surroundings, nn.Linear):
             if offset is not None:
                 result = add_offset(result, self.activation(input), offset)
         elif self.activations == "float":
-            result = nn.functional.linear(input, self.effective_weight(), self.bias)
+            result = linear(input, self.effective_weight(), self.bias)
         else:
             result = self.activation.times(input, self.effective_weight(), self.bias, self.is_hard)
         return self.finish(result, input)

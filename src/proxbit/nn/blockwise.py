@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from proxbit.blocks import row_blocks
 from proxbit.errors import ModelStateError
+from proxbit.quantizers import Again, again
 
-__all__ = ["Blockwise", "is_plain"]
+__all__ = ["Blockwise", "is_plain", "linear"]
 
 Results = tuple[Tensor, ...]
 
@@ -53,8 +54,25 @@ class Blockwise:
         Returns:
             `[n, O]`.
         """
-        result: Tensor = _Product.apply(_Pass(self, len(shared), rows), weight, bias, *shared, rows)
+        result: Tensor = _Product.apply(_Pass(self, len(shared), rows), again(weight), weight, bias, *shared, rows)
         return result
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.nn.functional.linear`; for the backward pass it does not keep a weight from `quantize`, see `again`.
+
+    Args:
+        input: `[..., I]`.
+        weight: `[O, I]`.
+        bias: `[O]` or None.
+
+    Returns:
+        `[..., O]`.
+    """
+    if is_plain():
+        return nn.functional.linear(input, weight, bias)
+    rows: Tensor = _Product.apply(None, again(weight), weight, bias, input.reshape(-1, input.shape[-1]))
+    return rows.view(*input.shape[:-1], len(weight))
 
 
 class _Pass:
@@ -137,20 +155,30 @@ class _Rows(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
+    """Of what a pass makes of its rows, or of rows as they are, and a weight."""
+
     @staticmethod
-    def forward(ctx: Any, once: _Pass, weight: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, *tensors)
-        ctx.once, ctx.bias_dtype = once, None if bias is None else bias.dtype
-        return nn.functional.linear(once.results(tensors)[0], weight, bias)
+    def forward(
+        ctx: Any, once: _Pass | None, made: Again, weight: Tensor, bias: Tensor | None, *tensors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*made.kept, *tensors)
+        ctx.once, ctx.make, ctx.kept, ctx.dtype = once, made.function, len(made.kept), weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return nn.functional.linear(once.results(tensors)[0] if once else tensors[0], weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (weight, *tensors) = grads, ctx.saved_tensors
-        _, of_weight, of_bias, *needs = ctx.needs_input_grad
-        # Under autocast the product was one of fewer bits, and so are its gradients.
-        back = (grad @ weight.to(grad.dtype)).to(tensors[-1].dtype)
-        values = torch.empty_like(back, dtype=grad.dtype)
-        found = ctx.once.gradients(tensors, needs, [back], values)
-        weight_grad = (grad.t() @ values).to(weight.dtype) if of_weight else None
+        (grad,), saved = grads, ctx.saved_tensors
+        kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
+        _, _, of_weight, of_bias, *needs = ctx.needs_input_grad
+        values, back = tensors[-1], None
+        if ctx.once or needs[-1]:
+            # Under autocast the product was one of fewer bits, and so are its gradients.
+            back = (grad @ ctx.make(*kept).to(grad.dtype)).to(values.dtype)
+        found = [back]
+        if ctx.once:
+            values = torch.empty_like(values, dtype=grad.dtype)
+            found = ctx.once.gradients(tensors, needs, [back], values)
+        weight_grad = (grad.t() @ values.to(grad.dtype)).to(ctx.dtype) if of_weight else None
         bias_grad = grad.sum(0).to(ctx.bias_dtype) if of_bias else None
-        return None, weight_grad, bias_grad, *found
+        return None, None, weight_grad, bias_grad, *found

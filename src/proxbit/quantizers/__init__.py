@@ -1,7 +1,7 @@
 """Quantizer pairs: proximal maps, transforms, the pairs made of them, schedules of mu, and the autograd function."""
 
 import proxbit.quantizers.family  # noqa: F401  (registers the family)
-from proxbit.quantizers.autograd import HardRows, hard_rows, quantize, update_start
+from proxbit.quantizers.autograd import Again, HardRows, again, hard_rows, quantize, update_start
 from proxbit.quantizers.catalog import PAIRS, get_pair, pair_key, register_pair
 from proxbit.quantizers.decomposition import Decomposition, decompose, regularizer
 from proxbit.quantizers.enhancement import enhance
@@ -17,6 +17,7 @@ __all__ = [
     "PAIRS",
     "ROW_LEAST_SQUARES",
     "SCHEDULES",
+    "Again",
     "Decomposition",
     "HardRows",
     "MuSchedule",
@@ -24,6 +25,7 @@ __all__ = [
     "QuantizerPair",
     "Surrogate",
     "Transform",
+    "again",
     "check_rows",
     "check_scaling",
     "compose",

@@ -12,7 +12,7 @@ from proxbit.quantizers.scaling import output_scale, row_divisor, row_offset
 from proxbit.shards import on_rows, placed_like, sum_of_rows, whole_rows
 from proxbit.sign import sign
 
-__all__ = ["HardRows", "hard_rows", "quantize", "update_start"]
+__all__ = ["Again", "HardRows", "again", "hard_rows", "quantize", "update_start"]
 
 
 def _blocks(rows: Tensor) -> list[slice]:
@@ -59,6 +59,18 @@ def _units(rows: Tensor, normalize: str, center: str, common: Tensor | None) -> 
     return offset, divisor if common is None else common.expand_as(divisor)
 
 
+class Again(NamedTuple):
+    """What makes a weight anew, the same to the last bit: `function(*kept)`.
+
+    Attributes:
+        function: gives the weight.
+        kept: the latent weight, mu, and two numbers a row.
+    """
+
+    function: Callable[..., Tensor]
+    kept: tuple[Tensor, ...]
+
+
 class _ForwardBackward(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -71,21 +83,23 @@ class _ForwardBackward(torch.autograd.Function):
         center: str,
         hard: bool,
         common: Tensor | None,
+        known: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         rows = latent.flatten(1)
-        offset, divisor = _units(rows, normalize, center, common)
+        divisor = _units(rows, normalize, center, common)[1] if known is None else known[0]
         factors: list[Tensor] = []
 
         def weight(block: slice, out: Tensor | None) -> Tensor:
-            w = _centred(rows[block], offset[block], center)
+            offset = row_offset(_precise(rows[block]), center)
+            w = _centred(rows[block], offset, center)
             if hard and pair.binary:
                 quantized = sign(w)  # not of w / s, which may underflow to zero
             else:
                 units = w / divisor[block]
                 quantized = pair.hard(units) if hard else pair.forward(units, mu)
-            factors.append(output_scale(w, quantized, divisor[block], scale))
+            factors.append(output_scale(w, quantized, divisor[block], scale) if known is None else known[1][block])
             if center == "restore":
-                c, a = offset[block], factors[-1]
+                c, a = offset, factors[-1]
                 if hard:  # as they are stored when packed
                     c, a = (number.to(rows.dtype).to(w.dtype) for number in (c, a))
                 return torch.addcmul(c, quantized, a, out=out)
@@ -94,13 +108,20 @@ class _ForwardBackward(torch.autograd.Function):
         result = _by_blocks(rows, weight)
         # A clone: the schedule changes mu in place between steps, and with gradient accumulation a backward
         # must see the mu of its own forward.
-        ctx.save_for_backward(latent, divisor, torch.cat(factors), mu.clone())
+        kept = latent, mu.clone(), divisor, torch.cat(factors)
+        ctx.save_for_backward(*kept)
         ctx.pair, ctx.center = pair, center
+
+        def again(latent: Tensor, mu: Tensor, *numbers: Tensor) -> Tensor:
+            result: Tensor = _ForwardBackward.apply(latent, mu, pair, normalize, scale, center, hard, common, numbers)
+            return result
+
+        ctx.again = Again(again, kept)
         return result.view_as(latent)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        latent, divisor, factor, mu = ctx.saved_tensors
+        latent, mu, divisor, factor = ctx.saved_tensors
         rows, grad = latent.flatten(1), grads[0].flatten(1)
         gain = factor / divisor
 
@@ -117,7 +138,7 @@ class _ForwardBackward(torch.autograd.Function):
                 through_mean = through_mean + _precise(grad[block]).mean(dim=1, keepdim=True)
             return torch.add(piece, through_mean, out=out)
 
-        return _by_blocks(rows, gradient).view_as(latent), None, None, None, None, None, None, None
+        return _by_blocks(rows, gradient).view_as(latent), *[None] * 8
 
 
 def quantize(
@@ -160,10 +181,25 @@ def quantize(
         common = _common_divisor(latent, normalize, center)
 
     def weight(rows: Tensor) -> Tensor:
-        result: Tensor = _ForwardBackward.apply(rows, mu, pair, normalize, scale, center, hard, common)
+        result: Tensor = _ForwardBackward.apply(rows, mu, pair, normalize, scale, center, hard, common, None)
         return result
 
     return placed_like(on_rows(weight, latent), latent)
+
+
+def again(weight: Tensor) -> Again:
+    """How to make a weight anew in the backward pass, so that nothing of its size need be kept for it until then.
+
+    Args:
+        weight: what `quantize` returned. Any other tensor is kept itself, and so is a weight that has no gradient or
+            was put together from several processes.
+    """
+    node: Any = weight.grad_fn
+    return node.again if isinstance(node, _ForwardBackward._backward_cls) else Again(_itself, (weight,))
+
+
+def _itself(weight: Tensor) -> Tensor:
+    return weight
 
 
 def update_start(latent: Tensor, mu: Tensor, pair: QuantizerPair, **arguments: Any) -> Tensor:
