@@ -25,11 +25,12 @@ logging.disable_progress_bar()
 LONGEST = ("processes", "test_examples.py", "test_faults.py", "test_families.py", "test_docs_run.py", "test_resume.py")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of a file run in one worker, so that what they share is made once."""
+    """The tests of a file run in one worker, so that what they share is made once. First: xdist reads the groups."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
     items.sort(key=_turn)
 
 

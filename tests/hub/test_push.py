@@ -160,7 +160,11 @@ DAMAGE = {
     "no folder": (shutil.rmtree, CheckpointError, "holds no model: there is no config.json"),
     "no json": (lambda f: (f / "config.json").write_text("{"), CheckpointError, "config.json cannot be read"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), CheckpointError, "config.json is damaged"),
-    "a word": (lambda f: set_config(f, quantization_config="w1a8"), CheckpointError, r"quantization_config of .*config.json is damaged: 'w1a8'"),
+    "a word": (
+        lambda f: set_config(f, quantization_config="w1a8"),
+        CheckpointError,
+        r"quantization_config of .*config.json is damaged: 'w1a8'",
+    ),
     "float": (lambda f: set_config(f, quantization_config=None), ModelStateError, "is float, not one of proxbit. Pack"),
     "foreign": (lambda f: set_config(f, quantization_config={"quant_method": "awq"}), ModelStateError, "is awq, not"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "has no file model.safetensors"),

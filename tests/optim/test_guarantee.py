@@ -9,7 +9,7 @@ from torch import nn
 from proxbit.optim import ProxConnect
 from proxbit.quantizers import MuSchedule, compose
 
-STEPS = 1500
+STEPS = 600
 LAMBDA = 0.3
 
 

@@ -56,7 +56,7 @@ def training(crops):
     """A vision transformer of two layers, AdamW with the matrices of its layers in a group of their own, a closure."""
     torch.manual_seed(0)
     model = FAMILIES["vit"]().double()
-    pixels, labels = crops(8, SIDE).double(), torch.arange(8) % LABELS
+    pixels, labels = crops(3, SIDE).double(), torch.arange(3) % LABELS
     matrices = [p for name, p in model.named_parameters() if name.startswith("vit.layers.") and p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     groups = [{"params": matrices, "quant_bits": 1}, {"params": others}]
@@ -84,7 +84,7 @@ def test_two_hundred_steps_agree(name, crops, double):
         peer_backward()
         quant.step()
         for mine, theirs in zip(ours.parameters(), peer.parameters(), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+            assert (mine - theirs).abs().max() <= 1e-6
     for dual, matrix in zip(optimizer.duals, peer_matrices, strict=True):
         torch.testing.assert_close(dual.latent, quant.state[matrix]["latent"], rtol=0, atol=1e-6)
     flipped = sum(((old >= 0) != (new >= 0)).sum() for old, new in zip(start, matrices, strict=True))

@@ -7,7 +7,7 @@ from pair_formulas import ROWS
 from proxbit.quantizers import MuSchedule, get_pair, quantize
 
 # The rate is below 2 / curvature for the sharpest T: beyond it, rounding grows from step to step as in any dynamics.
-STEPS, RATE = 500, 5e-4
+STEPS, RATE = 250, 5e-4
 SOUND = {name: (name, None) for name, row in ROWS.items() if row[2] is not None}
 SOUND |= {"pc-ternary": ("pc", {"levels": [-1, 0, 1]}), "pc-two-bit": ("pc", {"levels": [-1.5, -0.5, 0.5, 1.5]})}
 

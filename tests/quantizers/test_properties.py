@@ -18,7 +18,7 @@ SOUND = [name for name, variant in VARIANTS.items() if ROWS[variant[0]][2] is no
 SIGNS = [name for name in ROWS if ROWS[name][0] in (plus_minus, square_wave)]
 LARGEST = float(np.float32(1e30))
 
-law = settings(deadline=None, max_examples=50, derandomize=True, database=None)
+law = settings(deadline=None, max_examples=25, derandomize=True, database=None)
 every_pair = pytest.mark.parametrize("name", VARIANTS)
 every_sound_pair = pytest.mark.parametrize("name", SOUND)
 progress = st.floats(0, 1)
@@ -145,7 +145,7 @@ def test_both_sides_are_finite_however_large_the_weight(name, values, halves, sh
 
 @pytest.mark.parametrize("center", ["none", "remove", "restore"])
 @every_pair
-@settings(deadline=None, max_examples=20, derandomize=True, database=None)
+@settings(deadline=None, max_examples=10, derandomize=True, database=None)
 @given(
     exponents=st.lists(st.integers(-60, 60), min_size=4, max_size=4),
     share=progress,

@@ -195,7 +195,8 @@ def again(weight: Tensor) -> Again:
             was put together from several processes.
     """
     node: Any = weight.grad_fn
-    return node.again if isinstance(node, _ForwardBackward._backward_cls) else Again(_itself, (weight,))
+    is_ours = isinstance(node, _ForwardBackward._backward_cls)
+    return node.again if is_ours else Again(_itself, (weight,))
 
 
 def _itself(weight: Tensor) -> Tensor:
