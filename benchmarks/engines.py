@@ -65,6 +65,9 @@ ROWS = (
     Row("DDP, gradients accumulated twice", "ddp", changes=ACCUMULATED),
     Row("DDP, `torch.compile` (inductor)", "ddp", changes=COMPILED),
     Row("DDP, bf16; beside one process in bf16", "ddp_bf16", changes=BF16, like=BF16),
+    Row(
+        "DDP, bf16; beside one process that adds up the same halves", "ddp_bf16", changes=BF16, like=BF16 | ACCUMULATED
+    ),
     Row("FSDP2", "fsdp2_full"),
     Row("FSDP2, saved by 2, resumed by 4", "fsdp2_full", 4, saved_by=2),
     Row("FSDP2, activation checkpointing", "fsdp2_activation_checkpointing"),

@@ -4,7 +4,8 @@ One step (forward, backward, clipping, AdamW, learning rate, callbacks) of a Dei
 pictures: the float model with the Trainer of transformers, and latent ones with ProxConnectTrainer and the recipes of
 proxbit, without a teacher. With two processes, DistributedDataParallel on gloo. Times: every round takes some steps of
 each, of which the first is not counted; ratios are medians of those within a round. Memory: the highest resident set of
-a process of its own that takes three steps, less what it holds before the model is made.
+a process of its own that takes three steps, less what it holds before the model is made; tensors that it frees go back
+to the system at once (glibc), so that all that is counted is in use.
 
     python benchmarks/training.py --size DeiT-B --batch 8 --recipes w1a32 --processes 2
 """
@@ -124,11 +125,13 @@ def in_processes(options: argparse.Namespace, memory_of: str = "") -> dict[str, 
     command += ["--batch", str(options.batch), "--threads", str(options.threads), "--rounds", str(options.rounds)]
     command += ["--recipes", *options.recipes]
     ranks: list[dict[str, str]] = [{}]
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "262144"} if memory_of else {}
     if options.processes > 1:
         meet = {"WORLD_SIZE": str(options.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
         ranks = [{**meet, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(options.processes)]
     started = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **rank}) for rank in ranks
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | allocator | rank)
+        for rank in ranks
     ]
     outputs = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):

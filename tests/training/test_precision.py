@@ -14,17 +14,17 @@ from proxbit.training import ProxConnectArguments, ProxConnectTrainer
 from tiny_models import LABELS, SIDE, vit
 
 
-def floats(seed=1):
+def floats(seed=1, **sizes):
     torch.manual_seed(seed)
-    model = ViTForImageClassification(vit())
+    model = ViTForImageClassification(vit(**sizes))
     nn.init.normal_(model.classifier.weight)
     return model
 
 
-def make(seed=1, packed=False):
+def make(seed=1, packed=False, **sizes):
     """Patches are embedded by a binary convolution, so that it is covered too."""
     include = ["vit.layers", "vit.embeddings.patch_embeddings.projection"]
-    model = proxbit.binarize(floats(seed), BinarizationConfig(include=include)).train()
+    model = proxbit.binarize(floats(seed, **sizes), BinarizationConfig(include=include)).train()
     set_mu(model, 2.0)
     return proxbit.pack(model) if packed else model
 
@@ -228,7 +228,7 @@ def test_the_trainer_checkpoints_gradients(tmp_path, crops):
 def test_a_latent_model_compiles_whole(crops):
     """Forward and backward are those of eager mode, and no graph is made again when mu moves."""
     torch.compiler.reset()
-    model, inputs = make(), batch(crops)
+    model, inputs = make(num_hidden_layers=1), batch(crops)
     model.config.problem_type = "single_label_classification"  # transformers sets it in the first forward otherwise
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
 
