@@ -11,7 +11,7 @@ of the link from an all-reduce.
 
 Formulas, for a step of b pictures a device in pieces of at most 128, n devices, P parameters, L latent weights:
     compute     3 (operations of a picture) b / speed
-    quantizers  pieces L (bytes a weight) / memory bandwidth
+    quantizers  pieces L (bytes a weight) / memory bandwidth; on a CPU the backward pass makes each weight again
     optimizer   28 P / (devices that share it) / memory bandwidth: AdamW reads four and writes three numbers
     traffic     k (n - 1) / n 4 P / link, k = 2 for an all-reduce, 3 where parameters are sharded; between nodes, the
                 links of all devices of a node together
@@ -48,7 +48,7 @@ from transformers.initialization import no_init_weights
 import proxbit
 from proxbit.analysis.environment import environment
 from proxbit.patching.targets import select
-from proxbit.quantizers import get_pair, quantize
+from proxbit.quantizers import again, get_pair, quantize
 
 # Width, depth, heads, patch.
 MODELS = {"DeiT-B": (768, 12, 12, 16), "ViT-H": (1280, 32, 16, 14)}
@@ -186,18 +186,27 @@ def count(shape: tuple[int, int, int, int]) -> Counts:
     return Counts(parameters, latents, counter.get_total_flops(), pictures)
 
 
-def quantizer(latent: Tensor) -> Callable[[], None]:
-    """Forward and backward of the quantizer of one layer."""
+def quantizer(latent: Tensor, twice: bool) -> Callable[[], None]:
+    """Forward and backward of the quantizer of one layer; `twice`: the backward pass makes the weight again."""
     pair, mu, gradient = get_pair(PAIR), torch.tensor(3.0), torch.ones_like(latent)
     units = dict(zip(("normalize", "scale", "center"), pair.scaling, strict=True))
-    return lambda: quantize(latent, mu, pair, **units).backward(gradient)
+
+    def step() -> None:
+        weight = quantize(latent, mu, pair, **units)
+        if twice:
+            with torch.no_grad():
+                function, kept = again(weight)
+                function(*kept)
+        weight.backward(gradient)
+
+    return step
 
 
 def counted_quantizer_bytes() -> float:
     """A weight and step, operator by operator, as a GPU runs them; a gradient that is accumulated is not counted."""
     latent = torch.randn(768, 768, requires_grad=True)
     with torch.autograd.set_multithreading_enabled(False), _Traffic() as traffic:
-        quantizer(latent)()
+        quantizer(latent, twice=False)()
     return traffic.bytes / latent.numel()
 
 
@@ -258,7 +267,7 @@ def measure(rank: int, place: str, results: str) -> None:
             for batch in BATCHES:
                 found[f"{engine}, {kind}, batch {batch}"] = seconds(make_step(model, batch))
     latent = torch.randn(192, 768, requires_grad=True)
-    found["quantizer"] = seconds(quantizer(latent), 101) / latent.numel()
+    found["quantizer"] = seconds(quantizer(latent, twice=True), 101) / latent.numel()
     if rank == 0:
         Path(results).write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()

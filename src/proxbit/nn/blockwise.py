@@ -54,7 +54,8 @@ class Blockwise:
         Returns:
             `[n, O]`.
         """
-        result: Tensor = _Product.apply(_Pass(self, len(shared), rows), again(weight), weight, bias, *shared, rows)
+        made = again(weight) or Again(_itself, (weight,))
+        result: Tensor = _Product.apply(_Pass(self, len(shared), rows), made, weight, bias, *shared, rows)
         return result
 
 
@@ -69,10 +70,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         `[..., O]`.
     """
-    if is_plain():
+    made = None if is_plain() else again(weight)
+    if made is None:
         return nn.functional.linear(input, weight, bias)
-    rows: Tensor = _Product.apply(None, again(weight), weight, bias, input.reshape(-1, input.shape[-1]))
+    rows: Tensor = _Product.apply(None, made, weight, bias, input.reshape(-1, input.shape[-1]))
     return rows.view(*input.shape[:-1], len(weight))
+
+
+def _itself(weight: Tensor) -> Tensor:
+    return weight
 
 
 class _Pass:

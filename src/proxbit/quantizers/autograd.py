@@ -187,20 +187,19 @@ def quantize(
     return placed_like(on_rows(weight, latent), latent)
 
 
-def again(weight: Tensor) -> Again:
+def again(weight: Tensor) -> Again | None:
     """How to make a weight anew in the backward pass, so that nothing of its size need be kept for it until then.
 
     Args:
-        weight: what `quantize` returned. Any other tensor is kept itself, and so is a weight that has no gradient or
-            was put together from several processes.
+        weight: what `quantize` returned.
+
+    Returns:
+        None for a weight that has no gradient or was put together from several processes, and for any other tensor.
+        None on accelerators too: operator by operator, F reads and writes more memory than the copy is worth.
     """
     node: Any = weight.grad_fn
-    is_ours = isinstance(node, _ForwardBackward._backward_cls)
-    return node.again if is_ours else Again(_itself, (weight,))
-
-
-def _itself(weight: Tensor) -> Tensor:
-    return weight
+    is_ours = weight.device.type == "cpu" and isinstance(node, _ForwardBackward._backward_cls)
+    return node.again if is_ours else None
 
 
 def update_start(latent: Tensor, mu: Tensor, pair: QuantizerPair, **arguments: Any) -> Tensor:
