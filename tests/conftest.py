@@ -25,11 +25,6 @@ logging.disable_progress_bar()
 LONGEST = ("processes", "test_examples.py", "test_faults.py", "test_families.py", "test_docs_run.py", "test_resume.py")
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than cores: tests wait for the processes that they start."""
-    return (os.cpu_count() or 1) + 1
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests of a file run in one worker, so that what they share is made once. First: xdist reads the groups."""
