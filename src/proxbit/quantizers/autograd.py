@@ -86,12 +86,12 @@ class _ForwardBackward(torch.autograd.Function):
         known: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         rows = latent.flatten(1)
-        divisor = _units(rows, normalize, center, common)[1] if known is None else known[0]
+        offset, divisor = _units(rows, normalize, center, common) if known is None else (None, known[0])
         factors: list[Tensor] = []
 
         def weight(block: slice, out: Tensor | None) -> Tensor:
-            offset = row_offset(_precise(rows[block]), center)
-            w = _centred(rows[block], offset, center)
+            c = row_offset(_precise(rows[block]), center) if offset is None else offset[block]
+            w = _centred(rows[block], c, center)
             if hard and pair.binary:
                 quantized = sign(w)  # not of w / s, which may underflow to zero
             else:
@@ -99,7 +99,7 @@ class _ForwardBackward(torch.autograd.Function):
                 quantized = pair.hard(units) if hard else pair.forward(units, mu)
             factors.append(output_scale(w, quantized, divisor[block], scale) if known is None else known[1][block])
             if center == "restore":
-                c, a = offset, factors[-1]
+                a = factors[-1]
                 if hard:  # as they are stored when packed
                     c, a = (number.to(rows.dtype).to(w.dtype) for number in (c, a))
                 return torch.addcmul(c, quantized, a, out=out)
