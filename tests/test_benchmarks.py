@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,9 +91,9 @@ def test_a_table_of_accuracy_pairs_folds_and_seeds(script):
     accuracy = script("accuracy")
     runs = [("float, as long", "W32A32", 0, 0.9), ("float, as long", "W32A32", 1, 0.8), ("bnn++", "W1A8", 0, 0.85)]
     runs += [("bnn++", "W1A8", 1, 0.81), ("bnn++", "W1A8", 2, 0.1)]
-    results = {accuracy.Run(16, m, c, f, 0): {"accuracy": value} for m, c, f, value in runs}
+    results = {accuracy.Run("digits-16", m, c, f, 0): {"accuracy": value} for m, c, f, value in runs}
     page = "\n".join(accuracy.tables(results))
-    assert "## Width 16" in page and "| `bnn++` | 83.0 ± 2.0 (2.0 ± 3.0; 2) |" in page
+    assert "## Digits, width 16" in page and "| `bnn++` | 83.0 ± 2.0 (2.0 ± 3.0; 2) |" in page
     assert "| float, as long | 85.0 ± 5.0 (0.0 ± 0.0; 2) |" in page
 
 
@@ -100,15 +101,15 @@ def test_differences_and_goals_are_paired_too(script):
     accuracy = script("accuracy")
     runs = [("float, as long", "W32A32", 0, 0.95), ("bnn++", "W1A32", 0, 0.9), ("bc", "W1A32", 0, 0.87)]
     runs += [("float, as long", "W32A32", 1, 0.95), ("bnn++", "W1A32", 1, 0.94), ("bc", "W1A32", 1, 0.93)]
-    results = {accuracy.Run(16, m, c, f, 0): {"accuracy": value} for m, c, f, value in runs}
+    results = {accuracy.Run("digits-16", m, c, f, 0): {"accuracy": value} for m, c, f, value in runs}
     page = "\n".join(accuracy.tables(results) + accuracy.goal_lines(results))
     assert "| `bc` | -2.0 ± 1.0 (2) |" in page
-    assert "| width 16, W1A32 | 2.5 | 3.0 ± 2.0 (2) | **missed** |" in page
+    assert "| Digits, width 16, W1A32 | 2.5 | 3.0 ± 2.0 (2) | **missed** |" in page
 
 
 def test_runs_that_are_finished_are_not_done_again(script, tmp_path):
     accuracy = script("accuracy")
-    run = accuracy.Run(16, "bc", "W1A1", 3, 1)
+    run = accuracy.Run("digits-16", "bc", "W1A1", 3, 1)
     path = tmp_path / "runs.jsonl"
     assert accuracy.known(path) == {}
     path.write_text(json.dumps({**vars(run), "accuracy": 0.5, "soft": 0.6}) + "\n")
@@ -116,20 +117,37 @@ def test_runs_that_are_finished_are_not_done_again(script, tmp_path):
 
 
 def test_every_method_trains_and_is_packed(script, tmp_path, monkeypatch):
-    """All rows on one picture of each digit, for one epoch."""
+    """All rows on two pictures of each digit, for one epoch."""
     accuracy = script("accuracy")
     train, test = accuracy.digits(0)
     few = accuracy.Pictures(train.pixels[:20], train.labels[:20])
-    monkeypatch.setattr(accuracy, "digits", lambda fold: (few, test))
-    monkeypatch.setattr(accuracy, "FLOAT_EPOCHS", 1)
-    monkeypatch.setattr(accuracy, "EPOCHS", 1)
-    monkeypatch.setattr(accuracy, "BATCH", 10)
+    short(accuracy, monkeypatch, "digits-16", pictures=lambda fold: (few, test))
     binary = (accuracy.SIGN, "bnn++", accuracy.TORCHAO, "bnn++ hard from the start")
     for method in (accuracy.FLOAT, accuracy.LONGER, *binary):
         for column in ("W1A32", "W1A1") if method in (accuracy.SIGN, "bnn++") else ("W1A32",):
-            result = accuracy.run(accuracy.Run(16, method, column, 0, 0), tmp_path)
+            result = accuracy.run(accuracy.Run("digits-16", method, column, 0, 0), tmp_path)
             assert 0 <= result["accuracy"] <= 1
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def short(accuracy, monkeypatch, key, **changes):
+    """Make a task one of two steps."""
+    task = replace(accuracy.TASKS[key], float_epochs=1, epochs=1, batch=10, **changes)
+    monkeypatch.setitem(accuracy.TASKS, key, task)
+
+
+def test_the_task_of_solar_cells_is_that_of_the_example(script, tmp_path, monkeypatch):
+    accuracy = script("accuracy")
+    images, labels = accuracy.solar.load_cells(uncertain=False, limit=25)
+    pictures = accuracy.solar.make_dataset(images, labels, accuracy.solar.make_model(None)[1])
+    monkeypatch.setattr(accuracy, "all_cells", lambda: (labels, pictures))
+    train, test = accuracy.cells(1)
+    assert len(train) == 20 and len(test) == 5 and test[0]["pixel_values"].shape == (3, 96, 96)
+    short(accuracy, monkeypatch, "solar")
+    for method in (accuracy.LONGER, accuracy.SIGN, "bnn++"):
+        result = accuracy.run(accuracy.Run("solar", method, "W1A1", 1, 0), tmp_path)
+        assert result["accuracy"] in (0, 0.2, 0.4, 0.6, 0.8, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["solar-1-0.safetensors"]
 
 
 def test_every_engine_is_compared(script):
