@@ -24,6 +24,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -45,7 +46,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.initialization import no_init_weights
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import proxbit
+from kept import kept_for_backward
 from proxbit.analysis.environment import environment
 from proxbit.patching.targets import select
 from proxbit.quantizers import again, get_pair, quantize
@@ -167,22 +170,15 @@ def make_model(shape: tuple[int, int, int, int]) -> ViTForImageClassification:
 
 def count(shape: tuple[int, int, int, int]) -> Counts:
     """Without memory or time: tensors that have only shapes."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-
     with FakeTensorMode():
         with no_init_weights():
             model = make_model(shape)
         latents = sum(each.parameters for each in select(model, proxbit.BinarizationConfig()) if each.converted)
         pixels, labels = torch.empty(1, 3, 224, 224), torch.empty(1, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with FlopCounterMode(display=False) as counter, kept_for_backward() as kept:
             model(pixels, labels=labels)
-        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        pictures = kept.total(without=model)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-    pictures = sum(size for storage, size in kept.items() if storage not in own)
     return Counts(parameters, latents, counter.get_total_flops(), pictures)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kept import kept_for_backward
 from proxbit import blocks
 from proxbit.errors import ModelStateError
 from proxbit.nn import BinaryLinear
@@ -13,15 +14,9 @@ from proxbit.quantizers import get_pair, quantize
 
 def kept(call):
     """Elements that are kept for the backward pass of a call, and its result."""
-    sizes = {}
-
-    def note(tensor):
-        sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes() // 4
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with kept_for_backward() as found:
         result = call()
-    return sum(sizes.values()), result
+    return found.total() // 4, result
 
 
 def in_blocks_of(rows, width, monkeypatch):

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import ViTForImageClassification
 
 import proxbit
+from kept import kept_for_backward
 from proxbit.config import BinarizationConfig
 from proxbit.nn import latent_layers, set_mu
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer
@@ -68,17 +69,10 @@ def close(first, second, share):
 
 def kept(model, inputs, **autocast):
     """Bytes that the forward pass keeps for the backward pass, without the parameters themselves."""
-    sizes = {}
-
-    def note(tensor):
-        sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", **autocast):
-        loss = model(**inputs).loss  # as long as it lives, no storage is used twice
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    with kept_for_backward() as found, torch.autocast("cpu", **autocast):
+        loss = model(**inputs).loss
     assert loss.requires_grad
-    return sum(size for storage, size in sizes.items() if storage not in own)
+    return found.total(without=model)
 
 
 def test_there_is_no_second_copy_of_the_weights(crops):
