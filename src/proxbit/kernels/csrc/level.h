@@ -26,6 +26,7 @@ struct Level {
 };
 
 extern const Level avx512_level;
+extern const Level avx512vnni_level;
 extern const Level avx2_level;
 extern const Level neon_level;
 extern const Level portable_level;

@@ -14,6 +14,7 @@ using proxbit::Level;
 const Level *const levels[] = {
 #if defined(PROXBIT_X86)
     &proxbit::avx512_level,
+    &proxbit::avx512vnni_level,
     &proxbit::avx2_level,
 #endif
 #if defined(PROXBIT_NEON)
