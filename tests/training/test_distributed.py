@@ -90,24 +90,30 @@ def test_the_run_is_written_once(tmp_path, processes, pictures):
     assert layers[0]["latents"] == before["latents"] and weights > 10_000
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2_full"])
-@pytest.mark.parametrize(
-    "changes",
-    [
+@pytest.fixture(
+    scope="module",
+    params=[
         dict(recipe="w1a8", teacher=True),
         dict(recipe="w1a4", gradient_accumulation_steps=2, per_device_train_batch_size=2),
         dict(recipe="w1a1-two-stage", progression="taylor"),
     ],
     ids=["int8 with a teacher", "learned steps, accumulated", "thresholds, layer by layer"],
 )
-def test_recipes(tmp_path, processes, pictures, engine, changes):
-    """Calibrated from all examples; also with layers that wait, whose parameters have no gradients yet."""
-    pictures = pictures[:8]
-    given = SHORT | dict(model=dict(latent=False)) | changes
-    size = given.get("per_device_train_batch_size", 4)
-    alone = fit("one", tmp_path / "one", pictures, **given | dict(per_device_train_batch_size=2 * size))
-    first, second = processes(fit, engine, tmp_path / engine, pictures, **given)
-    assert apart(alone["curve"], first["curve"])["loss"] < 1e-4
+def recipe(request, tmp_path_factory, pictures):
+    """Arguments, and what one process makes of them with twice the batch."""
+    given = SHORT | dict(model=dict(latent=False), per_device_train_batch_size=4) | request.param
+    double = given | dict(per_device_train_batch_size=2 * given["per_device_train_batch_size"])
+    return given, fit("one", tmp_path_factory.mktemp("one"), pictures[:8], **double)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2_full"])
+def test_recipes(tmp_path, processes, pictures, engine, recipe):
+    """Calibrated from all examples; also with layers that wait, whose parameters have no gradients yet. Sums in another
+    order move an activation that lies between two codes to the other one: on some processors losses show it.
+    """
+    given, alone = recipe
+    first, second = processes(fit, engine, tmp_path, pictures[:8], **given)
+    assert apart(alone["curve"], first["curve"])["loss"] < 1e-3
     same_weights(first["weights"], second["weights"])
     same_weights(alone["weights"], first["weights"], tolerance=1e-3)
     assert other_share(alone["packed"], first["packed"]) <= 1e-3
