@@ -360,7 +360,7 @@ def goal_lines(results: dict[Run, dict[str, Any]]) -> list[str]:
 
 def write(results: dict[Run, dict[str, Any]]) -> str:
     lines = [
-        f"`python benchmarks/accuracy.py`. {environment()}.",
+        f"`python benchmarks/accuracy.py`. Runs are of several machines; the last: {environment()}.",
         "",
         "Accuracy of the packed model in %, mean ± standard error; in brackets the points lost against float training "
         "of the same length, paired by fold and seed, and the number of pairs.",

@@ -123,7 +123,7 @@ inline int32_t sum_of_bytes(const int8_t *q, int64_t count) {
 
 void run_w1a8(const Call &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
     constexpr int64_t columns = W1A8::column_block;
-    const int64_t words = w1a8_words(call.inputs), width = round_up(call.inputs, 64);
+    const int64_t words = w1a8_words(call.inputs), width = std::max<int64_t>(64, round_up(call.inputs, 64));
     const int64_t whole = std::max<int64_t>(1, W1A8::pass_bytes / width / W1A8::rows) * W1A8::rows;
     const int64_t pass = std::min(row_end - row, whole), factor_bytes = 8 * W1A8::word_bytes * W1A8::most_words;
     Workspace workspace(4 * width + pass * (width + 8 + 4 * columns) + factor_bytes + 512);
