@@ -8,7 +8,7 @@ import argparse
 
 import torch
 from sklearn.datasets import load_digits
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification, set_seed
 
 import proxbit
 
@@ -38,6 +38,7 @@ def main() -> None:
         {"pixel_values": torch.tensor(image, dtype=torch.float32)[None] / 8 - 1, "labels": int(label)}
         for image, label in zip(digits.images, digits.target, strict=True)
     ]
+    set_seed(0)
     sizes = dict(image_size=8, patch_size=2, num_channels=1, num_labels=10)
     model = ViTForImageClassification(
         ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, **sizes)
@@ -46,9 +47,7 @@ def main() -> None:
     arguments = proxbit.ProxConnectArguments(
         "runs/custom", num_train_epochs=epochs, learning_rate=2e-3, per_device_train_batch_size=64, save_strategy="no"
     )
-    trainer = proxbit.ProxConnectTrainer(
-        model=proxbit.binarize(model, config), args=arguments, train_dataset=data[:1400]
-    )
+    trainer = proxbit.ProxConnectTrainer(proxbit.binarize(model, config), arguments, train_dataset=data[:1400])
     trainer.train()
     logits = trainer.predict(data[1400:]).predictions
     print(f"accuracy on 397 digits at one bit a weight: {(logits.argmax(1) == digits.target[1400:]).mean():.3f}")

@@ -43,13 +43,13 @@ def test_solar_cells_leaves_models_curves_and_results(solar_cells):
 def test_custom_pair_is_judged_trained_and_packed(tmp_path):
     """In a few lines: fewer than 60, as its page promises."""
     example = EXAMPLES / "custom_quantizer_pair.py"
-    command = [sys.executable, str(example), "--epochs", "1"]
+    command = [sys.executable, str(example), "--epochs", "3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "arctangent: P is non-decreasing" in done.stdout
     assert "the sign with the same gradient: B changes while P stands still" in done.stdout
     accuracy = float(done.stdout.split("at one bit a weight: ")[1].split()[0])
-    assert 0.1 < accuracy <= 1
+    assert 0.2 < accuracy <= 1
     assert "65,536 of 1 bit" in done.stdout
     assert len(example.read_text().splitlines()) < 60
 
