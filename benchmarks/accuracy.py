@@ -31,7 +31,6 @@ import torch
 from report import table
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
-from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchao.prototype.parq.optim import ProxPARQ, QuantOptimizer
@@ -123,7 +122,7 @@ def digits(fold: int) -> tuple[Dataset, Dataset]:
     data = load_digits()
     x = torch.from_numpy(data.images.astype(np.float32))[:, None] / 8 - 1
     y = torch.from_numpy(data.target)
-    train, test = list(StratifiedKFold(5, shuffle=True, random_state=0).split(x, y))[fold]
+    train, test = solar.split(data.target, fold)
     return Pictures(x[train], y[train]), Pictures(x[test], y[test])
 
 

@@ -6,9 +6,7 @@
 namespace {
 
 bool runs() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vpopcntdq");
+    return runs_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vpopcntdq");
 }
 
 // ---- W1A8
@@ -27,13 +25,12 @@ constexpr Patterns patterns;
 
 // Groups of 6 in 16-bit lanes. A table holds 2 sum e q (e the bits) and the sums of a chunk start at -sum q, so that
 // they end as sum s q: at most 21 * 12 * 127, which fits; what wraps around on the way does no harm.
-struct W1A8 {
+struct W1A8 : LookUp<W1A8> {
     using Word = uint16_t;
     using Activation = int8_t;
     using Sum = int32_t;
     static constexpr int rows = 4, columns = 32, column_block = 64;
-    static constexpr int weights = 12, group = 6, most_words = 21, word_multiple = 1;
-    static constexpr bool is_prefix = false;
+    static constexpr int weights = 12, group = 6, most_words = 21;
 
     static const int8_t *load_row_of(const Call &call, int64_t row, int64_t width, float *buffer, float &factor) {
         int8_t *q = reinterpret_cast<int8_t *>(buffer + width);
@@ -67,21 +64,13 @@ struct W1A8 {
         store(to, _mm512_add_epi32(load(to), _mm512_cvtepi16_epi32(first)));
         store(to + 16, _mm512_add_epi32(load(to + 16), _mm512_cvtepi16_epi32(second)));
     }
-    template <int rows>
-    static void block(const Call &call, int64_t row, int64_t begin, int64_t end) {
-        look_up_block<W1A8, rows>(call, row, begin, end);
-    }
 };
 
 // ---- W1A1
 //
-struct W1A1 : SignWords {
+struct W1A1 : SignWords<W1A1> {
     static constexpr int rows = 5;
 
-    template <int rows>
-    static void block(const Call &call, int64_t row, int64_t begin, int64_t end) {
-        count_block<W1A1, rows>(call, row, begin, end);
-    }
     template <int rows>
     static void count(const uint8_t *tile, const uint32_t *signs, int64_t words, int64_t inputs, int32_t *sums,
                       int64_t stride);

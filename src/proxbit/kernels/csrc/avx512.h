@@ -16,6 +16,12 @@ namespace {
 
 using proxbit::Call;
 
+// What both levels need.
+inline bool runs_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
 inline __m512i load(const void *p) { return _mm512_loadu_si512(p); }
 inline void store(void *p, __m512i v) { _mm512_storeu_si512(p, v); }
 
@@ -80,60 +86,6 @@ void relay(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles)
 
 struct Registers {
     __m512i a, b, c, d;
-};
-
-template <class Format, int rows>
-void look_up_block(const Call &call, int64_t row, int64_t begin, int64_t end);
-
-struct Signs {
-    // For 32-bit lane e: the sign bit where bit b of e is 0.
-    alignas(64) uint32_t bits[4][16];
-    constexpr Signs() : bits() {
-        for (int b = 0; b < 4; ++b)
-            for (int e = 0; e < 16; ++e) bits[b][e] = e >> b & 1 ? 0 : 0x80000000u;
-    }
-};
-constexpr Signs sign_bits;
-
-// Groups of 5 in 32-bit lanes; a table holds signed sums.
-struct W1 {
-    using Word = uint32_t;
-    using Activation = float;
-    using Sum = float;
-    static constexpr int rows = 4, columns = 16, column_block = 32;
-    static constexpr int weights = 30, group = 5, most_words = 6, word_multiple = 1;
-    static constexpr bool is_prefix = false;
-
-    static const float *load_row_of(const Call &call, int64_t row, int64_t width, float *buffer, float &factor) {
-        factor = 1.0f;
-        return load_row(call, row, width, buffer);
-    }
-    static void fill_table(const float *x, uint8_t *table) {
-        const auto times = [x](int i) {
-            return _mm512_xor_ps(_mm512_load_ps(sign_bits.bits[i]), _mm512_set1_ps(x[i]));
-        };
-        const __m512 sum = _mm512_add_ps(_mm512_add_ps(times(0), times(1)), _mm512_add_ps(times(2), times(3)));
-        const __m512 last = _mm512_set1_ps(x[4]);
-        _mm512_storeu_ps(table, _mm512_sub_ps(sum, last));
-        _mm512_storeu_ps(table + 64, _mm512_add_ps(sum, last));
-    }
-    static __m512i start(const float *, int64_t) { return _mm512_setzero_si512(); }
-    static __m512i next(__m512i indices) { return _mm512_srli_epi32(indices, group); }
-    // Adds by multiplying with 1 if told so, for processors that multiply in other units than they add and permute in.
-    template <bool multiply>
-    static __m512i look_up(__m512i sum, __m512i low, __m512i index, __m512i high) {
-        const __m512i entry = _mm512_permutex2var_epi32(low, index, high);  // vpermi2ps is the same
-        if constexpr (multiply) asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(entry), "v"(_mm512_set1_ps(1.0f)));
-        else asm("vaddps %1, %0, %0" : "+v"(sum) : "v"(entry));
-        return sum;
-    }
-    static void add_to(float *to, __m512i sums) {
-        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_castsi512_ps(sums)));
-    }
-    template <int rows>
-    static void block(const Call &call, int64_t row, int64_t begin, int64_t end) {
-        look_up_block<W1, rows>(call, row, begin, end);
-    }
 };
 
 template <class Format, int registers>
@@ -216,6 +168,64 @@ void look_up_block(const Call &call, int64_t row, int64_t begin, int64_t end) {
     for (int r = 0; r < rows; ++r) store_row(call, row + r, begin, end, factor[r], sums + r * columns);
 }
 
+// What the formats that look sums up have in common.
+template <class Format>
+struct LookUp {
+    static constexpr int word_multiple = 1;
+    static constexpr bool is_prefix = false;
+
+    template <int rows>
+    static void block(const Call &call, int64_t row, int64_t begin, int64_t end) {
+        look_up_block<Format, rows>(call, row, begin, end);
+    }
+};
+
+struct Signs {
+    // For 32-bit lane e: the sign bit where bit b of e is 0.
+    alignas(64) uint32_t bits[4][16];
+    constexpr Signs() : bits() {
+        for (int b = 0; b < 4; ++b)
+            for (int e = 0; e < 16; ++e) bits[b][e] = e >> b & 1 ? 0 : 0x80000000u;
+    }
+};
+constexpr Signs sign_bits;
+
+// Groups of 5 in 32-bit lanes; a table holds signed sums.
+struct W1 : LookUp<W1> {
+    using Word = uint32_t;
+    using Activation = float;
+    using Sum = float;
+    static constexpr int rows = 4, columns = 16, column_block = 32;
+    static constexpr int weights = 30, group = 5, most_words = 6;
+
+    static const float *load_row_of(const Call &call, int64_t row, int64_t width, float *buffer, float &factor) {
+        factor = 1.0f;
+        return load_row(call, row, width, buffer);
+    }
+    static void fill_table(const float *x, uint8_t *table) {
+        const auto times = [x](int i) {
+            return _mm512_xor_ps(_mm512_load_ps(sign_bits.bits[i]), _mm512_set1_ps(x[i]));
+        };
+        const __m512 sum = _mm512_add_ps(_mm512_add_ps(times(0), times(1)), _mm512_add_ps(times(2), times(3)));
+        const __m512 last = _mm512_set1_ps(x[4]);
+        _mm512_storeu_ps(table, _mm512_sub_ps(sum, last));
+        _mm512_storeu_ps(table + 64, _mm512_add_ps(sum, last));
+    }
+    static __m512i start(const float *, int64_t) { return _mm512_setzero_si512(); }
+    static __m512i next(__m512i indices) { return _mm512_srli_epi32(indices, group); }
+    // Adds by multiplying with 1 if told so, for processors that multiply in other units than they add and permute in.
+    template <bool multiply>
+    static __m512i look_up(__m512i sum, __m512i low, __m512i index, __m512i high) {
+        const __m512i entry = _mm512_permutex2var_epi32(low, index, high);  // vpermi2ps is the same
+        if constexpr (multiply) asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(entry), "v"(_mm512_set1_ps(1.0f)));
+        else asm("vaddps %1, %0, %0" : "+v"(sum) : "v"(entry));
+        return sum;
+    }
+    static void add_to(float *to, __m512i sums) {
+        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_castsi512_ps(sums)));
+    }
+};
+
 // ---- signs to bits and back
 
 inline uint32_t signs_of(__m512 x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ); }
@@ -260,13 +270,6 @@ void unpack_signs(const uint8_t *bits, int64_t columns, float *values) {
 // in each bit. Of a pair of words, y_2j-1 + x_2j + x_2j+1 = 2 * majority + y_2j+1, and the majority is one ternary
 // operation on the three y. The differences are 2 * sum popcount(majority) + popcount(last y).
 
-struct SignWords {
-    using Word = uint32_t;
-    static constexpr int columns = 32, column_block = 32, weights = 32, word_multiple = 2;
-    static constexpr int64_t most_words = int64_t(1) << 62;
-    static constexpr bool is_prefix = true;
-};
-
 // The format counts into sums[r][32 columns]; words of activations come with their rows side by side.
 template <class Format, int rows>
 void count_block(const Call &call, int64_t row, int64_t begin, int64_t end) {
@@ -287,6 +290,19 @@ void count_block(const Call &call, int64_t row, int64_t begin, int64_t end) {
         Format::template count<rows>(tile + n * words * 4, signs, words, call.inputs, sums + n, columns);
     for (int r = 0; r < rows; ++r) store_row(call, row + r, begin, end, 1.0f, sums + r * columns);
 }
+
+template <class Format>
+struct SignWords {
+    using Word = uint32_t;
+    static constexpr int columns = 32, column_block = 32, weights = 32, word_multiple = 2;
+    static constexpr int64_t most_words = int64_t(1) << 62;
+    static constexpr bool is_prefix = true;
+
+    template <int rows>
+    static void block(const Call &call, int64_t row, int64_t begin, int64_t end) {
+        count_block<Format, rows>(call, row, begin, end);
+    }
+};
 
 // ---- all rows
 

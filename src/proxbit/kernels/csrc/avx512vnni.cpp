@@ -3,11 +3,7 @@
 
 namespace {
 
-bool runs() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni");
-}
+bool runs() { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
 // ---- W1A8
 //
@@ -168,13 +164,9 @@ void run_w1a8(const Call &call, int64_t row, int64_t row_end, int64_t begin, int
 // The majorities of pairs count twice. Three words of one weight, of which one is left from before, add up to one of
 // that weight and a carry of twice that; only the bits of the carries that count 8 times are counted, by a shuffle.
 
-struct W1A1 : SignWords {
+struct W1A1 : SignWords<W1A1> {
     static constexpr int rows = 8;
 
-    template <int rows>
-    static void block(const Call &call, int64_t row, int64_t begin, int64_t end) {
-        count_block<W1A1, rows>(call, row, begin, end);
-    }
     template <int rows>
     static void count(const uint8_t *tile, const uint32_t *signs, int64_t words, int64_t inputs, int32_t *sums,
                       int64_t stride);
