@@ -124,14 +124,17 @@ def in_processes(options: argparse.Namespace, memory_of: str = "") -> dict[str, 
     command = [sys.executable, __file__, "--worker", "--memory-of", memory_of, "--size", options.size]
     command += ["--batch", str(options.batch), "--threads", str(options.threads), "--rounds", str(options.rounds)]
     command += ["--recipes", *options.recipes]
+    # Without the first, accelerate gives every process as many threads as there are cores.
+    shared = {"OMP_NUM_THREADS": str(options.threads)}
+    if memory_of:
+        shared["MALLOC_MMAP_THRESHOLD_"] = "262144"
     ranks: list[dict[str, str]] = [{}]
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "262144"} if memory_of else {}
     if options.processes > 1:
-        meet = {"WORLD_SIZE": str(options.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
-        ranks = [{**meet, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(options.processes)]
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
+        shared |= {"WORLD_SIZE": str(options.processes), "LOCAL_WORLD_SIZE": str(options.processes)}
+        ranks = [{"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(options.processes)]
     started = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | allocator | rank)
-        for rank in ranks
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | shared | rank) for rank in ranks
     ]
     outputs = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):

@@ -50,13 +50,13 @@ def _common_divisor(latent: Tensor, normalize: str, center: str) -> Tensor | Non
 
 def _units(rows: Tensor, normalize: str, center: str, common: Tensor | None) -> tuple[Tensor, Tensor]:
     """Offset and divisor of every row, `[rows, 1]` each."""
-    offsets, divisors = [], []
-    for block in _blocks(rows):
-        offset = row_offset(_precise(rows[block]), center)
-        offsets.append(offset)
-        divisors.append(row_divisor(_centred(rows[block], offset, center), normalize))
-    offset, divisor = torch.cat(offsets), torch.cat(divisors)
-    return offset, divisor if common is None else common.expand_as(divisor)
+    blocks = _blocks(rows)
+    offsets = [row_offset(_precise(rows[block]), center) for block in blocks]
+    offset = torch.cat(offsets)
+    if common is not None:
+        return offset, common.expand_as(offset)
+    parts = zip(blocks, offsets, strict=True)
+    return offset, torch.cat([row_divisor(_centred(rows[block], c, center), normalize) for block, c in parts])
 
 
 class Again(NamedTuple):
