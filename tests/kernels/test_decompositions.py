@@ -21,6 +21,7 @@ def arguments(operator):
         "scale": torch.rand(ROWS),
         "bias": torch.randn(ROWS),
         "threshold": torch.randn(COLUMNS),
+        "grid": torch.tensor([0.3, -8.0, 7.0]),
         "gelu": True,
         "norm_weight": torch.randn(COLUMNS),
         "norm_bias": torch.randn(COLUMNS),
@@ -32,7 +33,7 @@ def arguments(operator):
 
 
 def bare(given):
-    """Without what a linear operator may have besides: bias, threshold, GELU and normalization."""
+    """Without what a linear operator may have besides: bias, levels, GELU and normalization."""
     return [*given[:3], *[None] * (len(given) - 7)]
 
 

@@ -133,6 +133,31 @@ def test_a_row_that_is_not_finite_spoils_no_other_row(level, value):
 
 
 @level
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bounds", [(-8.0, 7.0), (0.0, 15.0), (-127.0, 127.0), (-1e9, 1e9), (3.0, -3.0)], ids=str)
+def test_whole_numbers_on_a_grid(level, bounds, dtype):
+    """Four bits and whole bytes, one step for all rows: halves, what is clipped, and what is no number."""
+    grid = torch.tensor([0.25, *bounds])
+    for count, columns, rows in ((1, 48, 20), (2, 0, 3), (11, 77, 33), (40, 192, 130), (7, 1001, 3)):
+        weight, scale, bias = layer(rows, columns)
+        x = torch.randn(count, columns).to(dtype)
+        x[0] = (torch.arange(columns) - 20) / 8
+        if count > 6:
+            x[1, 3], x[2, 0], x[3, 5] = torch.nan, torch.inf, -torch.inf
+            x[4], x[5] = 1e30, -1e30
+        result = level.linear("int8", x, weight, scale, bias, grid)
+        expected = reference.linear_w1a8(x, weight, scale, bias, grid)
+        torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+        assert count < 7 or result.isnan().any(dim=1).nonzero().flatten().tolist() == [1]
+    for step in (0.0, torch.nan, torch.inf):
+        grid[0] = step
+        result = level.linear("int8", x, weight, scale, bias, grid)
+        torch.testing.assert_close(
+            result, reference.linear_w1a8(x, weight, scale, bias, grid), rtol=0, atol=0, equal_nan=True
+        )
+
+
+@level
 @activations
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 48, 20), (3, 67, 33), (40, 100, 200), (2, 1, 3)])

@@ -7,7 +7,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from proxbit.errors import PackedFormatError
-from proxbit.kernels import Norm, linear_kernel, linear_w1, native, unpack_weight
+from proxbit.kernels import Norm, linear_kernel, linear_w1, linear_w1a8, native, unpack_weight
 from proxbit.packing import pack_signs
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -129,9 +129,19 @@ def test_opcheck_of_the_linear_op(leading, grad, with_bias, dtype):
 @pytest.mark.parametrize("name", ["linear_w1", "linear_w1a8", "linear_w1a1"])
 def test_opcheck_with_everything_fused(name):
     weight, scale, bias, _ = layer(4, 11, torch.float32)
-    threshold = (torch.zeros(11),) if name == "linear_w1a1" else ()
-    arguments = (torch.randn(3, 11), weight, scale, bias, *threshold, True, torch.ones(11), torch.zeros(11), 1e-6)
+    levels = {"linear_w1a8": [torch.tensor([0.3, -8.0, 7.0])], "linear_w1a1": [torch.zeros(11)]}.get(name, [])
+    arguments = (torch.randn(3, 11), weight, scale, bias, *levels, True, torch.ones(11), torch.zeros(11), 1e-6)
     torch.library.opcheck(getattr(torch.ops.proxbit, name).default, arguments)
+
+
+def test_the_gradient_passes_where_a_grid_does_not_clip():
+    weight, scale, bias, dense = layer(5, 6, torch.float32)
+    x = torch.tensor([[-9.0, -8.0, -0.2, 6.9, 7.0, 7.1]]) * 0.25
+    x.requires_grad_()
+    grad = torch.randn(1, 5)
+    linear_w1a8(x, weight, scale, bias, torch.tensor([0.25, -8.0, 7.0])).backward(grad)
+    straight = grad.numpy() @ dense
+    np.testing.assert_allclose(x.grad.numpy(), straight * [0, 1, 1, 1, 1, 0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_layer_norm_is_whole():
@@ -284,6 +294,14 @@ def test_wrong_tensors_beside_the_input(changes, words, device):
     tensors = {"x": torch.ones(3, 11), "weight": weight, "scale": scale, "bias": bias} | changes
     with pytest.raises(PackedFormatError, match=words):
         linear_w1(**{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_grid_is_three_numbers(device):
+    weight, scale, bias, _ = layer(5, 11, torch.float32)
+    tensors = [tensor.to(device) for tensor in (torch.ones(3, 11), weight, scale, bias, torch.ones(11))]
+    with pytest.raises(PackedFormatError, match=r"grid must be step, smallest and largest code, \[3\], not \[11\]"):
+        linear_w1a8(*tensors)
 
 
 def test_flops_of_the_backward():

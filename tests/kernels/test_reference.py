@@ -48,6 +48,26 @@ def test_whole_numbers_are_exact(columns, dtype):
     np.testing.assert_array_equal(result.double().numpy(), expected)
 
 
+@dtypes
+def test_a_grid_rounds_and_clips(dtype):
+    """Halves to even; bounds beyond one byte, or on one side of zero, are moved to where the sums are right."""
+    x = torch.tensor([[-99.0, -2.5, -1.5, -0.5, 0.5, 1.5, 6.75, 99.0]]).to(dtype) * 2
+    for low, high in ((-8, 7), (0, 15), (-1e9, 1e9), (3, -3)):
+        q, step = reference.quantize_activations(x, torch.tensor([2.0, low, high]))
+        bounds = max(min(low, 0), -127), min(max(high, 0), 127)
+        expected = np.clip(np.round(x.double().numpy() / 2), *bounds)
+        np.testing.assert_array_equal(q.numpy(), expected)
+        assert (q.dtype, step.tolist()) == (torch.float32, [[2.0]])
+
+
+def test_only_nan_spoils_a_row_on_a_grid():
+    weight, scale, dense = packed_layer(4, 3)
+    x = torch.tensor([[torch.inf, 0, 0], [0, torch.nan, 0], [0, 0, -torch.inf]])
+    result = reference.linear_w1a8(x, weight, scale, None, torch.tensor([0.5, -8, 7]))
+    levels = np.array([[3.5, 0, 0], [0, np.nan, 0], [0, 0, -4.0]])
+    np.testing.assert_allclose(result.numpy(), levels @ dense.T, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_summed_in_single_precision(dtype):
     """2048 ones and one more: in fp16 and bf16 the sum would stop before it gets there."""

@@ -80,6 +80,17 @@ def test_more_columns_than_one_chunk(interpret):
 
 
 @dtypes
+def test_whole_numbers_on_a_grid(interpret, dtype):
+    x, (weight, scale, bias) = torch.randn(9, 77), layer(20, 77)
+    x[3, 4], x[5, 6] = torch.nan, -torch.inf
+    x, grid = x.to(dtype), torch.tensor([0.3, -8.0, 7.0])
+    result = interpret("int8", x, weight, scale, bias, grid)
+    expected = reference.linear_w1a8(x, weight, scale, bias, grid)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+    assert result.isnan().any(dim=1).nonzero().flatten().tolist() == [3]
+
+
+@dtypes
 @pytest.mark.parametrize("activations", ["int8", "sign"])
 def test_values_at_the_edges(interpret, activations, dtype):
     """Zeros of both signs, halves, tiny and huge numbers, and numbers that are not finite: no row spoils another."""

@@ -83,7 +83,7 @@ class Native:
         weight: Tensor,
         scale: Tensor,
         bias: Tensor | None,
-        threshold: Tensor | None = None,
+        levels: Tensor | None = None,
         gelu: bool = False,
         norm: Norm | None = None,
     ) -> Tensor:
@@ -97,7 +97,7 @@ class Native:
         if flat.stride(1) != 1 or flat.is_neg():
             flat = flat.resolve_neg().contiguous()
         # Variables, so that what is converted lives as long as the call reads it.
-        scales, bias, threshold = _as_floats(scale), _as_floats(bias), _as_floats(threshold)
+        scales, bias, levels = _as_floats(scale), _as_floats(bias), _as_floats(levels)
         norm_weight, norm_bias = (None, None) if norm is None else (_as_floats(norm.weight), _as_floats(norm.bias))
         code = FORMATS[activations]
         tiles = self._tiles(code, weight, columns)
@@ -114,7 +114,7 @@ class Native:
             _address(tiles),
             _address(scales),
             _address(bias),
-            _address(threshold),
+            _address(levels),
             result.data_ptr(),
             _parallel_for(),
             torch.get_num_threads(),

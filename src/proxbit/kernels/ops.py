@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from proxbit.errors import PackedFormatError
 from proxbit.kernels import reference
 from proxbit.kernels.native import Native, native
-from proxbit.kernels.reference import Norm, with_threshold, without_threshold
+from proxbit.kernels.reference import Norm, with_levels, without_levels
 from proxbit.packing import packed_columns
 
 try:
@@ -24,7 +24,9 @@ __all__ = ["linear_kernel", "linear_w1", "linear_w1a1", "linear_w1a8", "pack_sig
 _LIBRARY = torch.library.Library("proxbit", "DEF")
 _FUSED = "bool gelu=False, Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.0"
 _LIBRARY.define(f"linear_w1(Tensor x, Tensor weight, Tensor scale, Tensor? bias, {_FUSED}) -> Tensor")
-_LIBRARY.define(f"linear_w1a8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, {_FUSED}) -> Tensor")
+_LIBRARY.define(
+    f"linear_w1a8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? grid=None, {_FUSED}) -> Tensor"
+)
 _LIBRARY.define(
     f"linear_w1a1(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? threshold, {_FUSED}) -> Tensor"
 )
@@ -37,12 +39,17 @@ _LIBRARY.define("unpack_weight(Tensor weight, Tensor scale, int columns) -> Tens
 _PORTABLE_ROWS = 16
 
 
+# What is said of the levels of activations, by their format: name, and how many numbers; None for one an input.
+_LEVELS = {"int8": ("grid", 3), "sign": ("threshold", None)}
+
+
 def _check_shapes(
+    activations: str,
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    threshold: Tensor | None = None,
+    levels: Tensor | None = None,
     norm: Norm | None = None,
 ) -> None:
     if (  # All is well, said as briefly as it can be: this runs before every call.
@@ -54,7 +61,7 @@ def _check_shapes(
         and (x.shape[-1] + 7) // 8 == weight.shape[1]
         and scale.shape == weight.shape[:1]
         and (bias is None or bias.shape == scale.shape)
-        and (threshold is None or threshold.shape == x.shape[-1:])
+        and (levels is None or levels.shape == (_LEVELS[activations][1] or x.shape[-1],))
         and (norm is None or norm.weight.shape == norm.bias.shape == x.shape[-1:])
     ):
         return
@@ -74,13 +81,17 @@ def _check_shapes(
             f"An input of width {columns} needs {packed_columns(columns)} bytes a row, the packed weight has "
             f"{weight.shape[1]}."
         )
-    vectors = {"scale": (scale, rows), "bias": (bias, rows), "threshold": (threshold, columns)}
+    vectors = {"scale": (scale, rows), "bias": (bias, rows)}
+    if levels is not None:
+        name, count = _LEVELS[activations]
+        vectors[name] = (levels, count or columns)
     if norm is not None:
         vectors |= {"norm_weight": (norm.weight, columns), "norm_bias": (norm.bias, columns)}
     for name, (numbers, size) in vectors.items():
         if numbers is not None and numbers.shape != (size,):
-            axis = "a row" if name in ("scale", "bias") else "an input"
-            raise PackedFormatError(f"{name} must be one number {axis}, [{size}], not {list(numbers.shape)}.")
+            axis = {"scale": "one number a row", "bias": "one number a row", "grid": "step, smallest and largest code"}
+            what = axis.get(name, "one number an input")
+            raise PackedFormatError(f"{name} must be {what}, [{size}], not {list(numbers.shape)}.")
 
 
 def _check_bits(packed: Tensor, columns: int) -> None:
@@ -107,25 +118,25 @@ def _linear(
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    threshold: Tensor | None = None,
+    levels: Tensor | None = None,
     gelu: bool = False,
     norm: Norm | None = None,
 ) -> Tensor:
-    _check_shapes(x, weight, scale, bias, threshold, norm)
+    _check_shapes(activations, x, weight, scale, bias, levels, norm)
     if not x.is_cpu and triton_linear is not None and triton_linear.takes(x):
         values = x if norm is None else norm(x).to(x.dtype)
-        result = triton_linear.linear(activations, values, weight, scale, bias, threshold)
+        result = triton_linear.linear(activations, values, weight, scale, bias, levels)
         return torch.nn.functional.gelu(result) if gelu else result
     compiled = _native_for(x)
     few = x.numel() < _PORTABLE_ROWS * max(1, x.shape[-1])
     if compiled is not None and (few or not compiled.is_portable):
-        return compiled.linear(activations, x, weight, scale, bias, threshold, gelu, norm)
+        return compiled.linear(activations, x, weight, scale, bias, levels, gelu, norm)
     # The ops have their own rule for the precision of their sums: autocast must not reach into the torch code.
     with torch.autocast(x.device.type, enabled=False):
-        if activations == "sign":
-            return reference.linear_w1a1(x, weight, scale, bias, threshold, gelu, norm)
-        linear = reference.linear_w1 if activations == "float" else reference.linear_w1a8
-        return linear(x, weight, scale, bias, gelu, norm)
+        if activations == "float":
+            return reference.linear_w1(x, weight, scale, bias, gelu, norm)
+        linear = reference.linear_w1a8 if activations == "int8" else reference.linear_w1a1
+        return linear(x, weight, scale, bias, levels, gelu, norm)
 
 
 def _linear_w1_grad_input(grad: Tensor, weight: Tensor, scale: Tensor, columns: int) -> Tensor:
@@ -153,9 +164,9 @@ def _unpack_weight(weight: Tensor, scale: Tensor, columns: int) -> Tensor:
 
 
 for _name, _function in {
-    "linear_w1": without_threshold(partial(_linear, "float")),
-    "linear_w1a8": without_threshold(partial(_linear, "int8")),
-    "linear_w1a1": with_threshold(partial(_linear, "sign")),
+    "linear_w1": without_levels(partial(_linear, "float")),
+    "linear_w1a8": with_levels(partial(_linear, "int8")),
+    "linear_w1a1": with_levels(partial(_linear, "sign")),
     "linear_w1_grad_input": _linear_w1_grad_input,
     "pack_signs": _pack_signs,
     "unpack_signs": _unpack_signs,
@@ -165,24 +176,25 @@ for _name, _function in {
 
 
 def _fake_linear(
+    activations: str,
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    threshold: Tensor | None = None,
+    levels: Tensor | None = None,
     gelu: bool = False,
     norm: Norm | None = None,
 ) -> Tensor:
-    _check_shapes(x, weight, scale, bias, threshold, norm)
+    _check_shapes(activations, x, weight, scale, bias, levels, norm)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-for _name, _wrap in {
-    "linear_w1": without_threshold,
-    "linear_w1a8": without_threshold,
-    "linear_w1a1": with_threshold,
+for _name, _function in {
+    "linear_w1": without_levels(partial(_fake_linear, "float")),
+    "linear_w1a8": with_levels(partial(_fake_linear, "int8")),
+    "linear_w1a1": with_levels(partial(_fake_linear, "sign")),
 }.items():
-    torch.library.register_fake(f"proxbit::{_name}", _wrap(_fake_linear), lib=_LIBRARY)
+    torch.library.register_fake(f"proxbit::{_name}", _function, lib=_LIBRARY)
 
 
 @torch.library.register_fake("proxbit::linear_w1_grad_input", lib=_LIBRARY)
@@ -205,23 +217,34 @@ def _(weight: Tensor, scale: Tensor, columns: int) -> Tensor:
     return scale.new_empty((weight.shape[0], columns))
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, bias, *threshold, gelu, norm_weight, _, _ = inputs
+def _passed(activations: str, x: Tensor, levels: Tensor | None = None) -> Tensor | None:
+    """Where the gradient of `x` passes straight through its rounding; None for everywhere."""
+    if activations == "sign":
+        # What is near the threshold: the box of binarized networks.
+        near: Tensor = (x if levels is None else x - levels).abs() <= 1
+        return near
+    if levels is None:
+        return None
+    step, lowest, highest = levels.to(x.dtype)
+    on_grid: Tensor = (x >= lowest * step) & (x <= highest * step)
+    return on_grid
+
+
+def _save_for_backward(activations: str, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, scale, bias, *levels, gelu, norm_weight, _, _ = inputs
     if gelu or norm_weight is not None:
         raise RuntimeError("Fused GELU and LayerNorm have no gradient: call torch.nn.functional's and the linear op.")
-    # Through the sign only what is near the threshold has a gradient: the box of binarized networks.
-    near = (x if threshold[0] is None else x - threshold[0]).abs() <= 1 if threshold else None
-    ctx.save_for_backward(weight, scale, near)
+    ctx.save_for_backward(weight, scale, _passed(activations, x, *levels))
     ctx.inputs, ctx.columns, ctx.bias_dtype = len(inputs), x.shape[-1], None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients for the input and the bias; bits and scales are what they are, and rounding is passed straight."""
-    weight, scale, near = ctx.saved_tensors
+    weight, scale, passed = ctx.saved_tensors
     grad_bias = None if ctx.bias_dtype is None else grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     grad_input = torch.ops.proxbit.linear_w1_grad_input(grad, weight, scale, ctx.columns)
-    if near is not None:
-        grad_input = grad_input * near
+    if passed is not None:
+        grad_input = grad_input * passed
     return (grad_input, None, None, grad_bias, *([None] * (ctx.inputs - 4)))
 
 
@@ -234,16 +257,15 @@ def _linear_flops(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = 
     return int(2 * math.prod(x_shape) * weight_shape[0])
 
 
-for _name in ("linear_w1", "linear_w1a8", "linear_w1a1"):
-    torch.library.register_autograd(f"proxbit::{_name}", _backward, setup_context=_save_for_backward, lib=_LIBRARY)
-    register_flop_formula(getattr(torch.ops.proxbit, _name))(_linear_flops)
-
-
 _OPS = {
     "float": torch.ops.proxbit.linear_w1.default,
     "int8": torch.ops.proxbit.linear_w1a8.default,
     "sign": torch.ops.proxbit.linear_w1a1.default,
 }
+for _name, _op in _OPS.items():
+    _save = partial(_save_for_backward, _name)
+    torch.library.register_autograd(_op, _backward, setup_context=_save, lib=_LIBRARY)
+    register_flop_formula(_op.overloadpacket)(_linear_flops)
 
 
 def _nobody_watches(x: Tensor) -> bool:
@@ -267,16 +289,16 @@ def _call(
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    threshold: Tensor | None,
+    levels: Tensor | None,
     gelu: bool,
     norm: Norm | None,
 ) -> Tensor:
     trained = x.requires_grad or (bias is not None and bias.requires_grad)
     if (trained and torch.is_grad_enabled()) or not _nobody_watches(x):
-        arguments = (bias, threshold, gelu) if activations == "sign" else (bias, gelu)
+        arguments = (bias, gelu) if activations == "float" else (bias, levels, gelu)
         result: Tensor = _OPS[activations](x, weight, scale, *arguments, *(norm or ()))
         return result
-    return _linear(activations, x, weight, scale, bias, threshold, gelu, norm)
+    return _linear(activations, x, weight, scale, bias, levels, gelu, norm)
 
 
 def linear_w1(
@@ -296,11 +318,12 @@ def linear_w1a8(
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None = None,
+    grid: Tensor | None = None,
     gelu: bool = False,
     norm: Norm | None = None,
 ) -> Tensor:
     """`reference.linear_w1a8`, on the fastest kernel there is for these tensors."""
-    return _call("int8", x, weight, scale, bias, None, gelu, norm)
+    return _call("int8", x, weight, scale, bias, grid, gelu, norm)
 
 
 def linear_w1a1(

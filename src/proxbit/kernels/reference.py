@@ -19,8 +19,8 @@ __all__ = [
     "quantize_activations",
     "unpack_signs",
     "unpack_weight",
-    "with_threshold",
-    "without_threshold",
+    "with_levels",
+    "without_levels",
 ]
 
 INT8_PEAK = 127
@@ -61,7 +61,7 @@ def _norm_of(weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm | N
     return None if weight is None or bias is None else Norm(weight, bias, eps)
 
 
-def without_threshold(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def without_levels(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """With the arguments of the schema: `linear(x, weight, scale, bias, gelu=, norm=)`."""
 
     def run(
@@ -79,21 +79,21 @@ def without_threshold(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def with_threshold(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """With the arguments of the schema: `linear(x, weight, scale, bias, threshold, gelu=, norm=)`."""
+def with_levels(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """With the arguments of the schema: `linear(x, weight, scale, bias, levels, gelu=, norm=)`."""
 
     def run(
         x: Tensor,
         weight: Tensor,
         scale: Tensor,
         bias: Tensor | None,
-        threshold: Tensor | None,
+        levels: Tensor | None = None,
         gelu: bool = False,
         norm_weight: Tensor | None = None,
         norm_bias: Tensor | None = None,
         norm_eps: float = 0.0,
     ) -> Tensor:
-        return linear(x, weight, scale, bias, threshold, gelu=gelu, norm=_norm_of(norm_weight, norm_bias, norm_eps))
+        return linear(x, weight, scale, bias, levels, gelu=gelu, norm=_norm_of(norm_weight, norm_bias, norm_eps))
 
     return run
 
@@ -133,19 +133,29 @@ def linear_w1(
     return _finish(result, bias, gelu).to(x.dtype)
 
 
-def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Symmetric int8 quantization of every row (token) by its own largest value.
+def quantize_activations(x: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    r"""Symmetric int8 quantization of every row (token) by its own largest value, or on a grid that is given.
 
     Formula:
         step = \max_i |x[..., i]| / 127,   q = round(x 127 / \max|x|), halves to even
+        on a grid: q = round(clip(x / step, lowest, highest))
 
     Args:
-        x: `[..., I]`, floating point; worked on in fp32.
+        x: `[..., I]`, floating point; worked on in fp32, on a grid in fp64 if it is.
+        grid: `[3]`: step, lowest code, from -127 to 0, and highest, from 0 to 127; or None.
 
     Returns:
-        q, `[..., I]`, whole numbers from -127 to 127 in fp32, and step, `[..., 1]`, fp32. A row of zeros, or of less
-        than 1e-30, has step 0; one with NaN or infinity has step NaN.
+        q, `[..., I]`, whole numbers from -127 to 127, and step, `[..., 1]`, both in fp32. A row of zeros, or of less
+        than 1e-30, has step 0; one with NaN or infinity has step NaN. On a grid only one with NaN has.
     """
+    if grid is not None:
+        wide = x.to(_accumulation_dtype(x.dtype))
+        step, lowest, highest = grid.to(wide.dtype)
+        units = wide / step
+        unordered = units.isnan()
+        clipped = units.clamp(lowest.clamp(-INT8_PEAK, 0), highest.clamp(0, INT8_PEAK))
+        q = torch.where(unordered, 0.0, clipped).round().float()
+        return q, torch.where(unordered.any(dim=-1, keepdim=True), torch.nan, step).float()
     x = x.float()
     # Of no inputs at all the largest is 0.
     peak = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
@@ -164,9 +174,15 @@ def _integer_sums(values: Tensor, weight: Tensor, peak: int) -> Tensor:
 
 
 def linear_w1a8(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool = False, norm: Norm | None = None
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    grid: Tensor | None = None,
+    gelu: bool = False,
+    norm: Norm | None = None,
 ) -> Tensor:
-    r"""A linear layer with packed 1-bit weights and activations quantized to int8, token by token.
+    r"""A linear layer with packed 1-bit weights and activations quantized to int8, token by token or on one grid.
 
     Formula:
         y[..., o] = (\sum_i (+-1)[o, i] q[..., i]) (step[...] scale[o]) + bias[o], the sum exact, the rest in fp32;
@@ -177,13 +193,14 @@ def linear_w1a8(
         weight: `[O, ceil(I / 8)]`, uint8, see `packing.layout`.
         scale: `[O]`, floating point.
         bias: `[O]` or None.
+        grid: as in `quantize_activations`.
         gelu: return GELU(y) = y Phi(y), before it is rounded to the dtype of `x`.
         norm: normalizes `x` first, without rounding to its dtype.
 
     Returns:
         `[..., O]`, dtype of `x`.
     """
-    q, step = quantize_activations(x if norm is None else norm(x))
+    q, step = quantize_activations(x if norm is None else norm(x), grid)
     result = _integer_sums(q, weight, INT8_PEAK) * (step * scale.float())
     return _finish(result, bias, gelu).to(x.dtype)
 

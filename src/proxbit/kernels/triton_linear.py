@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from proxbit.kernels.reference import quantize_activations
+
 __all__ = ["linear", "takes"]
 
 # Ampere.
@@ -152,16 +154,20 @@ def _adjacent(values: Tensor) -> Tensor:
     return values if values.stride(-1) == 1 else values.contiguous()
 
 
-def _to_int8(activations: str, x: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _to_int8(activations: str, x: Tensor, levels: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Activations as whole numbers, `[tokens, columns]` padded with 0 to aligned rows, and the step of every token."""
     tokens, columns = x.shape
     padded = -(-columns // _ALIGNMENT) * _ALIGNMENT
     q = x.new_empty((tokens, padded), dtype=torch.int8)
     if activations == "sign":
         _take_signs[(tokens,)](
-            x, None if threshold is None else threshold.contiguous(), q, x.stride(0), columns, padded, CHUNK=_CHUNK
+            x, None if levels is None else levels.contiguous(), q, x.stride(0), columns, padded, CHUNK=_CHUNK
         )
         return q, None
+    if levels is not None:
+        codes, step = quantize_activations(x, levels)
+        q[:, :columns], q[:, columns:] = codes, 0
+        return q, step.flatten()
     step = x.new_empty(tokens, dtype=torch.float32)
     # A fused multiplication and addition would round once where the formula rounds twice, here and below.
     _quantize_rows[(tokens,)](x, q, step, x.stride(0), columns, padded, CHUNK=_CHUNK, enable_fp_fusion=False)
@@ -174,13 +180,13 @@ def linear(
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    threshold: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
     r"""A packed linear layer, see `reference`.
 
     Formula:
         y[..., o] = (\sum_i (+-1)[o, i] a[..., i]) (step[...] scale[o]) + bias[o]; a and step are x and 1 for "float",
-        summed in fp32; those of `quantize_activations` for "int8"; the signs of x - threshold and 1 for "sign". Whole
+        summed in fp32; those of `quantize_activations` for "int8"; the signs of x - levels and 1 for "sign". Whole
         numbers are summed exactly, in int32, and the rest is rounded as in the reference.
 
     Args:
@@ -189,7 +195,7 @@ def linear(
         weight: `[O, ceil(I / 8)]`, uint8, see `packing.layout`.
         scale: `[O]`, floating point.
         bias: `[O]`, floating point, or None.
-        threshold: `[I]`, floating point, or None for 0; for "sign" only.
+        levels: floating point; for "sign" thresholds, `[I]`, or None for 0; for "int8" a grid, `[3]`, or None.
 
     Returns:
         `[..., O]`, dtype of `x`.
@@ -202,7 +208,7 @@ def linear(
     tokens, step = len(flat), None
     with torch.cuda.device_of(x):
         if activations != "float":
-            flat, step = _to_int8(activations, flat, threshold)
+            flat, step = _to_int8(activations, flat, levels)
         blocks = _blocks(tokens, flat.dtype)
         _multiply[(triton.cdiv(rows, blocks["ROWS"]), triton.cdiv(tokens, blocks["TOKENS"]))](
             flat,

@@ -1,7 +1,7 @@
 """Activation quantizers: what a binarized linear layer makes of its input before it multiplies.
 
 Each is a module with the numbers that it learns. It says the same thing twice: `forward` simulates it on floats, with a
-gradient; `prepare` and `fold` say what an operator on packed weights is called with to compute it.
+gradient; `fold` says what an operator on packed weights is called with to compute it.
 """
 
 import math
@@ -37,12 +37,13 @@ class Folded(NamedTuple):
     Attributes:
         scale: `[O]`.
         bias: `[O]` or None.
-        threshold: `[I]` or None.
+        levels: of the activations: thresholds of signs, `[I]`; step, lowest and highest code of whole numbers, `[3]`;
+            None for what the operator does without.
     """
 
     scale: Tensor
     bias: Tensor | None
-    threshold: Tensor | None = None
+    levels: Tensor | None = None
 
 
 class ActivationQuantizer(Learned):
@@ -57,14 +58,12 @@ class ActivationQuantizer(Learned):
     Attributes:
         kernel: the format of activations that the operator multiplies: "float", "int8" or "sign".
         learns: whether there are parameters, and `calibrate` has something to set.
-        direct: whether `prepare` leaves the input as it is.
         binary: whether there are two levels, and a pair.
         mu: sharpness of the pair, see `LatentWeight.mu`.
     """
 
     kernel = "float"
     learns = False
-    direct = True
     binary = False
 
     def __init__(
@@ -153,12 +152,8 @@ class ActivationQuantizer(Learned):
         """
         raise ConfigError("Float activations are no whole numbers: they have no codes.")
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """The input of an operator on packed weights, `[..., I]`."""
-        return x
-
     def fold(self, scale: Tensor, bias: Tensor | None, weight: Tensor) -> Folded:
-        """The other arguments of that operator: with them it computes what `forward` simulates.
+        """The arguments of an operator on packed weights: with them it computes what `forward` simulates.
 
         Args:
             scale: `[O]`, of the weights.
@@ -198,8 +193,8 @@ class Int4Activation(ActivationQuantizer):
         LSQ: Esser, McKinstry, Bablani, Appuswamy, Modha, Learned Step Size Quantization, ICLR 2020, equations 1 to 3.
     """
 
+    kernel = "int8"
     learns = True
-    direct = False
     low, high = -8, 7
     step: nn.Parameter
 
@@ -230,12 +225,9 @@ class Int4Activation(ActivationQuantizer):
         codes, step = self.parts(x)
         return (codes * step).to(x.dtype)
 
-    def prepare(self, x: Tensor) -> Tensor:
-        # Whole numbers up to 15: their sums are exact in fp32, and no dtype of x rounds them.
-        return self.parts(x)[0].to(x.dtype)
-
     def fold(self, scale: Tensor, bias: Tensor | None, weight: Tensor) -> Folded:
-        return Folded(scale * self._step().to(scale.dtype), bias)
+        step = self._step().to(torch.promote_types(self.step.dtype, torch.float32))
+        return Folded(scale, bias, torch.cat([step, torch.full_like(step, self.low), torch.full_like(step, self.high)]))
 
 
 class UInt4Activation(Int4Activation):

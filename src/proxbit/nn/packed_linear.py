@@ -125,10 +125,10 @@ class PackedLinear(Surroundings):
     def is_bare(self) -> bool:
         """Whether the operator is all there is to the layer, so that its neighbours can be fused into it."""
         around = (self.weight_offset, self.rprelu, self.accumulator)
-        return self.activation.direct and not self.residual and all(part is None for part in around)
+        return not self.residual and all(part is None for part in around)
 
     def folded(self) -> Folded:
-        """Scale, bias and threshold with what the activation quantizer learned; kept while none of them changes."""
+        """Scale, bias and levels with what the activation quantizer learned; kept while none of them changes."""
         if not self.activation.learns:
             return Folded(self.weight_scale, self.bias)
         if torch.compiler.is_compiling():

@@ -33,9 +33,9 @@ def packed_product(
     Returns:
         `[..., O]`, dtype of the input.
     """
-    scale, bias, threshold = folded
-    rest = () if threshold is None else (threshold,)
-    return _OPS[activation.kernel](activation.prepare(input), weight, scale, bias, *rest, **fused)
+    scale, bias, levels = folded
+    rest = () if levels is None else (levels,)
+    return _OPS[activation.kernel](input, weight, scale, bias, *rest, **fused)
 
 
 def add_offset(result: Tensor, values: Tensor, offset: Tensor | None) -> Tensor:

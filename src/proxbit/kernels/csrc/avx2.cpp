@@ -190,7 +190,7 @@ void run_rows_w1a8(const Call &call, int64_t row, int64_t begin, int64_t end) {
     float step[rows];
     int32_t total[rows];
     for (int r = 0; r < rows; ++r) {
-        step[r] = quantize_row(load_row(call, row + r, width, buffer), width, q + r * width);
+        step[r] = quantize_row(call, load_row(call, row + r, width, buffer), width, q + r * width);
         total[r] = 0;
         for (int64_t k = 0; k < width; ++k) total[r] += q[r * width + k];
     }

@@ -113,7 +113,7 @@ struct W1A8 {
     static __m256i of_minus(__m256i a) { return _mm256_sub_epi16(_mm256_setzero_si256(), a); }
     static __m256i from_minus_to_plus(__m256i a) { return add(a, a); }
     static float load_values(const Call &call, int64_t row, float *buffer, int8_t *to) {
-        return quantize_row(load_row(call, row, call.inputs, buffer), call.inputs, to);
+        return quantize_row(call, load_row(call, row, call.inputs, buffer), call.inputs, to);
     }
     static void gather(const int8_t *values, int64_t stride, __m256i lanes[8]) {
         __m128i bytes[8];

@@ -34,7 +34,7 @@ struct W1A8 : LookUp<W1A8> {
 
     static const int8_t *load_row_of(const Call &call, int64_t row, int64_t width, float *buffer, float &factor) {
         int8_t *q = reinterpret_cast<int8_t *>(buffer + width);
-        factor = quantize_row(load_row(call, row, width, buffer), width, q);
+        factor = quantize_row(call, load_row(call, row, width, buffer), width, q);
         return q;
     }
     static void fill_table(const int8_t *q, uint8_t *table) {

@@ -130,7 +130,7 @@ void run_w1a8(const Call &call, int64_t row, int64_t row_end, int64_t begin, int
     for (; row < row_end; row += pass) {
         const int64_t count = std::min(pass, row_end - row);
         for (int64_t r = 0; r < count; ++r) {
-            steps[r] = quantize_row(load_row(call, row + r, width, buffer), width, q + r * width);
+            steps[r] = quantize_row(call, load_row(call, row + r, width, buffer), width, q + r * width);
             totals[r] = sum_of_bytes(q + r * width, width);
         }
         for (int64_t n = begin; n < end; n += columns) {

@@ -134,7 +134,7 @@ struct W1A8 {
 
     static float load(const Call &call, int64_t row, int64_t bytes, float *buffer, uint8_t *to, int32_t &offset) {
         int8_t *q = reinterpret_cast<int8_t *>(to);
-        const float step = quantize_row(load_row(call, row, 8 * bytes, buffer), 8 * bytes, q);
+        const float step = quantize_row(call, load_row(call, row, 8 * bytes, buffer), 8 * bytes, q);
         offset = 0;
         for (int64_t k = 0; k < 8 * bytes; ++k) offset -= q[k];
         return step;

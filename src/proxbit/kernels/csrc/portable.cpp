@@ -58,7 +58,7 @@ void run_w1a8(const Call &call, int64_t row_begin, int64_t row_end, int64_t begi
     int8_t *q = workspace.take<int8_t>(width);
     int32_t *sums = workspace.take<int32_t>(end - begin);
     for (int64_t row = row_begin; row < row_end; ++row) {
-        const float step = quantize_row(load_row(call, row, width, buffer), width, q);
+        const float step = quantize_row(call, load_row(call, row, width, buffer), width, q);
         sum_by_table<int8_t, int16_t>(call, q, begin, end, sums);
         store_row(call, row, begin, end, step, sums);
     }

@@ -28,10 +28,12 @@ typedef int32_t (*proxbit_parallel_for)(int64_t begin, int64_t end, int64_t grai
 
 /* One call of a linear layer: y[m, n] = scale[n] * sum_k s[n, k] a[m, k] + bias[n], s the signs of the weight and
  *   W1     a = x, summed in fp32
- *   W1A8   a = step[m] * q[m, k], step[m] = max_k |x[m, k]| / 127, q = round(x / step) to even, summed exactly
- *   W1A1   a = +1 where x[m, k] >= threshold[k] (0 without), else -1, summed exactly
+ *   W1A8   a = step[m] * q[m, k], step[m] = max_k |x[m, k]| / 127, q = round(x / step) to even, summed exactly;
+ *          with levels, step is the first of them for every row, and q is clipped to the other two
+ *   W1A1   a = +1 where x[m, k] >= levels[k] (0 without), else -1, summed exactly
  * With a norm_weight, x is first made (x - mean) / sqrt(variance + norm_eps) * norm_weight + norm_bias, row by row.
- * A row of W1A8 that holds NaN or infinity gives NaN; one whose largest |x| is below 1e-30 counts as zero. */
+ * A row of W1A8 that holds NaN gives NaN. Without levels one with infinity does too, and one whose largest |x| is below
+ * 1e-30 counts as zero. */
 struct proxbit_linear_call {
     int64_t level;   /* index, see proxbit_level_name */
     int64_t format;  /* enum proxbit_format */
@@ -44,7 +46,7 @@ struct proxbit_linear_call {
     const uint8_t *tiles;
     const float *scale;     /* [N] */
     const float *bias;      /* [N] or null */
-    const float *threshold; /* [K] or null, W1A1 only */
+    const float *levels;    /* W1A1: [K] or null; W1A8: step, lowest <= 0, highest >= 0, within 127, or null */
     void *y;                /* [M, N], contiguous */
     proxbit_parallel_for parallel_for; /* null: one thread */
     int64_t threads;                   /* how many the pool has */

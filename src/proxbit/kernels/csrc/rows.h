@@ -94,16 +94,35 @@ inline const float *load_row(const proxbit::Call &call, int64_t row, int64_t wid
     return buffer;
 }
 
-// Row `row` of x, as numbers whose signs are those of x - threshold.
+// Row `row` of x, as numbers whose signs are those of x - threshold, the levels of W1A1.
 inline const float *load_centred_row(const proxbit::Call &call, int64_t row, float *buffer) {
     const float *x = load_row(call, row, call.inputs, buffer);
-    if (!call.threshold) return x;
-    for (int64_t k = 0; k < call.inputs; ++k) buffer[k] = x[k] >= call.threshold[k] ? 1.0f : -1.0f;
+    if (!call.levels) return x;
+    for (int64_t k = 0; k < call.inputs; ++k) buffer[k] = x[k] >= call.levels[k] ? 1.0f : -1.0f;
     return buffer;
 }
 
+// q = round(clip(x / step)) to even, with zeros from the inputs up to `count`; returns step, or NaN if a quotient is one.
+inline float quantize_on_grid(const proxbit::Call &call, const float *x, int64_t count, int8_t *q) {
+    const float step = call.levels[0];
+    const float lowest = std::min(0.0f, std::max(-127.0f, call.levels[1]));
+    const float highest = std::max(0.0f, std::min(127.0f, call.levels[2]));
+    const int64_t inputs = call.inputs;
+    int32_t nans = 0;
+    for (int64_t k = 0; k < inputs; ++k) {
+        const float units = x[k] / step;
+        nans |= units != units;
+        // In this order, the larger of NaN and a number is the number.
+        const float clipped = std::min(highest, std::max(lowest, units));
+        q[k] = static_cast<int8_t>(static_cast<int32_t>(__builtin_rintf(clipped)));
+    }
+    std::fill(q + inputs, q + count, static_cast<int8_t>(0));
+    return nans ? NAN : step;
+}
+
 // q = round(x / step) to even, in -127..127; returns step.
-inline float quantize_row(const float *x, int64_t count, int8_t *q) {
+inline float quantize_row(const proxbit::Call &call, const float *x, int64_t count, int8_t *q) {
+    if (call.levels) return quantize_on_grid(call, x, count, q);
     int32_t peak_bits = 0;  // of |x|, whose order as integers is that of floats, with NaN above infinity
     for (int64_t k = 0; k < count; ++k) {
         int32_t bits;
