@@ -37,10 +37,9 @@ _LIBRARY.define("unpack_weight(Tensor weight, Tensor scale, int columns) -> Tens
 
 # The portable kernels beat torch for few rows only; from here on it pays to expand the weight and multiply.
 _PORTABLE_ROWS = 16
-
-
-# What is said of the levels of activations, by their format: name, and how many numbers; None for one an input.
-_LEVELS = {"int8": ("grid", 3), "sign": ("threshold", None)}
+_A_ROW, _AN_INPUT = "one number a row", "one number an input"
+# What is said of the levels of activations, by their format: name, how many numbers, None for one an input, and which.
+_LEVELS = {"int8": ("grid", 3, "step, smallest and largest code"), "sign": ("threshold", None, _AN_INPUT)}
 
 
 def _check_shapes(
@@ -81,17 +80,16 @@ def _check_shapes(
             f"An input of width {columns} needs {packed_columns(columns)} bytes a row, the packed weight has "
             f"{weight.shape[1]}."
         )
-    vectors = {"scale": (scale, rows), "bias": (bias, rows)}
+    vectors = {"scale": (scale, rows, _A_ROW), "bias": (bias, rows, _A_ROW)}
     if levels is not None:
-        name, count = _LEVELS[activations]
-        vectors[name] = (levels, count or columns)
+        name, count, which = _LEVELS[activations]
+        vectors[name] = (levels, count or columns, which)
     if norm is not None:
-        vectors |= {"norm_weight": (norm.weight, columns), "norm_bias": (norm.bias, columns)}
-    for name, (numbers, size) in vectors.items():
+        vectors["norm_weight"] = (norm.weight, columns, _AN_INPUT)
+        vectors["norm_bias"] = (norm.bias, columns, _AN_INPUT)
+    for name, (numbers, size, which) in vectors.items():
         if numbers is not None and numbers.shape != (size,):
-            axis = {"scale": "one number a row", "bias": "one number a row", "grid": "step, smallest and largest code"}
-            what = axis.get(name, "one number an input")
-            raise PackedFormatError(f"{name} must be {what}, [{size}], not {list(numbers.shape)}.")
+            raise PackedFormatError(f"{name} must be {which}, [{size}], not {list(numbers.shape)}.")
 
 
 def _check_bits(packed: Tensor, columns: int) -> None:

@@ -176,7 +176,7 @@ inline float polynomial(float x, float first, Rest... rest) {
 }
 
 inline float gelu(float x) {
-    const float a = std::min(std::fabs(x), 9.0f);
+    const float a = std::min(9.0f, std::fabs(x));  // in this order 9 for NaN, which has no exponent
     const float q = polynomial(a, 0.999999972f, 1.15110615f, 4.59200473e-01f, 5.25217847e-02f, -7.10516849e-03f,
                                1.73261746e-04f, 1.69092234e-04f, -3.5303185e-05f, 2.45096224e-06f);
     const float whole = __builtin_rintf(-q), rest = -q - whole;
