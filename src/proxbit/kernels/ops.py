@@ -162,9 +162,6 @@ def _unpack_weight(weight: Tensor, scale: Tensor, columns: int) -> Tensor:
 
 
 for _name, _function in {
-    "linear_w1": without_levels(partial(_linear, "float")),
-    "linear_w1a8": with_levels(partial(_linear, "int8")),
-    "linear_w1a1": with_levels(partial(_linear, "sign")),
     "linear_w1_grad_input": _linear_w1_grad_input,
     "pack_signs": _pack_signs,
     "unpack_signs": _unpack_signs,
@@ -185,14 +182,6 @@ def _fake_linear(
 ) -> Tensor:
     _check_shapes(activations, x, weight, scale, bias, levels, norm)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-for _name, _function in {
-    "linear_w1": without_levels(partial(_fake_linear, "float")),
-    "linear_w1a8": with_levels(partial(_fake_linear, "int8")),
-    "linear_w1a1": with_levels(partial(_fake_linear, "sign")),
-}.items():
-    torch.library.register_fake(f"proxbit::{_name}", _function, lib=_LIBRARY)
 
 
 @torch.library.register_fake("proxbit::linear_w1_grad_input", lib=_LIBRARY)
@@ -260,8 +249,10 @@ _OPS = {
     "int8": torch.ops.proxbit.linear_w1a8.default,
     "sign": torch.ops.proxbit.linear_w1a1.default,
 }
-for _name, _op in _OPS.items():
-    _save = partial(_save_for_backward, _name)
+for _format, _op in _OPS.items():
+    _wrap, _save = with_levels if _format in _LEVELS else without_levels, partial(_save_for_backward, _format)
+    _LIBRARY.impl(_op, _wrap(partial(_linear, _format)), "CompositeExplicitAutograd")
+    torch.library.register_fake(_op, _wrap(partial(_fake_linear, _format)), lib=_LIBRARY)
     torch.library.register_autograd(_op, _backward, setup_context=_save, lib=_LIBRARY)
     register_flop_formula(_op.overloadpacket)(_linear_flops)
 
