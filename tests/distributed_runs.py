@@ -57,10 +57,11 @@ def engine(settings: dict[str, str]) -> Iterator[None]:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def make(seed: int = 1, latent: bool = True, **changes: Any) -> nn.Module:
+def make(seed: int = 1, latent: bool = True, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     torch.manual_seed(seed)
     model = ViTForImageClassification(vit())
     nn.init.normal_(model.classifier.weight, std=0.1)
+    model.to(dtype)
     return proxbit.binarize(model, BinarizationConfig(**changes)) if latent else model
 
 
@@ -69,7 +70,8 @@ def examples(pictures: torch.Tensor) -> list[dict[str, Any]]:
 
 
 def prepare(folder, pictures: torch.Tensor, model: nn.Module, **changes: Any) -> ProxConnectTrainer:
-    teacher = make(9, latent=False) if changes.pop("teacher", False) else None
+    pictures = pictures.to(model.dtype)
+    teacher = make(9, latent=False, dtype=model.dtype) if changes.pop("teacher", False) else None
     callbacks = changes.pop("callbacks", None)
     fixed = dict(
         report_to="none", disable_tqdm=True, save_strategy="no", use_cpu="ACCELERATE_TORCH_DEVICE" not in os.environ

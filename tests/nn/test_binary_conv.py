@@ -172,4 +172,5 @@ def test_compiles_whole_and_not_again_when_mu_moves(pixels, training):
     eager = latent(pixels)
     eager.square().sum().backward()
     torch.testing.assert_close(result, eager)
-    torch.testing.assert_close(compiled_grad, latent.weight.grad)
+    size = float(latent.weight.grad.abs().max())
+    torch.testing.assert_close(compiled_grad, latent.weight.grad, rtol=0, atol=3e-6 * size)

@@ -197,7 +197,8 @@ def test_compiles_whole_and_not_again_when_mu_moves(tokens, training):
             eager = layer(tokens)
             eager.square().sum().backward()
             torch.testing.assert_close(result, eager)
-            torch.testing.assert_close(compiled_grad, layer.weight.grad)
+            size = float(layer.weight.grad.abs().max())
+            torch.testing.assert_close(compiled_grad, layer.weight.grad, rtol=0, atol=3e-6 * size)
         with pytest.raises(RuntimeError, match="recompil"):
             compiled.train(not training)(tokens)
 

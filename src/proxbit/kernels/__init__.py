@@ -11,12 +11,14 @@ from proxbit.kernels.ops import (
     unpack_signs,
     unpack_weight,
 )
+from proxbit.kernels.quantizer import gradient_rows, quantize_rows, takes_latent
 from proxbit.kernels.reference import Norm, quantize_activations
 
 __all__ = [
     "FORMATS",
     "Norm",
     "decompositions",
+    "gradient_rows",
     "linear_kernel",
     "linear_w1",
     "linear_w1a1",
@@ -24,6 +26,8 @@ __all__ = [
     "native",
     "pack_signs",
     "quantize_activations",
+    "quantize_rows",
+    "takes_latent",
     "unpack_signs",
     "unpack_weight",
     "version_of",

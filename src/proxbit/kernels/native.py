@@ -20,7 +20,7 @@ from proxbit.errors import ConfigError, PackedFormatError
 from proxbit.kernels.reference import Norm
 from proxbit.packing import packed_columns
 
-__all__ = ["FORMATS", "Native", "find_library", "native", "version_of"]
+__all__ = ["FORMATS", "Native", "address_of", "find_library", "native", "parallel_for", "version_of", "whole"]
 
 # What activations are multiplied as: the enum proxbit_format of csrc/proxbit.h.
 FORMATS = {"float": 0, "int8": 1, "sign": 2}
@@ -46,7 +46,7 @@ def find_library(folders: Sequence[str]) -> Path | None:
 
 
 @cache
-def _parallel_for() -> int:
+def parallel_for() -> int:
     """The address of torch's own parallel loop, so that threads are torch's; 0, for one thread, where there is none."""
     if os.getpid() != _IMPORTED_BY:
         return 0  # The pool of threads stayed in the process that forked: waiting for them would take for ever.
@@ -109,18 +109,18 @@ class Native:
             flat.shape[0],
             columns,
             rows,
-            _address(flat),
+            address_of(flat),
             flat.stride(0),
-            _address(tiles),
-            _address(scales),
-            _address(bias),
-            _address(levels),
+            address_of(tiles),
+            address_of(scales),
+            address_of(bias),
+            address_of(levels),
             result.data_ptr(),
-            _parallel_for(),
+            parallel_for(),
             torch.get_num_threads(),
             gelu,
-            _address(norm_weight),
-            _address(norm_bias),
+            address_of(norm_weight),
+            address_of(norm_bias),
             0.0 if norm is None else norm.eps,
         )
         self.library.proxbit_linear(call)
@@ -133,12 +133,12 @@ class Native:
         known = self.tiles.get(key)
         if known is not None and known[0]() is weight and known[1] == state:
             return known[2]
-        bits = _whole(weight).contiguous()
+        bits = whole(weight).contiguous()
         size = self.library.proxbit_tile_bytes(self.level, code, len(bits), columns)
         if not size:
             return bits
         tiles = torch.empty(size, dtype=torch.uint8)
-        self.library.proxbit_relay(self.level, code, _address(bits), len(bits), columns, _address(tiles))
+        self.library.proxbit_relay(self.level, code, address_of(bits), len(bits), columns, address_of(tiles))
         # Of a weight whose changes are not counted nothing is kept.
         if version is not None:
             forget = weakref.ref(weight, lambda _: self.tiles.pop(key, None))
@@ -154,21 +154,21 @@ class Native:
         self.library.proxbit_pack_signs(
             self.level,
             _DTYPES[values.dtype],
-            _address(_whole(values)),
+            address_of(whole(values)),
             rows,
             columns,
             values.stride(0),
             bits.data_ptr(),
-            _parallel_for(),
+            parallel_for(),
         )
         return bits
 
     def unpack_signs(self, bits: Tensor, columns: int) -> Tensor:
         """See `packing.unpack_signs`, in fp32."""
         values = torch.empty(len(bits), columns)
-        bits = _whole(bits).contiguous()
+        bits = whole(bits).contiguous()
         self.library.proxbit_unpack_signs(
-            self.level, _address(bits), len(bits), columns, values.data_ptr(), _parallel_for()
+            self.level, address_of(bits), len(bits), columns, values.data_ptr(), parallel_for()
         )
         return values
 
@@ -183,7 +183,7 @@ class Native:
         return x.dtype in _DTYPES and x.shape[-1] <= _MOST_INPUTS
 
 
-def _address(tensor: Tensor | None) -> int:
+def address_of(tensor: Tensor | None) -> int:
     """Where the data are: the one place where the library gets a pointer from.
 
     Raises:
@@ -198,14 +198,14 @@ def _address(tensor: Tensor | None) -> int:
     return address
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """The same tensor, whose storage is as long as its shape and strides say.
 
     Raises:
         PackedFormatError: if it is not, or is on another device.
     """
     if not tensor.is_cpu:
-        _address(tensor)
+        address_of(tensor)
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = tensor.storage_offset() + sum((size - 1) * step for size, step in steps)
     held = tensor.untyped_storage().nbytes()
@@ -234,6 +234,8 @@ def _open(path: Path) -> ctypes.CDLL:
         "tile_bytes": (number, [number] * 4),
         "relay": (None, [number, number, pointer, number, number, pointer]),
         "linear": (None, [ctypes.c_char_p]),
+        "quantize": (None, [ctypes.c_char_p]),
+        "gradient": (None, [ctypes.c_char_p]),
         "pack_signs": (None, [number, number, pointer, number, number, number, pointer, pointer]),
         "unpack_signs": (None, [number, pointer, number, number, pointer, pointer]),
     }
@@ -288,4 +290,4 @@ def native() -> Native | None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_parallel_for.cache_clear)
+    os.register_at_fork(after_in_child=parallel_for.cache_clear)

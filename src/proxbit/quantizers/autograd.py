@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from proxbit.blocks import row_blocks
+from proxbit.quantizers.compiled import compiled_backward, compiled_forward
 from proxbit.quantizers.pairs import QuantizerPair, compose
+from proxbit.quantizers.proximal import SIGN
 from proxbit.quantizers.scaling import output_scale, row_divisor, row_offset
 from proxbit.shards import on_rows, placed_like, sum_of_rows, whole_rows
 from proxbit.sign import sign
 
 __all__ = ["Again", "HardRows", "again", "hard_rows", "quantize", "update_start"]
+
+Numbers = tuple[Tensor, Tensor]  # of each row: divisor and factor
 
 
 def _blocks(rows: Tensor) -> list[slice]:
@@ -71,49 +75,70 @@ class Again(NamedTuple):
     kept: tuple[Tensor, ...]
 
 
+class _Modes(NamedTuple):
+    """The arguments of `quantize` that are no tensors."""
+
+    pair: QuantizerPair
+    normalize: str
+    scale: str
+    center: str
+    hard: bool
+
+
+def _weight(
+    rows: Tensor, mu: Tensor, modes: _Modes, common: Tensor | None, known: Numbers | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight, its divisors and its factors."""
+    compiled = compiled_forward(modes.pair, modes.hard, rows) if modes.center == "none" else None
+    if compiled is None:
+        return _by_operators(rows, mu, modes, common, known)
+    divisor, factor = known or (None, None)
+    if known is None and modes.normalize != "row":  # which is the one divisor that the kernels find
+        _, divisor = _units(rows, modes.normalize, modes.center, common)
+    return compiled(rows, mu, modes.scale, divisor, factor)
+
+
+def _by_operators(
+    rows: Tensor, mu: Tensor, modes: _Modes, common: Tensor | None, known: Numbers | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    pair, normalize, scale, center, hard = modes
+    offset, divisor = _units(rows, normalize, center, common) if known is None else (None, known[0])
+    factors: list[Tensor] = []
+
+    def weight(block: slice, out: Tensor | None) -> Tensor:
+        c = row_offset(_precise(rows[block]), center) if offset is None else offset[block]
+        w = _centred(rows[block], c, center)
+        if hard and pair.binary:
+            quantized = sign(w)  # not of w / s, which may underflow to zero
+        else:
+            units = w / divisor[block]
+            quantized = pair.hard(units) if hard else pair.forward(units, mu)
+        factors.append(output_scale(w, quantized, divisor[block], scale) if known is None else known[1][block])
+        if center == "restore":
+            a = factors[-1]
+            if hard:  # as they are stored when packed
+                c, a = (number.to(rows.dtype).to(w.dtype) for number in (c, a))
+            return torch.addcmul(c, quantized, a, out=out)
+        return torch.mul(quantized, factors[-1], out=out)
+
+    return _by_blocks(rows, weight), divisor, torch.cat(factors)
+
+
 class _ForwardBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        latent: Tensor,
-        mu: Tensor,
-        pair: QuantizerPair,
-        normalize: str,
-        scale: str,
-        center: str,
-        hard: bool,
-        common: Tensor | None,
-        known: tuple[Tensor, Tensor] | None,
+        ctx: Any, latent: Tensor, mu: Tensor, modes: _Modes, common: Tensor | None, known: Numbers | None
     ) -> Tensor:
         rows = latent.flatten(1)
-        offset, divisor = _units(rows, normalize, center, common) if known is None else (None, known[0])
-        factors: list[Tensor] = []
-
-        def weight(block: slice, out: Tensor | None) -> Tensor:
-            c = row_offset(_precise(rows[block]), center) if offset is None else offset[block]
-            w = _centred(rows[block], c, center)
-            if hard and pair.binary:
-                quantized = sign(w)  # not of w / s, which may underflow to zero
-            else:
-                units = w / divisor[block]
-                quantized = pair.hard(units) if hard else pair.forward(units, mu)
-            factors.append(output_scale(w, quantized, divisor[block], scale) if known is None else known[1][block])
-            if center == "restore":
-                a = factors[-1]
-                if hard:  # as they are stored when packed
-                    c, a = (number.to(rows.dtype).to(w.dtype) for number in (c, a))
-                return torch.addcmul(c, quantized, a, out=out)
-            return torch.mul(quantized, factors[-1], out=out)
-
-        result = _by_blocks(rows, weight)
+        result, divisor, factor = _weight(rows, mu, modes, common, known)
         # A clone: the schedule changes mu in place between steps, and with gradient accumulation a backward
         # must see the mu of its own forward.
-        kept = latent, mu.clone(), divisor, torch.cat(factors)
+        kept = latent, mu.clone(), divisor, factor
         ctx.save_for_backward(*kept)
-        ctx.pair, ctx.center = pair, center
+        ctx.pair, ctx.center = modes.pair, modes.center
 
         def again(latent: Tensor, mu: Tensor, *numbers: Tensor) -> Tensor:
-            result: Tensor = _ForwardBackward.apply(latent, mu, pair, normalize, scale, center, hard, common, numbers)
+            result: Tensor = _ForwardBackward.apply(latent, mu, modes, common, numbers)
             return result
 
         ctx.again = Again(again, kept)
@@ -123,6 +148,9 @@ class _ForwardBackward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         latent, mu, divisor, factor = ctx.saved_tensors
         rows, grad = latent.flatten(1), grads[0].flatten(1)
+        compiled = compiled_backward(ctx.pair, rows) if ctx.center == "none" and grad.dtype is rows.dtype else None
+        if compiled is not None:
+            return compiled(rows, mu, divisor, factor, grad).view_as(latent), None, None, None, None
         gain = factor / divisor
 
         def gradient(block: slice, out: Tensor | None) -> Tensor:
@@ -138,7 +166,7 @@ class _ForwardBackward(torch.autograd.Function):
                 through_mean = through_mean + _precise(grad[block]).mean(dim=1, keepdim=True)
             return torch.add(piece, through_mean, out=out)
 
-        return _by_blocks(rows, gradient).view_as(latent), *[None] * 8
+        return _by_blocks(rows, gradient).view_as(latent), None, None, None, None
 
 
 def quantize(
@@ -177,11 +205,12 @@ def quantize(
         ProxConnect++: Lu et al., NeurIPS 2023. Differs from it in the row units: inside one step s and a are constants
         and centring is a projection, so a sound pair stays sound.
     """
+    modes = _Modes(pair, normalize, scale, center, hard)
     with torch.no_grad():
         common = _common_divisor(latent, normalize, center)
 
     def weight(rows: Tensor) -> Tensor:
-        result: Tensor = _ForwardBackward.apply(rows, mu, pair, normalize, scale, center, hard, common, None)
+        result: Tensor = _ForwardBackward.apply(rows, mu, modes, common, None)
         return result
 
     return placed_like(on_rows(weight, latent), latent)
@@ -245,12 +274,13 @@ def hard_rows(latent: Tensor, *, normalize: str, scale: str, center: str = "none
     """
     latent = whole_rows(latent.detach())
     common = _common_divisor(latent, normalize, center)
+    modes = _Modes(compose(SIGN), normalize, scale, center, hard=True)
 
     def parts(part: Tensor) -> tuple[Tensor | None, ...]:
         rows = part.flatten(1)
-        offset, divisor = _units(rows, normalize, center, common)
+        _, _, factor = _weight(rows, torch.zeros(()), modes, common, None)
+        offset, _ = _units(rows, "none", center, None)
         values = _centred(rows, offset, center)
-        factor = output_scale(values, sign(values), divisor, scale)
         stored = [number.squeeze(1).to(latent.dtype).contiguous() for number in (factor, offset)]
         return values, stored[0], stored[1] if center == "restore" else None
 

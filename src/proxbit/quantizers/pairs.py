@@ -12,7 +12,7 @@ from proxbit.quantizers.proximal import IDENTITY, Mu, ProximalMap, as_proximal_m
 from proxbit.quantizers.transforms import IDENTITY_TRANSFORM, Transform, as_transform
 from proxbit.sign import sign
 
-__all__ = ["BINARY", "ROW_LEAST_SQUARES", "QuantizerPair", "Row", "Surrogate", "compose", "heuristic"]
+__all__ = ["BINARY", "ROW_LEAST_SQUARES", "Composed", "QuantizerPair", "Row", "Surrogate", "compose", "heuristic"]
 
 Function = Callable[[Tensor, Mu], Tensor]
 BINARY = (-1.0, 1.0)
@@ -36,7 +36,7 @@ class Surrogate:
 
 
 @dataclass(frozen=True)
-class _Composed:
+class Composed:
     """T∘P, or T'∘P."""
 
     proximal: ProximalMap
@@ -158,8 +158,8 @@ def compose(
     elif proximal is IDENTITY:
         forward, backward = f"F = T: {transform.formula}", f"B = T': {transform.derivative_formula}"
     return QuantizerPair(
-        forward=_Composed(proximal, transform.function),
-        backward=_Composed(proximal, transform.derivative),
+        forward=Composed(proximal, transform.function),
+        backward=Composed(proximal, transform.derivative),
         forward_formula=forward,
         backward_formula=backward,
         proximal=proximal,

@@ -2,6 +2,7 @@
 //
 // Words (see avx512.h) hold 12 weights in 16 bits for W1A8 and 32 in 32 bits for W1A1.
 #include "avx512.h"
+#include "quantizer.h"
 
 namespace {
 
@@ -127,5 +128,11 @@ void W1A1::count(const uint8_t *tile, const uint32_t *signs, int64_t words, int6
 }  // namespace
 
 const proxbit::Level proxbit::avx512_level = {
-    "avx512", runs, {kernels<W1>, kernels<W1A8>, kernels<W1A1>}, pack_signs, unpack_signs,
+    "avx512",
+    runs,
+    {kernels<W1>, kernels<W1A8>, kernels<W1A1>},
+    pack_signs,
+    unpack_signs,
+    quantize_latent,
+    latent_gradient,
 };

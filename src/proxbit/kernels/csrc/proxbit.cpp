@@ -116,4 +116,14 @@ void proxbit_unpack_signs(int64_t level, const uint8_t *bits, int64_t rows, int6
     });
 }
 
+void proxbit_quantize(const struct proxbit_quantizer_call *call) {
+    for_each(call->parallel_for, call->rows, std::max<int64_t>(1, (1 << 15) / (call->columns + 1)),
+             [call](int64_t row) { levels[call->level]->quantize(*call, row); });
+}
+
+void proxbit_gradient(const struct proxbit_quantizer_call *call) {
+    for_each(call->parallel_for, call->rows, std::max<int64_t>(1, (1 << 15) / (call->columns + 1)),
+             [call](int64_t row) { levels[call->level]->gradient(*call, row); });
+}
+
 }  // extern "C"

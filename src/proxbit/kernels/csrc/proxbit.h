@@ -75,6 +75,41 @@ PROXBIT_API void proxbit_pack_signs(int64_t level, int64_t dtype, const void *va
 PROXBIT_API void proxbit_unpack_signs(int64_t level, const uint8_t *bits, int64_t rows, int64_t columns, float *values,
                                       proxbit_parallel_for parallel_for);
 
+/* The forward and backward quantizers of latent weights; u = w / divisor and mu are their arguments. */
+enum proxbit_function {
+    PROXBIT_ONE = 0,               /* 1 */
+    PROXBIT_BOX = 1,               /* 1 where |u| <= 1, else 0 */
+    PROXBIT_SIGN = 2,              /* +1 where w >= 0, else -1 */
+    PROXBIT_CLIP = 3,              /* x = min(max(mu u, -1), 1) */
+    PROXBIT_POLYNOMIAL = 4,        /* x (2 - |x|) */
+    PROXBIT_POLYNOMIAL_SLOPE = 5,  /* mu max(2 - 2 |mu u|, 0) */
+    PROXBIT_TANH = 6,              /* tanh(mu u) */
+    PROXBIT_TANH_SLOPE = 7,        /* mu (1 - tanh(mu u)^2) */
+    PROXBIT_SIGN_SWISH = 8,        /* t + h (1 - t^2), h = mu u / 2, t = tanh(h) */
+    PROXBIT_SIGN_SWISH_SLOPE = 9,  /* mu (1 - t^2) (1 - h t) */
+    PROXBIT_FUNCTIONS = 10,
+};
+
+/* One call of proxbit_quantize: result[o, k] = factor[o] * f(u), u = latent[o, k] / divisor[o], or of proxbit_gradient:
+ * result[o, k] = f(u) * (factor[o] / divisor[o]) * grad[o, k]. Matrices are contiguous, [rows, columns]. */
+struct proxbit_quantizer_call {
+    int64_t level;
+    int64_t function;    /* enum proxbit_function */
+    int64_t rows;
+    int64_t columns;
+    const double *mu;    /* one number */
+    const float *latent;
+    const float *grad;   /* null for proxbit_quantize */
+    float *divisor;      /* [rows] */
+    float *factor;       /* [rows] */
+    float *result;
+    int64_t find_divisor; /* 1: divisor[o] is first set to the mean of |latent[o]| */
+    int64_t find_factor;  /* 1: factor[o] is first set to <f, latent[o]> / <f, f>; both only in proxbit_quantize */
+    proxbit_parallel_for parallel_for;
+};
+PROXBIT_API void proxbit_quantize(const struct proxbit_quantizer_call *call);
+PROXBIT_API void proxbit_gradient(const struct proxbit_quantizer_call *call);
+
 #ifdef __cplusplus
 }
 #endif

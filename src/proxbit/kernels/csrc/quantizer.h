@@ -1,0 +1,127 @@
+// Rows of latent weights through a forward or backward quantizer: plain loops that the compiler vectorises for each
+// level. A block of a row stays in the first cache between two of them.
+#pragma once
+
+#include "rows.h"
+
+namespace {
+
+// t = tanh(a / 2) and c = s(a) (1 - s(a)), s the logistic function, for 0 <= a <= 60, both to a few units in the last place.
+struct Logistic {
+    float t;
+    float c;
+};
+
+inline Logistic logistic(float a) {
+    // e^-a = 2^n e^r: adding 1.5 * 2^23 rounds, and leaves n in the lowest bits. ln 2 comes in two parts, the first of
+    // which times n is exact.
+    const float shifted = multiply_add(a, -1.44269504f, 12582912.0f);
+    const float n = shifted - 12582912.0f;
+    const float r = multiply_add(n, 2.12194440e-4f, multiply_add(n, -0.693359375f, -a));
+    const float rest = r * polynomial(r, 1.0f, 1.0f / 2, 1.0f / 6, 1.0f / 24, 1.0f / 120, 1.0f / 720, 1.0f / 5040);
+    uint32_t bits;
+    std::memcpy(&bits, &shifted, 4);
+    bits = (bits + 127u) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    // e^-a - 1, exact near zero too, where the power is 1.
+    const float less_one = multiply_add(power, rest, power - 1.0f);
+    const float inverse = 1.0f / (2.0f + less_one);
+    return {-less_one * inverse, multiply_add(power, rest, power) * inverse * inverse};
+}
+
+// Beyond 60 nothing changes any more. In this order NaN stays, here and below.
+inline float size_of(float x) { return std::min(std::fabs(x), 60.0f); }
+inline float bounded(float x) { return x > 1.0f ? 1.0f : (x < -1.0f ? -1.0f : x); }
+
+// F_mu(u) or B_mu(u), by the enum proxbit_function.
+template <int function>
+inline float value_of(float u, float mu) {
+    if constexpr (function == PROXBIT_ONE) {
+        return 1.0f;
+    } else if constexpr (function == PROXBIT_BOX) {
+        return std::fabs(u) <= 1.0f ? 1.0f : 0.0f;
+    } else if constexpr (function == PROXBIT_SIGN) {
+        return u >= 0.0f ? 1.0f : -1.0f;
+    } else if constexpr (function == PROXBIT_CLIP) {
+        return bounded(mu * u);
+    } else if constexpr (function == PROXBIT_POLYNOMIAL) {
+        const float x = bounded(mu * u);
+        return x * (2.0f - std::fabs(x));
+    } else if constexpr (function == PROXBIT_POLYNOMIAL_SLOPE) {
+        const float left = 2.0f - 2.0f * std::fabs(mu * u);
+        return (left < 0.0f ? 0.0f : left) * mu;
+    } else if constexpr (function == PROXBIT_TANH) {
+        return std::copysign(logistic(size_of(2.0f * mu * u)).t, u);
+    } else if constexpr (function == PROXBIT_TANH_SLOPE) {
+        return 4.0f * mu * logistic(size_of(2.0f * mu * u)).c;
+    } else if constexpr (function == PROXBIT_SIGN_SWISH) {
+        const float a = size_of(mu * u);
+        const Logistic of = logistic(a);
+        return std::copysign(of.t + 2.0f * a * of.c, u);
+    } else {
+        static_assert(function == PROXBIT_SIGN_SWISH_SLOPE, "a function without a formula");
+        const float a = size_of(mu * u);
+        const Logistic of = logistic(a);
+        return 2.0f * mu * of.c * (2.0f - a * of.t);
+    }
+}
+
+// to[k] = f(w[k] / divisor); the sign is that of w[k], whose quotient may underflow to zero.
+template <int function>
+void apply(const float *__restrict w, int64_t count, float divisor, float mu, float *__restrict to) {
+    for (int64_t k = 0; k < count; ++k) {
+        to[k] = value_of<function>(function == PROXBIT_SIGN ? w[k] : w[k] / divisor, mu);
+    }
+}
+
+using Apply = void (*)(const float *w, int64_t count, float divisor, float mu, float *to);
+template <int... functions>
+inline Apply apply_of(int64_t function, std::integer_sequence<int, functions...>) {
+    constexpr Apply all[] = {apply<functions>...};
+    return all[function];
+}
+inline Apply apply_of(int64_t function) {
+    return apply_of(function, std::make_integer_sequence<int, PROXBIT_FUNCTIONS>());
+}
+
+inline float dot(const float *x, const float *y, int64_t count) {
+    constexpr int64_t parts = 16;
+    float sums[parts] = {};
+    int64_t k = 0;
+    for (; k + parts <= count; k += parts)
+        for (int64_t i = 0; i < parts; ++i) sums[i] += x[k + i] * y[k + i];
+    for (int64_t i = 0; k + i < count; ++i) sums[i] += x[k + i] * y[k + i];
+    float total = 0.0f;
+    for (int64_t i = 0; i < parts; ++i) total += sums[i];
+    return total;
+}
+
+// At least the smallest normal number, and NaN where it is NaN.
+inline float at_least_tiny(float x) { return x < 1.17549435e-38f ? 1.17549435e-38f : x; }
+
+void quantize_latent(const proxbit::QuantizerCall &call, int64_t row) {
+    const int64_t count = call.columns;
+    const float *__restrict w = call.latent + row * count;
+    float *__restrict to = call.result + row * count;
+    const float mu = static_cast<float>(*call.mu);
+    if (call.find_divisor) {
+        const float sum = sum_of(w, count, [](float v) { return std::fabs(v); });
+        call.divisor[row] = at_least_tiny(sum / static_cast<float>(count));
+    }
+    apply_of(call.function)(w, count, call.divisor[row], mu, to);
+    if (call.find_factor) call.factor[row] = dot(to, w, count) / at_least_tiny(dot(to, to, count));
+    const float factor = call.factor[row];
+    for (int64_t k = 0; k < count; ++k) to[k] *= factor;
+}
+
+void latent_gradient(const proxbit::QuantizerCall &call, int64_t row) {
+    const int64_t count = call.columns;
+    const float *__restrict grad = call.grad + row * count;
+    float *__restrict to = call.result + row * count;
+    const float gain = call.factor[row] / call.divisor[row];
+    apply_of(call.function)(call.latent + row * count, count, call.divisor[row], static_cast<float>(*call.mu), to);
+    for (int64_t k = 0; k < count; ++k) to[k] = to[k] * gain * grad[k];
+}
+
+}  // namespace

@@ -1,0 +1,118 @@
+"""Forward and backward quantizers of latent weights, compiled: all that is done to a weight in one pass over it."""
+
+import struct
+
+import torch
+from torch import Tensor
+
+from proxbit.errors import PackedFormatError
+from proxbit.kernels.native import Native, address_of, parallel_for, whole
+
+__all__ = ["FUNCTIONS", "gradient_rows", "quantize_rows", "takes_latent"]
+
+# The enum proxbit_function of csrc/proxbit.h, where their formulas are.
+FUNCTIONS = (
+    "one",
+    "box",
+    "sign",
+    "clip",
+    "polynomial",
+    "polynomial slope",
+    "tanh",
+    "tanh slope",
+    "sign-swish",
+    "sign-swish slope",
+)
+_CALL = struct.Struct("13q")  # proxbit_quantizer_call
+
+
+def takes_latent(latent: Tensor) -> bool:
+    """Whether the functions here take a latent weight as it is: a plain tensor in fp32, contiguous, on the CPU."""
+    return (
+        latent.is_cpu
+        and type(latent) in (Tensor, torch.nn.Parameter)
+        and latent.dtype is torch.float32
+        and latent.is_contiguous()
+        and not latent.is_neg()
+        and latent.data_ptr() % 4 == 0
+        and latent.numel() > 0
+    )
+
+
+def quantize_rows(
+    level: Native, function: str, latent: Tensor, mu: Tensor, scale: str, divisor: Tensor | None, factor: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The weight of the forward pass.
+
+    Formula:
+        w = a F_mu(W / s)
+
+    Args:
+        level: the kernels to use.
+        function: F, one of `FUNCTIONS`.
+        latent: W, `[rows, columns]`; one that `takes_latent` is true for.
+        mu: sharpness, a 0-dimensional tensor.
+        scale: what a is where it is not given: "ls", <F, W> / <F, F> of each row; "fixed", s.
+        divisor: s, `[rows, 1]` in fp32; None for the mean of |W| of each row, at least the smallest normal number.
+        factor: a, `[rows, 1]` in fp32, or None.
+
+    Returns:
+        w, s and a.
+
+    Raises:
+        PackedFormatError: for a tensor without data, of another shape or of another dtype.
+    """
+    s = torch.empty(len(latent), 1) if divisor is None else divisor.contiguous()
+    if factor is not None:
+        a = factor.contiguous()
+    else:
+        a = s if scale == "fixed" else torch.empty(len(latent), 1)
+    result = torch.empty_like(latent)
+    find = divisor is None, factor is None and scale == "ls"
+    number = _number(mu)
+    level.library.proxbit_quantize(_call(level, function, number, (latent, None, s, a, result), find))
+    return result, s, a
+
+
+def gradient_rows(
+    level: Native, function: str, latent: Tensor, mu: Tensor, divisor: Tensor, factor: Tensor, grad: Tensor
+) -> Tensor:
+    r"""The gradient of the latent weight.
+
+    Formula:
+        dL/dW = B_mu(W / s) (a / s) \odot dL/dw
+
+    Args:
+        level: as above, and latent, mu, divisor and factor too.
+        function: B, one of `FUNCTIONS`.
+        grad: dL/dw, `[rows, columns]`, in fp32.
+
+    Raises:
+        PackedFormatError: for a tensor without data, of another shape or of another dtype.
+    """
+    # Variables, here and above, so that what is copied lives as long as the call reads it.
+    s, a, grad = divisor.contiguous(), factor.contiguous(), grad.resolve_neg().contiguous()
+    result, number = torch.empty_like(latent), _number(mu)
+    level.library.proxbit_gradient(_call(level, function, number, (latent, grad, s, a, result), (False, False)))
+    return result
+
+
+def _number(mu: Tensor) -> Tensor:
+    """As the library reads it; to read it here would show as a wait for an accelerator."""
+    return mu.to("cpu", torch.float64)
+
+
+def _call(
+    level: Native, function: str, mu: Tensor, tensors: tuple[Tensor | None, ...], find: tuple[bool, bool]
+) -> bytes:
+    latent, grad, divisor, factor, _ = tensors
+    assert latent is not None
+    a_row = len(latent), 1
+    for tensor, shape in ((grad, latent.shape), (divisor, a_row), (factor, a_row)):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.float32):
+            raise PackedFormatError(
+                f"Latent weights {list(latent.shape)} go with {list(shape)} in fp32, not {list(tensor.shape)} in "
+                f"{tensor.dtype}."
+            )
+    addresses = [address_of(each if each is None else whole(each)) for each in (mu, *tensors)]
+    return _CALL.pack(level.level, FUNCTIONS.index(function), *latent.shape, *addresses, *find, parallel_for())

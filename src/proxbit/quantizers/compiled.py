@@ -1,0 +1,70 @@
+"""Which F and B the compiled kernels know, and for which latent weights they take the place of torch's operators."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+import proxbit.quantizers.family  # noqa: F401  (registers the pairs that are named below)
+from proxbit.kernels import gradient_rows, native, quantize_rows, takes_latent
+from proxbit.quantizers.catalog import get_pair
+from proxbit.quantizers.pairs import Composed, QuantizerPair
+from proxbit.quantizers.proximal import IDENTITY
+from proxbit.quantizers.transforms import IDENTITY_TRANSFORM
+
+__all__ = ["compiled_backward", "compiled_forward"]
+
+Made = TypeVar("Made")
+
+
+def _parts(side: Callable[..., Tensor]) -> tuple[int, ...]:
+    """What one side of a pair is made of. By identity: a function of the user need be neither equal to nor hashed."""
+    if not isinstance(side, Composed):
+        return (id(getattr(side, "function", side)),)
+    if side.proximal is IDENTITY or side.outer is IDENTITY_TRANSFORM.derivative:
+        return (id(side.outer),)
+    return id(side.proximal.function), id(side.outer)
+
+
+_KNOWN = {
+    _parts(getattr(get_pair(pair), side)): function
+    for pair, side, function in (
+        ("bc", "forward", "sign"),
+        ("bc", "backward", "one"),
+        ("bnn", "forward", "sign"),
+        ("bnn", "backward", "box"),
+        ("parq", "forward", "clip"),
+        ("md-tanh", "forward", "tanh"),
+        ("tanh", "forward", "tanh"),
+        ("tanh", "backward", "tanh slope"),
+        ("bireal", "backward", "polynomial slope"),
+        ("bireal++", "forward", "polynomial"),
+        ("bireal++", "backward", "polynomial slope"),
+        ("bnn+", "backward", "sign-swish slope"),
+        ("bnn++", "forward", "sign-swish"),
+        ("bnn++", "backward", "sign-swish slope"),
+    )
+}
+
+
+def _bound(kernel: Callable[..., Made], function: str | None, rows: Tensor) -> Callable[..., Made] | None:
+    """A kernel with its level and function; None where torch's operators must do it: a compiler sees no further."""
+    if function is None or torch.compiler.is_compiling() or not takes_latent(rows):
+        return None
+    level = native()
+    return None if level is None else partial(kernel, level, function)
+
+
+def compiled_forward(
+    pair: QuantizerPair, hard: bool, rows: Tensor
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
+    """`kernels.quantize_rows` for F, or for its hard limit, without the first two arguments; None for torch."""
+    function = ("sign" if pair.binary else None) if hard else _KNOWN.get(_parts(pair.forward))
+    return _bound(quantize_rows, function, rows)
+
+
+def compiled_backward(pair: QuantizerPair, rows: Tensor) -> Callable[..., Tensor] | None:
+    """`kernels.gradient_rows` for B, without the first two arguments; None for torch, as where autograd records."""
+    return None if torch.is_grad_enabled() else _bound(gradient_rows, _KNOWN.get(_parts(pair.backward)), rows)

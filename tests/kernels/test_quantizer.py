@@ -1,0 +1,200 @@
+"""Compiled forward and backward quantizers, at every instruction level that this machine runs, against numpy."""
+
+import numpy as np
+import pytest
+import torch
+
+import pair_formulas as formulas
+import proxbit.kernels
+from proxbit.errors import PackedFormatError
+from proxbit.kernels import gradient_rows, quantize_rows, takes_latent
+from proxbit.kernels.native import find_library, levels
+from proxbit.kernels.quantizer import FUNCTIONS
+
+LIBRARY = find_library(proxbit.kernels.__path__)
+LEVELS = levels(LIBRARY) if LIBRARY else {}
+FORMULAS = {
+    "one": formulas.ones,
+    "box": formulas.box,
+    "sign": formulas.plus_minus,
+    "clip": formulas.clip,
+    "polynomial": formulas.polynomial,
+    "polynomial slope": formulas.tent,
+    "tanh": formulas.tanh,
+    "tanh slope": formulas.tanh_slope,
+    "sign-swish": formulas.swish,
+    "sign-swish slope": formulas.swish_slope,
+}
+SHAPES = [(1, 1), (3, 5), (2, 16), (5, 17), (4, 64), (3, 1001)]
+level = pytest.mark.parametrize("level", LEVELS.values(), ids=list(LEVELS))
+function = pytest.mark.parametrize("function", FUNCTIONS)
+
+
+def number(mu):
+    return torch.tensor(mu, dtype=torch.float64)
+
+
+def latent_of(shape):
+    """Rows of different sizes, each with a zero where it is long enough."""
+    latent = torch.randn(shape) * torch.logspace(-3, 2, shape[0]).unsqueeze(1)
+    latent[:, 2:4] = 0.0
+    return latent
+
+
+def test_every_function_has_a_formula():
+    assert tuple(FORMULAS) == FUNCTIONS
+
+
+@level
+@function
+@pytest.mark.parametrize("mu", [1e-3, 0.3, 5.0, 100.0])
+def test_values_to_the_last_digits(level, function, mu):
+    """From far below one to far beyond the flat parts, of both signs; what rounds to zero in single precision may be.
+
+    Near zero odd functions are exact to their own size.
+    """
+    sizes = torch.cat([torch.logspace(-30, 2, 4001), torch.linspace(0, 5, 5001)])
+    w = torch.cat([sizes, -sizes]).unsqueeze(0)
+    ones = torch.ones(1, 1)
+    value, _, _ = quantize_rows(level, function, w, number(mu), "ls", ones, ones)
+    mu32 = float(torch.tensor(mu))
+    x = np.clip(w.double().numpy(), -700 / mu32, 700 / mu32)
+    expected = FORMULAS[function](x, mu32)
+    if function in ("one", "box", "sign"):
+        np.testing.assert_array_equal(value.numpy(), expected)
+    elif "slope" in function:
+        np.testing.assert_allclose(value.double().numpy(), expected, rtol=1e-6, atol=5e-7 * mu)
+    else:
+        np.testing.assert_allclose(value.double().numpy(), expected, rtol=1e-6, atol=1e-37)
+
+
+@level
+@function
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weight_and_gradient(level, function, shape):
+    latent, grad, mu = latent_of(shape), torch.randn(shape), 1.7
+    f = FORMULAS[function]
+    w = latent.double().numpy()
+    s = np.abs(w).mean(axis=1, keepdims=True)
+    q = f(w / s, mu)
+    energy = np.maximum((q * q).sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    least = (q * w).sum(axis=1, keepdims=True) / energy
+    sums = 3e-6 * np.abs(q * w).sum(axis=1, keepdims=True) / energy
+    for scale, a in (("ls", least), ("fixed", s)):
+        weight, divisor, factor = quantize_rows(level, function, latent, number(mu), scale, None, None)
+        assert weight.shape == shape and divisor.shape == factor.shape == (shape[0], 1)
+        np.testing.assert_allclose(divisor.double().numpy(), s, rtol=1e-6)
+        assert (np.abs(factor.double().numpy() - a) <= sums + 1e-6 * np.abs(a)).all()
+        size = float(np.abs(q).max() + 1)
+        assert (np.abs(weight.double().numpy() - q * a) <= (sums + 3e-6 * np.abs(a)) * size).all()
+        again = quantize_rows(level, function, latent, number(mu), scale, divisor, factor)
+        assert torch.equal(again[0], weight)
+        made = gradient_rows(level, function, latent, number(mu), divisor, factor, grad)
+        gain = (factor / divisor).double().numpy()
+        expected = f(w / s, mu) * gain * grad.double().numpy()
+        np.testing.assert_allclose(made.double().numpy(), expected, rtol=3e-6, atol=1e-5 * float(np.abs(gain).max()))
+
+
+@level
+@function
+def test_one_row_knows_nothing_of_the_others(level, function):
+    """Whatever the threads, and however many rows there are: the same bits; NaN stays in its row."""
+    latent, grad, threads = latent_of((67, 1033)), torch.randn(67, 1033), torch.get_num_threads()
+    latent[5, 7] = float("nan")
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            weight, divisor, factor = quantize_rows(level, function, latent, number(3.0), "ls", None, None)
+            found.append((weight, gradient_rows(level, function, latent, number(3.0), divisor, factor, grad)))
+    finally:
+        torch.set_num_threads(threads)
+    rest = [i for i in range(67) if i != 5]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one[rest], other[rest]) and bool(one[rest].isfinite().all())
+    assert bool(found[0][0][5].isnan().all()) and bool(found[0][1][5].isnan().all())
+    alone = quantize_rows(level, function, latent[9:10], number(3.0), "ls", None, None)
+    assert torch.equal(alone[0], found[0][0][9:10])
+
+
+@level
+@function
+def test_rows_of_any_size_are_alike(level, function):
+    latent = latent_of((1, 37))
+    sizes = torch.tensor([[2.0**-60], [1.0], [2.0**60]])
+    weight, _, _ = quantize_rows(level, function, sizes * latent, number(1.3), "ls", None, None)
+    assert torch.equal(weight / sizes, weight[1].expand(3, -1))
+
+
+@level
+def test_values_at_the_edges(level):
+    """A row of zeros has no unit; the smallest numbers have signs; the largest do not overflow on the way."""
+    zeros = torch.zeros(2, 9)
+    for name in FUNCTIONS:
+        weight, divisor, factor = quantize_rows(level, name, zeros, number(2.0), "ls", None, None)
+        assert not weight.any() and bool((divisor == torch.finfo(torch.float32).tiny).all())
+        assert bool(gradient_rows(level, name, zeros, number(2.0), divisor, factor, torch.ones(2, 9)).isfinite().all())
+    small = torch.tensor([[-1e-45, 1e-45, 0.0, -0.0, 30.0, -30.0]])
+    weight, _, _ = quantize_rows(level, "sign", small, number(1.0), "ls", None, None)
+    assert weight.sign().tolist() == [[-1.0, 1.0, 1.0, 1.0, 1.0, -1.0]]
+    huge = torch.full((1, 8), 1e37)
+    weight, _, _ = quantize_rows(level, "sign-swish", huge, number(1e6), "fixed", None, None)
+    torch.testing.assert_close(weight, huge)
+
+
+@level
+def test_what_is_given_need_not_be_contiguous(level):
+    latent, grad = latent_of((6, 20)), torch.randn(20, 6).t()
+    divisor, factor = (torch.rand(2, 6, 3) + 0.5)[..., :1].unbind()
+    assert not (divisor.is_contiguous() or grad.is_contiguous())
+    for given in (grad, torch.tensor(2.0).expand(6, 20), torch.complex(grad, -grad).conj().imag):
+        plain = [each.contiguous() for each in (divisor, factor, given.resolve_neg())]
+        for name in FUNCTIONS:
+            one, other = (
+                gradient_rows(level, name, latent, number(1.0), *numbers)
+                for numbers in ((divisor, factor, given), plain)
+            )
+            assert torch.equal(one, other)
+            one, other = (
+                quantize_rows(level, name, latent, number(1.0), "ls", *numbers)[0]
+                for numbers in ((divisor, factor), plain[:2])
+            )
+            assert torch.equal(one, other)
+
+
+def test_which_latent_weights_are_taken():
+    latent = torch.randn(4, 6)
+    memory = torch.zeros(101, dtype=torch.uint8)
+    shifted = torch.frombuffer(bytearray(memory.numpy()), dtype=torch.float32, offset=1, count=24).view(4, 6)
+    others = [latent.t(), latent.double(), latent.bfloat16(), latent.to("meta"), latent[:0], latent[:, :0], shifted]
+    others += [torch.complex(latent, latent).conj().imag.contiguous().new_zeros(4, 6).as_subclass(Tagged)]
+    assert takes_latent(latent) and takes_latent(torch.nn.Parameter(latent)) and takes_latent(latent[1:])
+    assert not any(takes_latent(other) for other in others)
+
+
+class Tagged(torch.Tensor):
+    """A tensor that may compute in its own way."""
+
+
+@level
+def test_tensors_that_are_not_what_they_should_be(level):
+    """An error, before the library sees an address."""
+    latent, grad, numbers = torch.randn(4, 6), torch.randn(4, 6), torch.ones(4, 1)
+    freed, shrunk = grad.clone(), grad.clone()
+    freed.untyped_storage().resize_(0)
+    shrunk.untyped_storage().resize_(40)
+    for bad, message in (
+        (freed, "beyond its storage"),
+        (shrunk, "beyond its storage"),
+        (grad[:3], r"\[4, 6\] in fp32, not \[3, 6\]"),
+        (grad.double(), "in fp32, not"),
+        (grad.to("meta"), "on the device meta"),
+    ):
+        with pytest.raises(PackedFormatError, match=message):
+            gradient_rows(level, "one", latent, number(1.0), numbers, numbers, bad)
+    for bad in (numbers[:3], torch.ones(4), numbers.double()):
+        for given in ((bad, numbers), (numbers, bad)):
+            with pytest.raises(PackedFormatError, match=r"\[4, 1\] in fp32, not"):
+                quantize_rows(level, "one", latent, number(1.0), "ls", *given)
+    with pytest.raises(PackedFormatError, match="beyond its storage"):
+        quantize_rows(level, "one", shrunk, number(1.0), "ls", None, None)

@@ -1,0 +1,142 @@
+"""Which weights the compiled quantizers take, and that they make the same numbers as torch's operators."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from pair_formulas import ROWS
+from proxbit.kernels import pack_signs, unpack_signs
+from proxbit.quantizers import PAIRS, compiled, compose, get_pair, hard_rows, heuristic, quantize
+from proxbit.quantizers.proximal import IDENTITY
+from proxbit.quantizers.transforms import SIGN_SWISH, sign_swish, sign_swish_derivative
+
+MU = {name: row[4][-1] for name, row in ROWS.items()}
+# What the kernels know of each pair: F and B.
+BOTH = {"bc", "dorefa", "bnn", "xnor", "parq", "md-tanh", "tanh", "bireal", "bireal++", "bnn+", "bnn++"}
+FORWARD = {"ede", "fda", "reste", "dsq", "adabin"}
+BACKWARD = {"fp", "pc", "proxquant", "rpc", "binaryrelax"}
+MODES = [
+    {"normalize": normalize, "scale": scale}
+    for normalize in ("row", "tensor", "std", "none")
+    for scale in ("ls", "fixed")
+]
+
+
+def latent_of(*shape):
+    return (torch.randn(shape) * torch.logspace(-2, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))).requires_grad_()
+
+
+def run(latent, pair, mu, grad, **modes):
+    twin = latent.detach().clone().requires_grad_()
+    weight = quantize(twin, torch.tensor(mu, dtype=torch.float64), pair, **modes)
+    weight.backward(grad)
+    return weight.detach(), twin.grad
+
+
+def without_kernels(monkeypatch):
+    monkeypatch.setattr(compiled, "native", lambda: None)
+
+
+@pytest.mark.parametrize("name", sorted(PAIRS))
+def test_which_sides_of_which_pairs_are_known(name):
+    rows, pair = torch.randn(2, 3), get_pair(name)
+    with torch.no_grad():
+        known = compiled.compiled_forward(pair, False, rows), compiled.compiled_backward(pair, rows)
+    assert tuple(each is not None for each in known) == (name in BOTH | FORWARD, name in BOTH | BACKWARD)
+    assert (compiled.compiled_forward(pair, True, rows) is not None) == pair.binary
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+@pytest.mark.parametrize("modes", MODES, ids=lambda modes: "-".join(modes.values()))
+@pytest.mark.parametrize("name", sorted(BOTH | FORWARD | BACKWARD))
+def test_the_numbers_of_the_operators(name, modes, hard, monkeypatch):
+    for shape in ((5, 37), (4, 3, 2, 2)):
+        latent, grad = latent_of(*shape), torch.randn(shape)
+        ours = run(latent, get_pair(name), MU[name], grad, hard=hard, **modes)
+        with monkeypatch.context() as context:
+            without_kernels(context)
+            theirs = run(latent, get_pair(name), MU[name], grad, hard=hard, **modes)
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.shape == shape
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("modes", MODES, ids=lambda modes: "-".join(modes.values()))
+def test_what_is_packed_is_the_hard_weight_to_the_last_bit(modes):
+    latent = latent_of(9, 77)
+    weight = quantize(latent, torch.tensor(1.0), get_pair("bnn++"), hard=True, **modes)
+    rows = hard_rows(latent, **modes)
+    signs = unpack_signs(pack_signs(rows.values), 77, torch.float32)
+    assert torch.equal(signs * rows.scale.unsqueeze(1), weight)
+
+
+def test_a_centred_weight_and_a_recorded_gradient_are_left_to_the_operators(monkeypatch):
+    """As are other dtypes, other memory formats and what a compiler looks at: their tests are those of `quantize`."""
+
+    def fail(*args):
+        raise AssertionError("the kernels ran")
+
+    latent, grad, mu = latent_of(4, 6), torch.randn(4, 6), torch.tensor(1.3)
+    weight = quantize(latent, mu, get_pair("bnn++"))
+    monkeypatch.setattr(compiled, "quantize_rows", fail)
+    monkeypatch.setattr(compiled, "gradient_rows", fail)
+    torch.autograd.grad(weight, latent, grad, create_graph=True)
+    for center in ("remove", "restore"):
+        run(latent, get_pair("bnn++"), 1.3, grad, center=center)
+    for other in (latent.double(), latent.bfloat16(), torch.randn(6, 4).t()):
+        run(other.detach(), get_pair("bnn++"), 1.3, grad.to(other.dtype))
+    with pytest.raises(AssertionError, match="the kernels ran"):
+        quantize(latent, mu, get_pair("bnn++"))
+
+
+def test_second_derivatives_are_those_of_the_gradient():
+    """The first derivative comes from the kernels, or from operators where it is differentiated once more."""
+    latent, grad, mu = latent_of(3, 8), torch.randn(3, 8), torch.tensor(1.3, dtype=torch.float64)
+    plain, recorded = (
+        torch.autograd.grad(quantize(latent, mu, get_pair("bnn++")), latent, grad, create_graph=again)[0]
+        for again in (False, True)
+    )
+    torch.testing.assert_close(plain, recorded, rtol=1e-5, atol=1e-6)
+    assert recorded.requires_grad and not plain.requires_grad
+    assert bool(torch.autograd.grad(recorded.sum(), latent)[0].isfinite().all())
+
+
+def test_own_pairs_of_known_functions_are_known_and_others_are_not():
+    """A function of the user is not compared, hashed or called."""
+
+    @dataclass
+    class Unhashable:
+        slope: float
+
+        def __call__(self, w, mu):
+            return w * self.slope
+
+        def __eq__(self, other):
+            raise AssertionError("compared")
+
+    rows = torch.randn(2, 3)
+    with torch.no_grad():
+        for pair in (
+            compose(IDENTITY, SIGN_SWISH),
+            heuristic(sign_swish, sign_swish_derivative),
+            replace(get_pair("bnn++"), source="mine"),
+        ):
+            assert compiled.compiled_forward(pair, False, rows) and compiled.compiled_backward(pair, rows)
+        own = Unhashable(2.0)
+        for pair in (
+            heuristic(own, own),
+            compose(own),
+            compose(IDENTITY, own),
+            replace(get_pair("bnn++"), forward=own),
+        ):
+            assert compiled.compiled_forward(pair, False, rows) is None
+
+
+def test_without_a_library_the_operators_run(monkeypatch):
+    latent, grad = latent_of(3, 8), torch.randn(3, 8)
+    without_kernels(monkeypatch)
+    weight, slope = run(latent, get_pair("bnn++"), 2.0, grad)
+    exact = run(latent.double(), get_pair("bnn++"), 2.0, grad.double())
+    torch.testing.assert_close(weight, exact[0].float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(slope, exact[1].float(), rtol=1e-5, atol=1e-5)
