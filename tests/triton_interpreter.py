@@ -1,8 +1,11 @@
-"""What the interpreter of Triton has to be taught, in the process that it runs in."""
+"""Triton without a GPU: what its interpreter has to be taught, in the process that it runs in, and its compiler."""
 
 import numpy as np
 import torch
+import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime import interpreter
 
 
@@ -23,3 +26,16 @@ def teach_bf16():
 
     builder.create_dot = lambda self, a, b, *rest: dot(self, exact(a), exact(b), *rest)
     builder.cast_impl = rounding_cast
+
+
+def assembly(kernel, capability, values, tile):
+    """The assembly of a kernel, made without a GPU, for arguments aligned as those of most layers are."""
+    signature = {name: values.get(name, "i32") for name in kernel.arg_names} | dict.fromkeys(tile, "constexpr")
+    options = {name: tile[name] for name in ("num_warps", "num_stages") if name in tile}
+    constants = {name: value for name, value in tile.items() if name not in options}
+    constants |= {name: None for name, kind in values.items() if kind == "constexpr"}
+    signature = {name: kind for name, kind in signature.items() if name not in options}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    options["enable_fp_fusion"] = False
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]

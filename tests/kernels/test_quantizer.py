@@ -7,9 +7,8 @@ import torch
 import pair_formulas as formulas
 import proxbit.kernels
 from proxbit.errors import PackedFormatError
-from proxbit.kernels import gradient_rows, quantize_rows, takes_latent
 from proxbit.kernels.native import find_library, levels
-from proxbit.kernels.quantizer import FUNCTIONS
+from proxbit.kernels.quantizer import FUNCTIONS, gradient_rows, quantize_rows, takes_latent
 
 LIBRARY = find_library(proxbit.kernels.__path__)
 LEVELS = levels(LIBRARY) if LIBRARY else {}

@@ -8,15 +8,12 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-import triton
 import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from proxbit.kernels import linear_kernel, linear_w1, linear_w1a1, linear_w1a8, ops, reference, triton_linear
 from proxbit.packing import pack_signs
-from triton_interpreter import teach_bf16
+from triton_interpreter import assembly, teach_bf16
 
 SIZES = [(1, 1, 1), (3, 7, 5), (16, 8, 64), (33, 9, 70), (1, 63, 70), (3, 64, 64), (16, 65, 5), (33, 193, 70)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -133,19 +130,6 @@ def test_views(interpret, activations):
     assert_as_reference(interpret(activations, x, weight, scale, bias), activations, x, weight, scale, bias)
 
 
-def compiled(kernel, capability, values, tile):
-    """The assembly of a kernel, made without a GPU, for arguments aligned as those of most layers are."""
-    signature = {name: values.get(name, "i32") for name in kernel.arg_names} | dict.fromkeys(tile, "constexpr")
-    options = {name: tile[name] for name in ("num_warps", "num_stages") if name in tile}
-    constants = {name: value for name, value in tile.items() if name not in options}
-    constants |= {name: None for name, kind in values.items() if kind == "constexpr"}
-    signature = {name: kind for name, kind in signature.items() if name not in options}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    options["enable_fp_fusion"] = False
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
-
-
 @pytest.mark.parametrize(
     ("capability", "dtype", "instruction"),
     [
@@ -160,7 +144,7 @@ def test_products_are_made_by_tensor_cores(capability, dtype, instruction, tmp_p
     step = {"step_ptr": "*fp32" if dtype == "i8" else "constexpr"}
     pointers = {"x_ptr": f"*{dtype}", "weight_ptr": "*u8", "scale_ptr": "*fp32", "bias_ptr": "*fp32", "y_ptr": "*bf16"}
     tile = {"SUM": tl.int32 if dtype == "i8" else tl.float32, **triton_linear._blocks(1576, torch.bfloat16)}
-    ptx = compiled(triton_linear._multiply, capability, pointers | step, tile)
+    ptx = assembly(triton_linear._multiply, capability, pointers | step, tile)
     assert instruction in ptx
     assert "fma.rn.f32" not in ptx, "the epilogue rounds after the product and after the sum"
 
@@ -168,7 +152,7 @@ def test_products_are_made_by_tensor_cores(capability, dtype, instruction, tmp_p
 def test_quantization_rounds_as_ieee_does(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = {"x_ptr": "*bf16", "q_ptr": "*i8", "step_ptr": "*fp32"}
-    ptx = compiled(triton_linear._quantize_rows, 80, pointers, {"CHUNK": 1024})
+    ptx = assembly(triton_linear._quantize_rows, 80, pointers, {"CHUNK": 1024})
     assert ptx.count("div.rn.f32") == 2
     assert "div.full" not in ptx
     assert "fma.rn.f32" not in ptx

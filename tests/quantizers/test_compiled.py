@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pair_formulas import ROWS
-from proxbit.kernels import pack_signs, unpack_signs
+from proxbit.kernels import pack_signs, quantizer, unpack_signs
 from proxbit.quantizers import PAIRS, compiled, compose, get_pair, hard_rows, heuristic, quantize
 from proxbit.quantizers.proximal import IDENTITY
 from proxbit.quantizers.transforms import SIGN_SWISH, sign_swish, sign_swish_derivative
@@ -35,7 +35,7 @@ def run(latent, pair, mu, grad, **modes):
 
 
 def without_kernels(monkeypatch):
-    monkeypatch.setattr(compiled, "native", lambda: None)
+    monkeypatch.setattr(compiled, "latent_kernels", lambda rows: None)
 
 
 @pytest.mark.parametrize("name", sorted(PAIRS))
@@ -79,8 +79,8 @@ def test_a_centred_weight_and_a_recorded_gradient_are_left_to_the_operators(monk
 
     latent, grad, mu = latent_of(4, 6), torch.randn(4, 6), torch.tensor(1.3)
     weight = quantize(latent, mu, get_pair("bnn++"))
-    monkeypatch.setattr(compiled, "quantize_rows", fail)
-    monkeypatch.setattr(compiled, "gradient_rows", fail)
+    monkeypatch.setattr(quantizer, "quantize_rows", fail)
+    monkeypatch.setattr(quantizer, "gradient_rows", fail)
     torch.autograd.grad(weight, latent, grad, create_graph=True)
     for center in ("remove", "restore"):
         run(latent, get_pair("bnn++"), 1.3, grad, center=center)

@@ -11,14 +11,15 @@ from proxbit.kernels.ops import (
     unpack_signs,
     unpack_weight,
 )
-from proxbit.kernels.quantizer import gradient_rows, quantize_rows, takes_latent
+from proxbit.kernels.quantizer import LatentKernels, latent_kernels
 from proxbit.kernels.reference import Norm, quantize_activations
 
 __all__ = [
     "FORMATS",
+    "LatentKernels",
     "Norm",
     "decompositions",
-    "gradient_rows",
+    "latent_kernels",
     "linear_kernel",
     "linear_w1",
     "linear_w1a1",
@@ -26,8 +27,6 @@ __all__ = [
     "native",
     "pack_signs",
     "quantize_activations",
-    "quantize_rows",
-    "takes_latent",
     "unpack_signs",
     "unpack_weight",
     "version_of",

@@ -2,21 +2,18 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 import proxbit.quantizers.family  # noqa: F401  (registers the pairs that are named below)
-from proxbit.kernels import gradient_rows, native, quantize_rows, takes_latent
+from proxbit.kernels import LatentKernels, latent_kernels
 from proxbit.quantizers.catalog import get_pair
 from proxbit.quantizers.pairs import Composed, QuantizerPair
 from proxbit.quantizers.proximal import IDENTITY
 from proxbit.quantizers.transforms import IDENTITY_TRANSFORM
 
 __all__ = ["compiled_backward", "compiled_forward"]
-
-Made = TypeVar("Made")
 
 
 def _parts(side: Callable[..., Tensor]) -> tuple[int, ...]:
@@ -49,22 +46,22 @@ _KNOWN = {
 }
 
 
-def _bound(kernel: Callable[..., Made], function: str | None, rows: Tensor) -> Callable[..., Made] | None:
-    """A kernel with its level and function; None where torch's operators must do it: a compiler sees no further."""
-    if function is None or torch.compiler.is_compiling() or not takes_latent(rows):
-        return None
-    level = native()
-    return None if level is None else partial(kernel, level, function)
+def _kernels(function: str | None, rows: Tensor) -> LatentKernels | None:
+    """None where torch's operators must do it: a compiler sees no further than these."""
+    return None if function is None or torch.compiler.is_compiling() else latent_kernels(rows)
 
 
 def compiled_forward(
     pair: QuantizerPair, hard: bool, rows: Tensor
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
-    """`kernels.quantize_rows` for F, or for its hard limit, without the first two arguments; None for torch."""
+    """`kernels.LatentKernels.quantize` for F, or for its hard limit; None for torch."""
     function = ("sign" if pair.binary else None) if hard else _KNOWN.get(_parts(pair.forward))
-    return _bound(quantize_rows, function, rows)
+    kernels = _kernels(function, rows)
+    return None if kernels is None else partial(kernels.quantize, function)
 
 
 def compiled_backward(pair: QuantizerPair, rows: Tensor) -> Callable[..., Tensor] | None:
-    """`kernels.gradient_rows` for B, without the first two arguments; None for torch, as where autograd records."""
-    return None if torch.is_grad_enabled() else _bound(gradient_rows, _KNOWN.get(_parts(pair.backward)), rows)
+    """`kernels.LatentKernels.gradient` for B; None for torch, as where autograd records."""
+    function = _KNOWN.get(_parts(pair.backward))
+    kernels = None if torch.is_grad_enabled() else _kernels(function, rows)
+    return None if kernels is None else partial(kernels.gradient, function)

@@ -1,0 +1,173 @@
+"""Forward and backward quantizers of latent weights on CUDA, in Triton: a row a program, as in csrc/quantizer.h."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from proxbit.kernels import triton_linear
+
+__all__ = ["gradient_rows", "quantize_rows", "takes"]
+
+_CHUNK = 1024
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+
+@triton.jit
+def _logistic(size: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """a, tanh(a / 2) and s(a) (1 - s(a)) with s the logistic function, for a = min(size, 60) of a size that is >= 0."""
+    a = tl.where(size > 60.0, 60.0, size)  # NaN stays
+    # e^-a = 2^n e^r: adding 1.5 * 2^23 rounds, and leaves n in the lowest bits.
+    shifted = a * -1.44269504 + 12582912.0
+    n = shifted - 12582912.0
+    r = n * 2.12194440e-4 + (n * -0.693359375 - a)
+    rest = r * (1 + r * (1 / 2 + r * (1 / 6 + r * (1 / 24 + r * (1 / 120 + r * (1 / 720 + r * (1 / 5040)))))))
+    power = ((shifted.to(tl.int32, bitcast=True) + 127) << 23).to(tl.float32, bitcast=True)
+    # e^-a - 1, exact near zero too, where the power is 1.
+    less_one = power * rest + (power - 1.0)
+    inverse = 1.0 / (2.0 + less_one)
+    return a, -less_one * inverse, (power * rest + power) * inverse * inverse
+
+
+@triton.jit
+def _value(w: tl.tensor, divisor: tl.tensor, mu: tl.tensor, FUNCTION: tl.constexpr) -> tl.tensor:
+    """F_mu(w / divisor) or B_mu(w / divisor)."""
+    u = w / divisor
+    x = mu * u
+    if FUNCTION == "one":
+        return tl.full(w.shape, 1.0, tl.float32)
+    elif FUNCTION == "box":
+        return tl.where(tl.abs(u) <= 1.0, 1.0, 0.0)
+    elif FUNCTION == "sign":
+        return tl.where(w >= 0.0, 1.0, -1.0)
+    elif FUNCTION == "clip":
+        return tl.where(x > 1.0, 1.0, tl.where(x < -1.0, -1.0, x))
+    elif FUNCTION == "polynomial":
+        bounded = tl.where(x > 1.0, 1.0, tl.where(x < -1.0, -1.0, x))
+        return bounded * (2.0 - tl.abs(bounded))
+    elif FUNCTION == "polynomial slope":
+        left = 2.0 - 2.0 * tl.abs(x)
+        return tl.where(left < 0.0, 0.0, left) * mu
+    elif FUNCTION == "tanh":
+        _, t, _ = _logistic(2.0 * tl.abs(x))
+        return tl.where(x < 0.0, -t, t)
+    elif FUNCTION == "tanh slope":
+        _, _, c = _logistic(2.0 * tl.abs(x))
+        return 4.0 * mu * c
+    elif FUNCTION == "sign-swish":
+        a, t, c = _logistic(tl.abs(x))
+        value = t + 2.0 * a * c
+        return tl.where(x < 0.0, -value, value)
+    else:
+        tl.static_assert(FUNCTION == "sign-swish slope", "a function without a formula")
+        a, t, c = _logistic(tl.abs(x))
+        return 2.0 * mu * c * (2.0 - a * t)
+
+
+@triton.jit
+def _quantize(
+    latent_ptr: tl.tensor,
+    divisor_ptr: tl.tensor,
+    factor_ptr: tl.tensor,
+    result_ptr: tl.tensor,
+    mu: tl.tensor,
+    columns: tl.tensor,
+    FUNCTION: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    FACTOR: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
+    """result = a F(w / s) of one row; s the "mean" of |w| or "given"; a "ls", "fixed" or "given"."""
+    row = tl.program_id(0).to(tl.int64)
+    latents = latent_ptr + row * columns
+    if DIVISOR == "mean":
+        sums = tl.full((CHUNK,), 0.0, tl.float32)
+        for start in range(0, columns, CHUNK):
+            column = start + tl.arange(0, CHUNK)
+            sums += tl.abs(tl.load(latents + column, mask=column < columns, other=0.0).to(tl.float32))
+        mean = tl.sum(sums, axis=0) / columns
+        divisor = tl.where(mean < _TINY, _TINY, mean)
+        tl.store(divisor_ptr + row, divisor)
+    else:
+        divisor = tl.load(divisor_ptr + row)
+    if FACTOR == "ls":
+        products = tl.full((CHUNK,), 0.0, tl.float32)
+        energies = tl.full((CHUNK,), 0.0, tl.float32)
+        for start in range(0, columns, CHUNK):
+            column = start + tl.arange(0, CHUNK)
+            w = tl.load(latents + column, mask=column < columns, other=0.0).to(tl.float32)
+            q = tl.where(column < columns, _value(w, divisor, mu, FUNCTION), 0.0)
+            products += q * w
+            energies += q * q
+        energy = tl.sum(energies, axis=0)
+        factor = tl.sum(products, axis=0) / tl.where(energy < _TINY, _TINY, energy)
+        tl.store(factor_ptr + row, factor)
+    elif FACTOR == "fixed":
+        factor = divisor
+    else:
+        factor = tl.load(factor_ptr + row)
+    for start in range(0, columns, CHUNK):
+        column = start + tl.arange(0, CHUNK)
+        w = tl.load(latents + column, mask=column < columns, other=0.0).to(tl.float32)
+        weight = _value(w, divisor, mu, FUNCTION) * factor
+        tl.store(result_ptr + row * columns + column, weight.to(result_ptr.dtype.element_ty), mask=column < columns)
+
+
+@triton.jit
+def _gradient(
+    latent_ptr: tl.tensor,
+    divisor_ptr: tl.tensor,
+    factor_ptr: tl.tensor,
+    grad_ptr: tl.tensor,
+    result_ptr: tl.tensor,
+    mu: tl.tensor,
+    columns: tl.tensor,
+    FUNCTION: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
+    """result = B(w / s) (a / s) grad of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    divisor = tl.load(divisor_ptr + row)
+    gain = tl.load(factor_ptr + row) / divisor
+    for start in range(0, columns, CHUNK):
+        column = start + tl.arange(0, CHUNK)
+        place = row * columns + column
+        w = tl.load(latent_ptr + place, mask=column < columns, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + place, mask=column < columns, other=0.0).to(tl.float32)
+        result = _value(w, divisor, mu, FUNCTION) * gain * grad
+        tl.store(result_ptr + place, result.to(result_ptr.dtype.element_ty), mask=column < columns)
+
+
+def takes(latent: Tensor) -> bool:
+    """Whether the functions here take a latent weight as it is: a plain tensor, contiguous, on a GPU from Ampere on."""
+    plain = type(latent) in (Tensor, torch.nn.Parameter) and latent.is_contiguous() and latent.numel() > 0
+    return plain and not latent.is_neg() and triton_linear.takes(latent)
+
+
+def _number(mu: Tensor) -> float:
+    """What a tensor of the CPU holds, without an operator that would show as a wait for the GPU."""
+    return float(mu.detach().cpu().numpy())
+
+
+def quantize_rows(
+    function: str, latent: Tensor, mu: Tensor, scale: str, divisor: Tensor | None, factor: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.quantizer.quantize_rows`; `latent` is one that `takes` is true for, in fp16, bf16 or fp32."""
+    rows, columns = latent.shape
+    s = latent.new_empty(rows, 1, dtype=torch.float32) if divisor is None else divisor.contiguous()
+    kind = scale if factor is None else "given"
+    a = s if kind == "fixed" else torch.empty_like(s) if factor is None else factor.contiguous()
+    result = torch.empty_like(latent)
+    modes = {"FUNCTION": function, "DIVISOR": "mean" if divisor is None else "given", "FACTOR": kind}
+    with torch.cuda.device_of(latent):
+        _quantize[(rows,)](latent, s, a, result, _number(mu), columns, **modes, CHUNK=_CHUNK)
+    return result, s, a
+
+
+def gradient_rows(function: str, latent: Tensor, mu: Tensor, divisor: Tensor, factor: Tensor, grad: Tensor) -> Tensor:
+    """See `kernels.quantizer.gradient_rows`; tensors are those of `quantize_rows`."""
+    rows, columns = latent.shape
+    s, a, grad, result = divisor.contiguous(), factor.contiguous(), grad.contiguous(), torch.empty_like(latent)
+    with torch.cuda.device_of(latent):
+        _gradient[(rows,)](latent, s, a, grad, result, _number(mu), columns, FUNCTION=function, CHUNK=_CHUNK)
+    return result
