@@ -355,9 +355,10 @@ def main() -> None:
     )
     columns = (
         "`x float` is the time of a step as a multiple of the float model's. In Triton's kernels the quantizer "
-        f"`{PAIR}` reads and writes {FUSED_BYTES} bytes a latent weight and piece of at most {PIECE} pictures, if a row "
-        f"stays in the cache; `by operators`, as a pair without kernels does, {data['quantizer bytes']:.0f}, which shows "
-        "where a GPU has few pictures a step. Gradients are as large as those of the float model, so traffic is the same."
+        f"`{PAIR}` reads and writes {FUSED_BYTES} bytes a latent weight and piece of at most {PIECE} pictures, if a "
+        f"row stays in the cache; `by operators`, as a pair without kernels does, {data['quantizer bytes']:.0f}, which "
+        "shows where a GPU has few pictures a step. Gradients are as large as those of the float model, so traffic is "
+        "the same."
     )
     title = f"`python benchmarks/scale.py`: {EPOCHS} epochs of ImageNet, {BATCH} pictures a step. {here}."
     page = [title, "", assumed, "", columns, "", *lines, *checked]
