@@ -1,43 +1,21 @@
 """Compiled forward and backward quantizers, at every instruction level that this machine runs, against numpy."""
 
-import numpy as np
+from functools import partial
+
 import pytest
 import torch
 
-import pair_formulas as formulas
 import proxbit.kernels
+from latent_rows import FORMULAS, assert_last_digits, assert_weight_and_gradient, latent_of, number
 from proxbit.errors import PackedFormatError
 from proxbit.kernels.native import find_library, levels
 from proxbit.kernels.quantizer import FUNCTIONS, gradient_rows, quantize_rows, takes_latent
 
 LIBRARY = find_library(proxbit.kernels.__path__)
 LEVELS = levels(LIBRARY) if LIBRARY else {}
-FORMULAS = {
-    "one": formulas.ones,
-    "box": formulas.box,
-    "sign": formulas.plus_minus,
-    "clip": formulas.clip,
-    "polynomial": formulas.polynomial,
-    "polynomial slope": formulas.tent,
-    "tanh": formulas.tanh,
-    "tanh slope": formulas.tanh_slope,
-    "sign-swish": formulas.swish,
-    "sign-swish slope": formulas.swish_slope,
-}
 SHAPES = [(1, 1), (3, 5), (2, 16), (5, 17), (4, 64), (3, 1001)]
 level = pytest.mark.parametrize("level", LEVELS.values(), ids=list(LEVELS))
 function = pytest.mark.parametrize("function", FUNCTIONS)
-
-
-def number(mu):
-    return torch.tensor(mu, dtype=torch.float64)
-
-
-def latent_of(shape):
-    """Rows of different sizes, each with a zero where it is long enough."""
-    latent = torch.randn(shape) * torch.logspace(-3, 2, shape[0]).unsqueeze(1)
-    latent[:, 2:4] = 0.0
-    return latent
 
 
 def test_every_function_has_a_formula():
@@ -48,50 +26,14 @@ def test_every_function_has_a_formula():
 @function
 @pytest.mark.parametrize("mu", [1e-3, 0.3, 5.0, 100.0])
 def test_values_to_the_last_digits(level, function, mu):
-    """From far below one to far beyond the flat parts, of both signs; what rounds to zero in single precision may be.
-
-    Near zero odd functions are exact to their own size.
-    """
-    sizes = torch.cat([torch.logspace(-30, 2, 4001), torch.linspace(0, 5, 5001)])
-    w = torch.cat([sizes, -sizes]).unsqueeze(0)
-    ones = torch.ones(1, 1)
-    value, _, _ = quantize_rows(level, function, w, number(mu), "ls", ones, ones)
-    mu32 = float(torch.tensor(mu))
-    x = np.clip(w.double().numpy(), -700 / mu32, 700 / mu32)
-    expected = FORMULAS[function](x, mu32)
-    if function in ("one", "box", "sign"):
-        np.testing.assert_array_equal(value.numpy(), expected)
-    elif "slope" in function:
-        np.testing.assert_allclose(value.double().numpy(), expected, rtol=1e-6, atol=5e-7 * mu)
-    else:
-        np.testing.assert_allclose(value.double().numpy(), expected, rtol=1e-6, atol=1e-37)
+    assert_last_digits(partial(quantize_rows, level), function, mu)
 
 
 @level
 @function
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_weight_and_gradient(level, function, shape):
-    latent, grad, mu = latent_of(shape), torch.randn(shape), 1.7
-    f = FORMULAS[function]
-    w = latent.double().numpy()
-    s = np.abs(w).mean(axis=1, keepdims=True)
-    q = f(w / s, mu)
-    energy = np.maximum((q * q).sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    least = (q * w).sum(axis=1, keepdims=True) / energy
-    sums = 3e-6 * np.abs(q * w).sum(axis=1, keepdims=True) / energy
-    for scale, a in (("ls", least), ("fixed", s)):
-        weight, divisor, factor = quantize_rows(level, function, latent, number(mu), scale, None, None)
-        assert weight.shape == shape and divisor.shape == factor.shape == (shape[0], 1)
-        np.testing.assert_allclose(divisor.double().numpy(), s, rtol=1e-6)
-        assert (np.abs(factor.double().numpy() - a) <= sums + 1e-6 * np.abs(a)).all()
-        size = float(np.abs(q).max() + 1)
-        assert (np.abs(weight.double().numpy() - q * a) <= (sums + 3e-6 * np.abs(a)) * size).all()
-        again = quantize_rows(level, function, latent, number(mu), scale, divisor, factor)
-        assert torch.equal(again[0], weight)
-        made = gradient_rows(level, function, latent, number(mu), divisor, factor, grad)
-        gain = (factor / divisor).double().numpy()
-        expected = f(w / s, mu) * gain * grad.double().numpy()
-        np.testing.assert_allclose(made.double().numpy(), expected, rtol=3e-6, atol=1e-5 * float(np.abs(gain).max()))
+    assert_weight_and_gradient(partial(quantize_rows, level), partial(gradient_rows, level), function, shape)
 
 
 @level

@@ -5,31 +5,19 @@ The interpreter is chosen when Triton is imported, hence the process of its own.
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
-import pair_formulas as formulas
+from latent_rows import assert_last_digits, assert_weight_and_gradient, latent_of, number
 from proxbit.kernels import latent_kernels, quantizer, triton_linear, triton_quantizer
 from proxbit.kernels.quantizer import FUNCTIONS
 from proxbit.quantizers import get_pair, quantize
 from triton_interpreter import assembly, teach_bf16
 
-FORMULAS = {
-    "one": formulas.ones,
-    "box": formulas.box,
-    "sign": formulas.plus_minus,
-    "clip": formulas.clip,
-    "polynomial": formulas.polynomial,
-    "polynomial slope": formulas.tent,
-    "tanh": formulas.tanh,
-    "tanh slope": formulas.tanh_slope,
-    "sign-swish": formulas.swish,
-    "sign-swish slope": formulas.swish_slope,
-}
 MU = 1.7
-mu = torch.tensor(MU, dtype=torch.float64)
+mu = number(MU)
 function = pytest.mark.parametrize("function", FUNCTIONS)
 
 
@@ -43,53 +31,22 @@ def interpret():
             yield lambda name, *arguments: pool.submit(getattr(triton_quantizer, name), *arguments).result()
 
 
-def latent_of(*shape):
-    latent = torch.randn(shape) * torch.logspace(-3, 2, shape[0]).unsqueeze(1)
-    latent[:, 2:4] = 0.0
-    return latent
-
-
 @function
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 1500)], ids=str)
 def test_weight_and_gradient(interpret, function, shape):
-    latent, grad = latent_of(*shape), torch.randn(shape)
-    w = latent.double().numpy()
-    s = np.abs(w).mean(axis=1, keepdims=True)
-    q = FORMULAS[function](w / s, MU)
-    energy = np.maximum((q * q).sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    least = (q * w).sum(axis=1, keepdims=True) / energy
-    sums = 3e-6 * np.abs(q * w).sum(axis=1, keepdims=True) / energy
-    for scale, a in (("ls", least), ("fixed", s)):
-        weight, divisor, factor = interpret("quantize_rows", function, latent, mu, scale, None, None)
-        assert weight.shape == shape and divisor.shape == factor.shape == (shape[0], 1)
-        np.testing.assert_allclose(divisor.double().numpy(), s, rtol=1e-6)
-        assert (np.abs(factor.double().numpy() - a) <= sums + 1e-6 * np.abs(a)).all()
-        size = float(np.abs(q).max() + 1)
-        assert (np.abs(weight.double().numpy() - q * a) <= (sums + 3e-6 * np.abs(a)) * size).all()
-        assert torch.equal(interpret("quantize_rows", function, latent, mu, scale, divisor, factor)[0], weight)
-        made = interpret("gradient_rows", function, latent, mu, divisor, factor, grad)
-        gain = (factor / divisor).double().numpy()
-        np.testing.assert_allclose(
-            made.double().numpy(), q * gain * grad.double().numpy(), rtol=3e-6, atol=1e-5 * float(np.abs(gain).max())
-        )
+    made = partial(interpret, "quantize_rows"), partial(interpret, "gradient_rows")
+    assert_weight_and_gradient(*made, function, shape)
 
 
 @function
 def test_values_to_the_last_digits(interpret, function):
-    """Near zero odd functions are exact to their own size; far out all are at their limits."""
-    sizes = torch.cat([torch.logspace(-30, 2, 1001), torch.linspace(0, 5, 1001)])
-    w, ones = torch.cat([sizes, -sizes]).unsqueeze(0), torch.ones(1, 1)
-    value, _, _ = interpret("quantize_rows", function, w, mu, "ls", ones, ones)
-    mu32 = float(torch.tensor(MU))
-    expected = FORMULAS[function](np.clip(w.double().numpy(), -400, 400), mu32)
-    absolute = 5e-7 * MU if "slope" in function else 1e-37
-    np.testing.assert_allclose(value.double().numpy(), expected, rtol=1e-6, atol=absolute)
+    assert_last_digits(partial(interpret, "quantize_rows"), function, MU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(interpret, dtype):
     """Sums are taken in fp32, and what comes of them is rounded once."""
-    latent, grad = latent_of(3, 70).to(dtype), torch.randn(3, 70).to(dtype)
+    latent, grad = latent_of((3, 70)).to(dtype), torch.randn(3, 70).to(dtype)
     weight, divisor, factor = interpret("quantize_rows", "sign-swish", latent, mu, "ls", None, None)
     made = interpret("gradient_rows", "sign-swish slope", latent, mu, divisor, factor, grad)
     assert (weight.dtype, made.dtype, divisor.dtype, factor.dtype) == (dtype, dtype, torch.float32, torch.float32)
@@ -102,7 +59,7 @@ def test_half_precision(interpret, dtype):
 
 @function
 def test_rows_that_are_zero_or_no_numbers(interpret, function):
-    latent = latent_of(4, 9)
+    latent = latent_of((4, 9))
     latent[1], latent[2, 5] = 0.0, torch.nan
     weight, divisor, factor = interpret("quantize_rows", function, latent, mu, "ls", None, None)
     made = interpret("gradient_rows", function, latent, mu, divisor, factor, torch.ones(4, 9))

@@ -4,6 +4,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pair_formulas import ROWS
 from proxbit.kernels import pack_signs, quantizer, unpack_signs
@@ -88,6 +91,39 @@ def test_a_centred_weight_and_a_recorded_gradient_are_left_to_the_operators(monk
         run(other.detach(), get_pair("bnn++"), 1.3, grad.to(other.dtype))
     with pytest.raises(AssertionError, match="the kernels ran"):
         quantize(latent, mu, get_pair("bnn++"))
+
+
+def spoil_memory():
+    """So that what is allocated next and not written to is seen."""
+    return [torch.full((5, 24), torch.nan) for _ in range(50)]
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+def test_what_records_operators_sees_all_of_them(hard):
+    """A trace, a graph, a count of operations, and tensors without memory."""
+    latent, mu, pair = latent_of(5, 24).detach(), torch.tensor(1.3), get_pair("bnn++")
+
+    def weight(latent):
+        return quantize(latent, mu, pair, hard=hard)
+
+    other, expected = latent.flip(0), weight(latent.flip(0))
+    for recorded in (torch.jit.trace(weight, latent, check_trace=False), make_fx(weight)(latent)):
+        spoil_memory()
+        torch.testing.assert_close(recorded(other), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert weight(latent).shape == (5, 24)
+    counted = Counted()
+    with counted:
+        torch.testing.assert_close(weight(other), expected)
+    assert counted.operators > 5
+
+
+class Counted(TorchDispatchMode):
+    operators = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operators += 1
+        return function(*args, **(kwargs or {}))
 
 
 def test_second_derivatives_are_those_of_the_gradient():

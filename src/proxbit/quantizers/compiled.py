@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import proxbit.quantizers.family  # noqa: F401  (registers the pairs that are named below)
 from proxbit.kernels import LatentKernels, latent_kernels
@@ -46,9 +47,14 @@ _KNOWN = {
 }
 
 
+def _is_recorded() -> bool:
+    """Whether something looks at the operators of torch, or takes their place: it does not see what a kernel does."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or _get_current_dispatch_mode() is not None
+
+
 def _kernels(function: str | None, rows: Tensor) -> LatentKernels | None:
-    """None where torch's operators must do it: a compiler sees no further than these."""
-    return None if function is None or torch.compiler.is_compiling() else latent_kernels(rows)
+    """None where torch's operators must do it."""
+    return None if function is None or _is_recorded() else latent_kernels(rows)
 
 
 def compiled_forward(

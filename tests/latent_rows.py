@@ -1,0 +1,66 @@
+"""What compiled quantizers of latent weights must compute, whatever they run on."""
+
+import numpy as np
+import torch
+
+import pair_formulas as formulas
+
+# By the names of `proxbit.kernels.quantizer.FUNCTIONS`.
+FORMULAS = {
+    "one": formulas.ones,
+    "box": formulas.box,
+    "sign": formulas.plus_minus,
+    "clip": formulas.clip,
+    "polynomial": formulas.polynomial,
+    "polynomial slope": formulas.tent,
+    "tanh": formulas.tanh,
+    "tanh slope": formulas.tanh_slope,
+    "sign-swish": formulas.swish,
+    "sign-swish slope": formulas.swish_slope,
+}
+
+
+def number(mu):
+    return torch.tensor(mu, dtype=torch.float64)
+
+
+def latent_of(shape):
+    """Rows of different sizes, each with zeros where it is long enough."""
+    latent = torch.randn(shape) * torch.logspace(-3, 2, shape[0]).unsqueeze(1)
+    latent[:, 2:4] = 0.0
+    return latent
+
+
+def assert_weight_and_gradient(quantize, gradient, function, shape, mu=1.7):
+    """Of `quantize_rows` and `gradient_rows` without a level: found divisors and factors, and the same ones given."""
+    latent, grad = latent_of(shape), torch.randn(shape)
+    w = latent.double().numpy()
+    s = np.abs(w).mean(axis=1, keepdims=True)
+    q = FORMULAS[function](w / s, mu)
+    energy = np.maximum((q * q).sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    least = (q * w).sum(axis=1, keepdims=True) / energy
+    sums = 3e-6 * np.abs(q * w).sum(axis=1, keepdims=True) / energy
+    for scale, a in (("ls", least), ("fixed", s)):
+        weight, divisor, factor = quantize(function, latent, number(mu), scale, None, None)
+        assert weight.shape == shape and divisor.shape == factor.shape == (shape[0], 1)
+        np.testing.assert_allclose(divisor.double().numpy(), s, rtol=1e-6)
+        assert (np.abs(factor.double().numpy() - a) <= sums + 1e-6 * np.abs(a)).all()
+        size = float(np.abs(q).max() + 1)
+        assert (np.abs(weight.double().numpy() - q * a) <= (sums + 3e-6 * np.abs(a)) * size).all()
+        assert torch.equal(quantize(function, latent, number(mu), scale, divisor, factor)[0], weight)
+        made = gradient(function, latent, number(mu), divisor, factor, grad)
+        gain = (factor / divisor).double().numpy()
+        near = 1e-5 * float(np.abs(gain).max())
+        np.testing.assert_allclose(made.double().numpy(), q * gain * grad.double().numpy(), rtol=3e-6, atol=near)
+
+
+def assert_last_digits(quantize, function, mu):
+    """From far below one to far beyond the flat parts, of both signs. Near zero, odd functions are exact."""
+    sizes = torch.cat([torch.logspace(-30, 2, 4001), torch.linspace(0, 5, 5001)])
+    w, ones = torch.cat([sizes, -sizes]).unsqueeze(0), torch.ones(1, 1)
+    value, _, _ = quantize(function, w, number(mu), "ls", ones, ones)
+    mu32 = float(torch.tensor(mu))
+    expected = FORMULAS[function](np.clip(w.double().numpy(), -700 / mu32, 700 / mu32), mu32)
+    exact = function in ("one", "box", "sign")
+    rounding = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-6, "atol": 5e-7 * mu if "slope" in function else 1e-37}
+    np.testing.assert_allclose(value.double().numpy(), expected, **rounding)
