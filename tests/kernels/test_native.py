@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import proxbit.kernels
 from proxbit.errors import ConfigError
 from proxbit.kernels import Norm, linear_w1, linear_w1a1, linear_w1a8, native, reference
-from proxbit.kernels.native import FORMATS, choose, find_library, levels
+from proxbit.kernels.native import FORMATS, choose, find_library, is_plain, levels
 from proxbit.packing import pack_signs, unpack_signs
 
 LIBRARY = find_library(proxbit.kernels.__path__)
@@ -351,3 +351,26 @@ def test_a_process_runs_the_level_it_is_told():
     environment = {**os.environ, "PROXBIT_ISA": "portable"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["portable"]
+
+
+def test_which_tensors_the_library_reads_as_they_are():
+    latent = torch.randn(4, 6)
+    memory = torch.zeros(101, dtype=torch.uint8)
+    shifted = torch.frombuffer(bytearray(memory.numpy()), dtype=torch.float32, offset=1, count=24).view(4, 6)
+    others = [latent.t(), latent.double(), latent.bfloat16(), latent.to("meta"), latent[:0], latent[:, :0], shifted]
+    others += [torch.complex(latent, latent).conj().imag.contiguous().new_zeros(4, 6).as_subclass(Tagged)]
+    assert is_plain(latent) and is_plain(torch.nn.Parameter(latent)) and is_plain(latent[1:])
+    assert not any(is_plain(other) for other in others)
+
+
+class Tagged(torch.Tensor):
+    """A tensor that may compute in its own way."""
+
+
+@level
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 3, 64), (5, 1001)], ids=str)
+def test_rounded_activations(level, shape):
+    x = torch.randn(shape) * 3
+    x.view(-1, shape[-1])[-1, 0] = torch.nan if shape[-1] == 64 else 0.0
+    q, step = reference.quantize_activations(x)
+    torch.testing.assert_close(level.round(x), q * step, rtol=0, atol=0, equal_nan=True)

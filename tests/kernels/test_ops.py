@@ -7,7 +7,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from proxbit.errors import PackedFormatError
-from proxbit.kernels import Norm, linear_kernel, linear_w1, linear_w1a8, native, unpack_weight
+from proxbit.kernels import (
+    Norm,
+    linear_kernel,
+    linear_w1,
+    linear_w1a8,
+    native,
+    reference,
+    round_activations,
+    unpack_weight,
+)
 from proxbit.packing import pack_signs
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -330,3 +339,15 @@ def test_whoever_watches_sees_the_operator():
     torch.testing.assert_close(mapped, expected, rtol=1e-6, atol=1e-6)
     with torch.inference_mode():
         assert torch.equal(linear_w1(x, weight, scale, bias), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (0, 5), (3, 0), (2, 3, 40)], ids=str)
+def test_rounded_activations(shape, dtype):
+    """Compiled or not, recorded or not: the same numbers, without a gradient."""
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    q, step = reference.quantize_activations(x.detach())
+    result = round_activations(x)
+    assert torch.equal(result, (q * step).to(dtype)) and not result.requires_grad
+    assert torch.equal(make_fx(round_activations)(x)(x), result)
+    assert torch.equal(round_activations(x.detach().expand(2, *shape)), result.expand(2, *shape))

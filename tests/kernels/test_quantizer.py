@@ -9,7 +9,7 @@ import proxbit.kernels
 from latent_rows import FORMULAS, assert_last_digits, assert_weight_and_gradient, latent_of, number
 from proxbit.errors import PackedFormatError
 from proxbit.kernels.native import find_library, levels
-from proxbit.kernels.quantizer import FUNCTIONS, gradient_rows, quantize_rows, takes_latent
+from proxbit.kernels.quantizer import FUNCTIONS, gradient_rows, quantize_rows
 
 LIBRARY = find_library(proxbit.kernels.__path__)
 LEVELS = levels(LIBRARY) if LIBRARY else {}
@@ -101,20 +101,6 @@ def test_what_is_given_need_not_be_contiguous(level):
                 for numbers in ((divisor, factor), plain[:2])
             )
             assert torch.equal(one, other)
-
-
-def test_which_latent_weights_are_taken():
-    latent = torch.randn(4, 6)
-    memory = torch.zeros(101, dtype=torch.uint8)
-    shifted = torch.frombuffer(bytearray(memory.numpy()), dtype=torch.float32, offset=1, count=24).view(4, 6)
-    others = [latent.t(), latent.double(), latent.bfloat16(), latent.to("meta"), latent[:0], latent[:, :0], shifted]
-    others += [torch.complex(latent, latent).conj().imag.contiguous().new_zeros(4, 6).as_subclass(Tagged)]
-    assert takes_latent(latent) and takes_latent(torch.nn.Parameter(latent)) and takes_latent(latent[1:])
-    assert not any(takes_latent(other) for other in others)
-
-
-class Tagged(torch.Tensor):
-    """A tensor that may compute in its own way."""
 
 
 @level

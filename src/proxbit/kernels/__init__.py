@@ -8,6 +8,7 @@ from proxbit.kernels.ops import (
     linear_w1a1,
     linear_w1a8,
     pack_signs,
+    round_activations,
     unpack_signs,
     unpack_weight,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "native",
     "pack_signs",
     "quantize_activations",
+    "round_activations",
     "unpack_signs",
     "unpack_weight",
     "version_of",

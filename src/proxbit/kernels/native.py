@@ -15,12 +15,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from proxbit.errors import ConfigError, PackedFormatError
 from proxbit.kernels.reference import Norm
 from proxbit.packing import packed_columns
 
-__all__ = ["FORMATS", "Native", "address_of", "find_library", "native", "parallel_for", "version_of", "whole"]
+__all__ = [
+    "FORMATS",
+    "Native",
+    "address_of",
+    "find_library",
+    "is_plain",
+    "is_recorded",
+    "native",
+    "parallel_for",
+    "version_of",
+    "whole",
+]
 
 # What activations are multiplied as: the enum proxbit_format of csrc/proxbit.h.
 FORMATS = {"float": 0, "int8": 1, "sign": 2}
@@ -172,6 +184,15 @@ class Native:
         )
         return values
 
+    def round(self, x: Tensor) -> Tensor:
+        """See `quantize_activations`: q times step, of an x `[..., I]` that `is_plain` is true for."""
+        result = torch.empty_like(x)
+        columns = x.shape[-1]
+        self.library.proxbit_round(
+            self.level, address_of(whole(x)), x.numel() // columns, columns, result.data_ptr(), parallel_for()
+        )
+        return result
+
     @property
     def is_portable(self) -> bool:
         """Whether this is the level without vector instructions of its own."""
@@ -181,6 +202,25 @@ class Native:
     def takes(x: Tensor) -> bool:
         """Whether the kernels work on this dtype, and on this many inputs."""
         return x.dtype in _DTYPES and x.shape[-1] <= _MOST_INPUTS
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the library can read a tensor as it is: in fp32, contiguous, on the CPU, not empty, of no subclass."""
+    return (
+        tensor.is_cpu
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.dtype is torch.float32
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and tensor.numel() > 0
+        and tensor.data_ptr() % 4 == 0
+    )
+
+
+def is_recorded() -> bool:
+    """Whether something looks at the operators of torch, or takes their place: it does not see what a kernel does that
+    is no operator."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or _get_current_dispatch_mode() is not None
 
 
 def address_of(tensor: Tensor | None) -> int:
@@ -234,6 +274,7 @@ def _open(path: Path) -> ctypes.CDLL:
         "tile_bytes": (number, [number] * 4),
         "relay": (None, [number, number, pointer, number, number, pointer]),
         "linear": (None, [ctypes.c_char_p]),
+        "round": (None, [number, pointer, number, number, pointer, pointer]),
         "quantize": (None, [ctypes.c_char_p]),
         "gradient": (None, [ctypes.c_char_p]),
         "pack_signs": (None, [number, number, pointer, number, number, number, pointer, pointer]),

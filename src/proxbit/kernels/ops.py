@@ -10,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from proxbit.errors import PackedFormatError
 from proxbit.kernels import reference
-from proxbit.kernels.native import Native, native
+from proxbit.kernels.native import Native, is_plain, is_recorded, native
 from proxbit.kernels.reference import Norm, with_levels, without_levels
 from proxbit.packing import packed_columns
 
@@ -19,7 +19,16 @@ try:
 except ImportError:  # Triton is optional: without it CUDA runs on the reference.
     triton_linear = None  # type: ignore[assignment]
 
-__all__ = ["linear_kernel", "linear_w1", "linear_w1a1", "linear_w1a8", "pack_signs", "unpack_signs", "unpack_weight"]
+__all__ = [
+    "linear_kernel",
+    "linear_w1",
+    "linear_w1a1",
+    "linear_w1a8",
+    "pack_signs",
+    "round_activations",
+    "unpack_signs",
+    "unpack_weight",
+]
 
 _LIBRARY = torch.library.Library("proxbit", "DEF")
 _FUSED = "bool gelu=False, Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.0"
@@ -344,6 +353,23 @@ def unpack_weight(weight: Tensor, scale: Tensor, columns: int) -> Tensor:
     """`reference.unpack_weight`, on the fastest kernel there is for these tensors."""
     result: Tensor = torch.ops.proxbit.unpack_weight.default(weight, scale, columns)
     return result
+
+
+def round_activations(x: Tensor) -> Tensor:
+    """What W1A8 multiplies, as floats: q times step of `quantize_activations`, without a gradient.
+
+    Args:
+        x: `[..., I]`, floating point.
+
+    Returns:
+        Same shape and dtype.
+    """
+    x = x.detach()
+    compiled = native() if not is_recorded() and is_plain(x) else None
+    if compiled is not None:
+        return compiled.round(x)
+    q, step = reference.quantize_activations(x)
+    return (q * step).to(x.dtype)
 
 
 def linear_kernel(weight: Tensor, scale: Tensor) -> str:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from proxbit.errors import PackedFormatError
-from proxbit.kernels.native import Native, address_of, native, parallel_for, whole
+from proxbit.kernels.native import Native, address_of, is_plain, is_recorded, native, parallel_for, whole
 
 try:
     from proxbit.kernels import triton_quantizer
 except ImportError:  # Triton is optional: without it torch's operators run on CUDA.
     triton_quantizer = None  # type: ignore[assignment]
 
-__all__ = ["FUNCTIONS", "LatentKernels", "gradient_rows", "latent_kernels", "quantize_rows", "takes_latent"]
+__all__ = ["FUNCTIONS", "LatentKernels", "gradient_rows", "latent_kernels", "quantize_rows"]
 
 # The enum proxbit_function of csrc/proxbit.h, where their formulas are.
 FUNCTIONS = (
@@ -47,24 +47,13 @@ class LatentKernels(NamedTuple):
 
 
 def latent_kernels(latent: Tensor) -> LatentKernels | None:
-    """The kernels for a latent weight, `[rows, columns]`; None where torch's operators must do."""
+    """The kernels for a latent weight, `[rows, columns]`; None where torch's operators must do it."""
+    if is_recorded():
+        return None
     if triton_quantizer is not None and triton_quantizer.takes(latent):
         return LatentKernels(triton_quantizer.quantize_rows, triton_quantizer.gradient_rows)
-    level = native() if takes_latent(latent) else None
+    level = native() if is_plain(latent) else None
     return None if level is None else LatentKernels(partial(quantize_rows, level), partial(gradient_rows, level))
-
-
-def takes_latent(latent: Tensor) -> bool:
-    """Whether the library takes a latent weight as it is: a plain tensor in fp32, contiguous, on the CPU."""
-    return (
-        latent.is_cpu
-        and type(latent) in (Tensor, torch.nn.Parameter)
-        and latent.dtype is torch.float32
-        and latent.is_contiguous()
-        and not latent.is_neg()
-        and latent.data_ptr() % 4 == 0
-        and latent.numel() > 0
-    )
 
 
 def quantize_rows(
@@ -78,7 +67,7 @@ def quantize_rows(
     Args:
         level: the kernels to use.
         function: F, one of `FUNCTIONS`.
-        latent: W, `[rows, columns]`; one that `takes_latent` is true for.
+        latent: W, `[rows, columns]`; one that `native.is_plain` is true for.
         mu: sharpness, a 0-dimensional tensor.
         scale: what a is where it is not given: "ls", <F, W> / <F, F> of each row; "fixed", s.
         divisor: s, `[rows, 1]` in fp32; None for the mean of |W| of each row, at least the smallest normal number.

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from proxbit.errors import ConfigError
-from proxbit.kernels import quantize_activations, unpack_signs
+from proxbit.kernels import quantize_activations, round_activations, unpack_signs
 from proxbit.nn.blockwise import Blockwise, is_plain
 from proxbit.nn.learned import SMALLEST, Learned, lsq_scale
-from proxbit.nn.surrogate import binarize_units
+from proxbit.nn.surrogate import binarize_units, straight_through
 from proxbit.quantizers import QuantizerPair, get_pair
 from proxbit.sign import sign
 
@@ -175,8 +175,7 @@ class Int8Activation(ActivationQuantizer):
     kernel = "int8"
 
     def forward(self, x: Tensor, hard: bool = True) -> Tensor:
-        q, step = quantize_activations(x.detach())
-        return x + ((q * step).to(x.dtype) - x).detach()
+        return straight_through(round_activations(x), x)
 
     def parts(self, x: Tensor, hard: bool = True) -> tuple[Tensor, Tensor]:
         q, step = quantize_activations(x.detach())

@@ -42,6 +42,17 @@ def binarize_units(units: Tensor, levels: Tensor, mu: Tensor, pair: QuantizerPai
     return result
 
 
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, units: Tensor) -> Tensor:
+        ctx.dtype = units.dtype
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, grads[0].to(ctx.dtype)
+
+
 def straight_through(values: Tensor, units: Tensor) -> Tensor:
     """The values, to the last bit, with the gradient of the units.
 
@@ -49,4 +60,5 @@ def straight_through(values: Tensor, units: Tensor) -> Tensor:
         values: without a gradient; any shape.
         units: what they were made of, same shape.
     """
-    return values + (units - units.detach())
+    result: Tensor = _StraightThrough.apply(values, units)
+    return result

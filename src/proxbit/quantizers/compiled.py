@@ -5,10 +5,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import proxbit.quantizers.family  # noqa: F401  (registers the pairs that are named below)
-from proxbit.kernels import LatentKernels, latent_kernels
+from proxbit.kernels import latent_kernels
 from proxbit.quantizers.catalog import get_pair
 from proxbit.quantizers.pairs import Composed, QuantizerPair
 from proxbit.quantizers.proximal import IDENTITY
@@ -47,27 +46,17 @@ _KNOWN = {
 }
 
 
-def _is_recorded() -> bool:
-    """Whether something looks at the operators of torch, or takes their place: it does not see what a kernel does."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing() or _get_current_dispatch_mode() is not None
-
-
-def _kernels(function: str | None, rows: Tensor) -> LatentKernels | None:
-    """None where torch's operators must do it."""
-    return None if function is None or _is_recorded() else latent_kernels(rows)
-
-
 def compiled_forward(
     pair: QuantizerPair, hard: bool, rows: Tensor
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
     """`kernels.LatentKernels.quantize` for F, or for its hard limit; None for torch."""
     function = ("sign" if pair.binary else None) if hard else _KNOWN.get(_parts(pair.forward))
-    kernels = _kernels(function, rows)
-    return None if kernels is None else partial(kernels.quantize, function)
+    kernels = latent_kernels(rows)
+    return None if function is None or kernels is None else partial(kernels.quantize, function)
 
 
 def compiled_backward(pair: QuantizerPair, rows: Tensor) -> Callable[..., Tensor] | None:
     """`kernels.LatentKernels.gradient` for B; None for torch, as where autograd records."""
     function = _KNOWN.get(_parts(pair.backward))
-    kernels = None if torch.is_grad_enabled() else _kernels(function, rows)
-    return None if kernels is None else partial(kernels.gradient, function)
+    kernels = None if torch.is_grad_enabled() else latent_kernels(rows)
+    return None if function is None or kernels is None else partial(kernels.gradient, function)

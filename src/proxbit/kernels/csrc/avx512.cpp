@@ -133,6 +133,7 @@ const proxbit::Level proxbit::avx512_level = {
     {kernels<W1>, kernels<W1A8>, kernels<W1A1>},
     pack_signs,
     unpack_signs,
+    round_row,
     quantize_latent,
     latent_gradient,
 };

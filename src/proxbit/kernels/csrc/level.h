@@ -24,6 +24,7 @@ struct Level {
     Format formats[3];  // by proxbit_format
     void (*pack_signs)(int64_t dtype, const void *values, int64_t columns, uint8_t *bits);  // one row
     void (*unpack_signs)(const uint8_t *bits, int64_t columns, float *values);              // one row
+    void (*round)(const float *x, int64_t columns, float *y);                               // one row
     void (*quantize)(const QuantizerCall &call, int64_t row);
     void (*gradient)(const QuantizerCall &call, int64_t row);
 };

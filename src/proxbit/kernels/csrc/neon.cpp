@@ -371,6 +371,7 @@ const proxbit::Level proxbit::neon_level = {
      {most_rows, tile_columns, tile_bytes<32, 4>, relay_w1a1, run<W1A1>}},
     pack_signs,
     unpack_signs,
+    round_row,
     quantize_latent,
     latent_gradient,
 };

@@ -117,6 +117,7 @@ const proxbit::Level proxbit::portable_level = {
     {{1, 32, no_tiles, no_relay, run_w1}, {1, 32, no_tiles, no_relay, run_w1a8}, {1, 32, no_tiles, no_relay, run_w1a1}},
     pack_signs,
     unpack_signs,
+    round_row,
     quantize_latent,
     latent_gradient,
 };

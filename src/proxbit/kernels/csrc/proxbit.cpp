@@ -73,6 +73,9 @@ void for_each(proxbit_parallel_for parallel_for, int64_t count, int64_t grain, c
     }
 }
 
+// Rows that are worth waking another thread for.
+int64_t grain(int64_t columns) { return std::max<int64_t>(1, (1 << 15) / (columns + 1)); }
+
 }  // namespace
 
 extern "C" {
@@ -116,13 +119,19 @@ void proxbit_unpack_signs(int64_t level, const uint8_t *bits, int64_t rows, int6
     });
 }
 
+void proxbit_round(int64_t level, const float *x, int64_t rows, int64_t columns, float *y,
+                   proxbit_parallel_for parallel_for) {
+    for_each(parallel_for, rows, grain(columns),
+             [=](int64_t row) { levels[level]->round(x + row * columns, columns, y + row * columns); });
+}
+
 void proxbit_quantize(const struct proxbit_quantizer_call *call) {
-    for_each(call->parallel_for, call->rows, std::max<int64_t>(1, (1 << 15) / (call->columns + 1)),
+    for_each(call->parallel_for, call->rows, grain(call->columns),
              [call](int64_t row) { levels[call->level]->quantize(*call, row); });
 }
 
 void proxbit_gradient(const struct proxbit_quantizer_call *call) {
-    for_each(call->parallel_for, call->rows, std::max<int64_t>(1, (1 << 15) / (call->columns + 1)),
+    for_each(call->parallel_for, call->rows, grain(call->columns),
              [call](int64_t row) { levels[call->level]->gradient(*call, row); });
 }
 

@@ -75,6 +75,10 @@ PROXBIT_API void proxbit_pack_signs(int64_t level, int64_t dtype, const void *va
 PROXBIT_API void proxbit_unpack_signs(int64_t level, const uint8_t *bits, int64_t rows, int64_t columns, float *values,
                                       proxbit_parallel_for parallel_for);
 
+/* y = step q of W1A8, without levels; [rows, columns] each, contiguous. */
+PROXBIT_API void proxbit_round(int64_t level, const float *x, int64_t rows, int64_t columns, float *y,
+                               proxbit_parallel_for parallel_for);
+
 /* The forward and backward quantizers of latent weights; u = w / divisor and mu are their arguments. */
 enum proxbit_function {
     PROXBIT_ONE = 0,               /* 1 */

@@ -141,6 +141,16 @@ inline float quantize_row(const proxbit::Call &call, const float *x, int64_t cou
     return peak / 127.0f;
 }
 
+// y = step q: what W1A8 multiplies, as floats.
+inline void round_row(const float *x, int64_t count, float *y) {
+    proxbit::Call call{};
+    call.inputs = count;
+    Workspace workspace(count + 64);
+    int8_t *q = workspace.take<int8_t>(count);
+    const float step = quantize_row(call, x, count, q);
+    for (int64_t k = 0; k < count; ++k) y[k] = static_cast<float>(q[k]) * step;
+}
+
 inline void pack_signs_row(const float *x, int64_t count, uint8_t *bits) {
     for (int64_t j = 0; j < count / 8; ++j) {
         uint32_t byte = 0;
