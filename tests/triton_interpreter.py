@@ -1,6 +1,12 @@
 """Triton without a GPU: what its interpreter has to be taught, in the process that it runs in, and its compiler."""
 
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+
 import numpy as np
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +32,17 @@ def teach_bf16():
 
     builder.create_dot = lambda self, a, b, *rest: dot(self, exact(a), exact(b), *rest)
     builder.cast_impl = rounding_cast
+
+
+@contextmanager
+def interpreter_process() -> Iterator[Callable]:
+    """Runs a function of a module of kernels on the interpreter, of tensors on the CPU. That is chosen when Triton is
+    imported, hence the process of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, context, initializer=teach_bf16) as pool:
+            yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
 def assembly(kernel, capability, values, tile):

@@ -1,10 +1,4 @@
-"""The Triton kernels: their values, on Triton's interpreter; what they compile to; and when the operators use them.
-
-The interpreter is chosen when Triton is imported, hence the process of its own.
-"""
-
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+"""The Triton kernels: their values, on Triton's interpreter; what they compile to; and when the operators use them."""
 
 import pytest
 import torch
@@ -13,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from proxbit.kernels import linear_kernel, linear_w1, linear_w1a1, linear_w1a8, ops, reference, triton_linear
 from proxbit.packing import pack_signs
-from triton_interpreter import assembly, teach_bf16
+from triton_interpreter import assembly, interpreter_process
 
 SIZES = [(1, 1, 1), (3, 7, 5), (16, 8, 64), (33, 9, 70), (1, 63, 70), (3, 64, 64), (16, 65, 5), (33, 193, 70)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -25,11 +19,8 @@ activations = pytest.mark.parametrize("activations", list(REFERENCE))
 @pytest.fixture(scope="module")
 def interpret():
     """`triton_linear.linear` on the interpreter, of tensors on the CPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, context, initializer=teach_bf16) as pool:
-            yield lambda *arguments: pool.submit(triton_linear.linear, *arguments).result()
+    with interpreter_process() as run:
+        yield lambda *arguments: run(triton_linear.linear, *arguments)
 
 
 def layer(rows, columns):

@@ -1,10 +1,5 @@
-"""Triton kernels for latent weights: their values, on Triton's interpreter; that they compile; and when they are used.
+"""Triton kernels for latent weights: their values, on the interpreter; that they compile; and when they are used."""
 
-The interpreter is chosen when Triton is imported, hence the process of its own.
-"""
-
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import pytest
@@ -14,7 +9,7 @@ from latent_rows import assert_last_digits, assert_weight_and_gradient, latent_o
 from proxbit.kernels import latent_kernels, quantizer, triton_linear, triton_quantizer
 from proxbit.kernels.quantizer import FUNCTIONS
 from proxbit.quantizers import get_pair, quantize
-from triton_interpreter import assembly, teach_bf16
+from triton_interpreter import assembly, interpreter_process
 
 MU = 1.7
 mu = number(MU)
@@ -24,11 +19,8 @@ function = pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.fixture(scope="module")
 def interpret():
     """Functions of `triton_quantizer` on the interpreter, of tensors on the CPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, context, initializer=teach_bf16) as pool:
-            yield lambda name, *arguments: pool.submit(getattr(triton_quantizer, name), *arguments).result()
+    with interpreter_process() as run:
+        yield lambda name, *arguments: run(getattr(triton_quantizer, name), *arguments)
 
 
 @function

@@ -12,12 +12,11 @@ from proxbit.kernels.ops import (
     unpack_signs,
     unpack_weight,
 )
-from proxbit.kernels.quantizer import LatentKernels, latent_kernels
+from proxbit.kernels.quantizer import latent_kernels
 from proxbit.kernels.reference import Norm, quantize_activations
 
 __all__ = [
     "FORMATS",
-    "LatentKernels",
     "Norm",
     "decompositions",
     "latent_kernels",

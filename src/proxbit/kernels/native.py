@@ -26,6 +26,7 @@ __all__ = [
     "Native",
     "address_of",
     "find_library",
+    "is_dense",
     "is_plain",
     "is_recorded",
     "native",
@@ -204,17 +205,15 @@ class Native:
         return x.dtype in _DTYPES and x.shape[-1] <= _MOST_INPUTS
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its numbers are all that there is to a tensor: contiguous, not empty, of no subclass."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return plain and tensor.is_contiguous() and not tensor.is_neg() and tensor.numel() > 0
+
+
 def is_plain(tensor: Tensor) -> bool:
-    """Whether the library can read a tensor as it is: in fp32, contiguous, on the CPU, not empty, of no subclass."""
-    return (
-        tensor.is_cpu
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.dtype is torch.float32
-        and tensor.is_contiguous()
-        and not tensor.is_neg()
-        and tensor.numel() > 0
-        and tensor.data_ptr() % 4 == 0
-    )
+    """Whether the library can read a tensor as it is: dense, in fp32, on the CPU."""
+    return tensor.is_cpu and tensor.dtype is torch.float32 and is_dense(tensor) and tensor.data_ptr() % 4 == 0
 
 
 def is_recorded() -> bool:

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from proxbit.kernels import triton_linear
+from proxbit.kernels.native import is_dense
 
 __all__ = ["gradient_rows", "quantize_rows", "takes"]
 
@@ -139,9 +140,8 @@ def _gradient(
 
 
 def takes(latent: Tensor) -> bool:
-    """Whether the functions here take a latent weight as it is: a plain tensor, contiguous, on a GPU from Ampere on."""
-    plain = type(latent) in (Tensor, torch.nn.Parameter) and latent.is_contiguous() and latent.numel() > 0
-    return plain and not latent.is_neg() and triton_linear.takes(latent)
+    """Whether the functions here take a latent weight as it is: dense, on a GPU from Ampere on."""
+    return is_dense(latent) and triton_linear.takes(latent)
 
 
 def _number(mu: Tensor) -> float:

@@ -73,8 +73,9 @@ void for_each(proxbit_parallel_for parallel_for, int64_t count, int64_t grain, c
     }
 }
 
-// Rows that are worth waking another thread for.
-int64_t grain(int64_t columns) { return std::max<int64_t>(1, (1 << 15) / (columns + 1)); }
+// Rows of so many numbers in all, which are worth waking another thread for.
+int64_t grain(int64_t columns, int64_t numbers) { return std::max<int64_t>(1, numbers / (columns + 1)); }
+constexpr int64_t least_signs = 1 << 16, least_floats = 1 << 15;
 
 }  // namespace
 
@@ -105,7 +106,7 @@ void proxbit_linear(const struct proxbit_linear_call *call) {
 void proxbit_pack_signs(int64_t level, int64_t dtype, const void *values, int64_t rows, int64_t columns,
                         int64_t stride, uint8_t *bits, proxbit_parallel_for parallel_for) {
     const int64_t width = ceil_div(columns, 8), size = dtype == PROXBIT_FLOAT32 ? 4 : 2;
-    for_each(parallel_for, rows, std::max<int64_t>(1, (1 << 16) / (columns + 1)), [=](int64_t row) {
+    for_each(parallel_for, rows, grain(columns, least_signs), [=](int64_t row) {
         const void *from = static_cast<const uint8_t *>(values) + row * stride * size;
         levels[level]->pack_signs(dtype, from, columns, bits + row * width);
     });
@@ -114,24 +115,24 @@ void proxbit_pack_signs(int64_t level, int64_t dtype, const void *values, int64_
 void proxbit_unpack_signs(int64_t level, const uint8_t *bits, int64_t rows, int64_t columns, float *values,
                           proxbit_parallel_for parallel_for) {
     const int64_t width = ceil_div(columns, 8);
-    for_each(parallel_for, rows, std::max<int64_t>(1, (1 << 16) / (columns + 1)), [=](int64_t row) {
+    for_each(parallel_for, rows, grain(columns, least_signs), [=](int64_t row) {
         levels[level]->unpack_signs(bits + row * width, columns, values + row * columns);
     });
 }
 
 void proxbit_round(int64_t level, const float *x, int64_t rows, int64_t columns, float *y,
                    proxbit_parallel_for parallel_for) {
-    for_each(parallel_for, rows, grain(columns),
+    for_each(parallel_for, rows, grain(columns, least_floats),
              [=](int64_t row) { levels[level]->round(x + row * columns, columns, y + row * columns); });
 }
 
 void proxbit_quantize(const struct proxbit_quantizer_call *call) {
-    for_each(call->parallel_for, call->rows, grain(call->columns),
+    for_each(call->parallel_for, call->rows, grain(call->columns, least_floats),
              [call](int64_t row) { levels[call->level]->quantize(*call, row); });
 }
 
 void proxbit_gradient(const struct proxbit_quantizer_call *call) {
-    for_each(call->parallel_for, call->rows, grain(call->columns),
+    for_each(call->parallel_for, call->rows, grain(call->columns, least_floats),
              [call](int64_t row) { levels[call->level]->gradient(*call, row); });
 }
 

@@ -1,12 +1,12 @@
 // Rows of latent weights through a forward or backward quantizer: plain loops that the compiler vectorises for each
-// level. A block of a row stays in the first cache between two of them.
+// level. A row stays in the cache between two of them.
 #pragma once
 
 #include "rows.h"
 
 namespace {
 
-// t = tanh(a / 2) and c = s(a) (1 - s(a)), s the logistic function, for 0 <= a <= 60, both to a few units in the last place.
+// t = tanh(a / 2) and c = s(a) (1 - s(a)), s the logistic function, for 0 <= a <= 60: to a few units in the last place.
 struct Logistic {
     float t;
     float c;
@@ -86,15 +86,7 @@ inline Apply apply_of(int64_t function) {
 }
 
 inline float dot(const float *x, const float *y, int64_t count) {
-    constexpr int64_t parts = 16;
-    float sums[parts] = {};
-    int64_t k = 0;
-    for (; k + parts <= count; k += parts)
-        for (int64_t i = 0; i < parts; ++i) sums[i] += x[k + i] * y[k + i];
-    for (int64_t i = 0; k + i < count; ++i) sums[i] += x[k + i] * y[k + i];
-    float total = 0.0f;
-    for (int64_t i = 0; i < parts; ++i) total += sums[i];
-    return total;
+    return sum_of(count, [x, y](int64_t k) { return x[k] * y[k]; });
 }
 
 // At least the smallest normal number, and NaN where it is NaN.
@@ -106,7 +98,7 @@ void quantize_latent(const proxbit::QuantizerCall &call, int64_t row) {
     float *__restrict to = call.result + row * count;
     const float mu = static_cast<float>(*call.mu);
     if (call.find_divisor) {
-        const float sum = sum_of(w, count, [](float v) { return std::fabs(v); });
+        const float sum = sum_of(count, [w](int64_t k) { return std::fabs(w[k]); });
         call.divisor[row] = at_least_tiny(sum / static_cast<float>(count));
     }
     apply_of(call.function)(w, count, call.divisor[row], mu, to);

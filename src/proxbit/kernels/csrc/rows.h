@@ -51,15 +51,15 @@ class Workspace {
     uint8_t *next_;
 };
 
-// Sum of f(x[k]), in 16 parts, so that every level adds in the same order.
+// Sum of f(k), in 16 parts, so that every level adds in the same order.
 template <class Function>
-inline float sum_of(const float *x, int64_t count, const Function &f) {
+inline float sum_of(int64_t count, const Function &f) {
     constexpr int64_t parts = 16;
     float sums[parts] = {};
     int64_t k = 0;
     for (; k + parts <= count; k += parts)
-        for (int64_t i = 0; i < parts; ++i) sums[i] += f(x[k + i]);
-    for (int64_t i = 0; k + i < count; ++i) sums[i] += f(x[k + i]);
+        for (int64_t i = 0; i < parts; ++i) sums[i] += f(k + i);
+    for (int64_t i = 0; k + i < count; ++i) sums[i] += f(k + i);
     float total = 0.0f;
     for (int64_t i = 0; i < parts; ++i) total += sums[i];
     return total;
@@ -67,8 +67,8 @@ inline float sum_of(const float *x, int64_t count, const Function &f) {
 
 inline void normalize(const proxbit::Call &call, const float *x, float *to) {
     const int64_t count = call.inputs;
-    const float mean = sum_of(x, count, [](float v) { return v; }) / static_cast<float>(count);
-    const float squares = sum_of(x, count, [mean](float v) { return (v - mean) * (v - mean); });
+    const float mean = sum_of(count, [x](int64_t k) { return x[k]; }) / static_cast<float>(count);
+    const float squares = sum_of(count, [x, mean](int64_t k) { return (x[k] - mean) * (x[k] - mean); });
     const float eps = static_cast<float>(call.norm_eps);
     const float inverse = 1.0f / std::sqrt(squares / static_cast<float>(count) + eps);
     for (int64_t k = 0; k < count; ++k) to[k] = (x[k] - mean) * inverse * call.norm_weight[k] + call.norm_bias[k];
