@@ -48,6 +48,8 @@ def test_which_sides_of_which_pairs_are_known(name):
         known = compiled.compiled_forward(pair, False, rows), compiled.compiled_backward(pair, rows)
     assert tuple(each is not None for each in known) == (name in BOTH | FORWARD, name in BOTH | BACKWARD)
     assert (compiled.compiled_forward(pair, True, rows) is not None) == pair.binary
+    functions = compiled.compiled_functions(pair)
+    assert (functions is not None) == (name in BOTH) and set(functions or ()) <= set(quantizer.FUNCTIONS)
 
 
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])

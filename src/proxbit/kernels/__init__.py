@@ -1,7 +1,8 @@
 """Operators on packed weights. Importing this package registers them with torch."""
 
+from proxbit.kernels.activations import Levels, level_gradient, level_values
 from proxbit.kernels.decompositions import decompositions
-from proxbit.kernels.native import FORMATS, native, version_of
+from proxbit.kernels.native import FORMATS, Native, native, native_for, version_of
 from proxbit.kernels.ops import (
     linear_kernel,
     linear_w1,
@@ -17,14 +18,19 @@ from proxbit.kernels.reference import Norm, quantize_activations
 
 __all__ = [
     "FORMATS",
+    "Levels",
+    "Native",
     "Norm",
     "decompositions",
     "latent_kernels",
+    "level_gradient",
+    "level_values",
     "linear_kernel",
     "linear_w1",
     "linear_w1a1",
     "linear_w1a8",
     "native",
+    "native_for",
     "pack_signs",
     "quantize_activations",
     "round_activations",

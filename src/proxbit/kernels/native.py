@@ -29,7 +29,9 @@ __all__ = [
     "is_dense",
     "is_plain",
     "is_recorded",
+    "mu_of",
     "native",
+    "native_for",
     "parallel_for",
     "version_of",
     "whole",
@@ -185,15 +187,6 @@ class Native:
         )
         return values
 
-    def round(self, x: Tensor) -> Tensor:
-        """See `quantize_activations`: q times step, of an x `[..., I]` that `is_plain` is true for."""
-        result = torch.empty_like(x)
-        columns = x.shape[-1]
-        self.library.proxbit_round(
-            self.level, address_of(whole(x)), x.numel() // columns, columns, result.data_ptr(), parallel_for()
-        )
-        return result
-
     @property
     def is_portable(self) -> bool:
         """Whether this is the level without vector instructions of its own."""
@@ -220,6 +213,16 @@ def is_recorded() -> bool:
     """Whether something looks at the operators of torch, or takes their place: it does not see what a kernel does that
     is no operator."""
     return torch.compiler.is_compiling() or torch._C._is_tracing() or _get_current_dispatch_mode() is not None
+
+
+def native_for(*tensors: Tensor) -> Native | None:
+    """The compiled kernels, where they can read all of these tensors as they are and nothing is recorded."""
+    return native() if not is_recorded() and all(is_plain(tensor) for tensor in tensors) else None
+
+
+def mu_of(mu: Tensor) -> Tensor:
+    """A sharpness as the library reads it; to read it in Python would show as a wait for an accelerator."""
+    return mu.to("cpu", torch.float64)
 
 
 def address_of(tensor: Tensor | None) -> int:
@@ -273,9 +276,9 @@ def _open(path: Path) -> ctypes.CDLL:
         "tile_bytes": (number, [number] * 4),
         "relay": (None, [number, number, pointer, number, number, pointer]),
         "linear": (None, [ctypes.c_char_p]),
-        "round": (None, [number, pointer, number, number, pointer, pointer]),
         "quantize": (None, [ctypes.c_char_p]),
         "gradient": (None, [ctypes.c_char_p]),
+        "activations": (None, [ctypes.c_char_p]),
         "pack_signs": (None, [number, number, pointer, number, number, number, pointer, pointer]),
         "unpack_signs": (None, [number, pointer, number, number, pointer, pointer]),
     }

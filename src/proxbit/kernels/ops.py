@@ -10,7 +10,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from proxbit.errors import PackedFormatError
 from proxbit.kernels import reference
-from proxbit.kernels.native import Native, is_plain, is_recorded, native
+from proxbit.kernels.activations import INT8, level_values
+from proxbit.kernels.native import Native, native, native_for
 from proxbit.kernels.reference import Norm, with_levels, without_levels
 from proxbit.packing import packed_columns
 
@@ -365,9 +366,9 @@ def round_activations(x: Tensor) -> Tensor:
         Same shape and dtype.
     """
     x = x.detach()
-    compiled = native() if not is_recorded() and is_plain(x) else None
+    compiled = native_for(x)
     if compiled is not None:
-        return compiled.round(x)
+        return level_values(compiled, INT8, x, None, None)
     q, step = reference.quantize_activations(x)
     return (q * step).to(x.dtype)
 

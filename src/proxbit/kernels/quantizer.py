@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from proxbit.errors import PackedFormatError
-from proxbit.kernels.native import Native, address_of, is_plain, is_recorded, native, parallel_for, whole
+from proxbit.kernels.native import Native, address_of, is_recorded, mu_of, native_for, parallel_for, whole
 
 try:
     from proxbit.kernels import triton_quantizer
@@ -52,7 +52,7 @@ def latent_kernels(latent: Tensor) -> LatentKernels | None:
         return None
     if triton_quantizer is not None and triton_quantizer.takes(latent):
         return LatentKernels(triton_quantizer.quantize_rows, triton_quantizer.gradient_rows)
-    level = native() if is_plain(latent) else None
+    level = native_for(latent)
     return None if level is None else LatentKernels(partial(quantize_rows, level), partial(gradient_rows, level))
 
 
@@ -86,7 +86,7 @@ def quantize_rows(
         a = s if scale == "fixed" else torch.empty(len(latent), 1)
     result = torch.empty_like(latent)
     find = divisor is None, factor is None and scale == "ls"
-    number = _number(mu)
+    number = mu_of(mu)
     level.library.proxbit_quantize(_call(level, function, number, (latent, None, s, a, result), find))
     return result, s, a
 
@@ -109,14 +109,9 @@ def gradient_rows(
     """
     # Variables, here and above, so that what is copied lives as long as the call reads it.
     s, a, grad = divisor.contiguous(), factor.contiguous(), grad.resolve_neg().contiguous()
-    result, number = torch.empty_like(latent), _number(mu)
+    result, number = torch.empty_like(latent), mu_of(mu)
     level.library.proxbit_gradient(_call(level, function, number, (latent, grad, s, a, result), (False, False)))
     return result
-
-
-def _number(mu: Tensor) -> Tensor:
-    """As the library reads it; to read it here would show as a wait for an accelerator."""
-    return mu.to("cpu", torch.float64)
 
 
 def _call(

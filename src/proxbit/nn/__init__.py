@@ -1,7 +1,8 @@
 """Layers: latent (`BinaryLinear`, `BinaryConv2d`) and packed (`PackedLinear`, `PackedConv2d`)."""
 
 from proxbit.nn.accumulators import ACCUMULATORS, Accumulator
-from proxbit.nn.activations import ACTIVATIONS, DEFAULT_ACTIVATION_PAIR, ActivationQuantizer, check_activations
+from proxbit.nn.activation_quantizer import DEFAULT_ACTIVATION_PAIR, ActivationQuantizer
+from proxbit.nn.activations import ACTIVATIONS, check_activations
 from proxbit.nn.binary_conv import BinaryConv2d
 from proxbit.nn.binary_linear import BinaryLinear
 from proxbit.nn.latent import LatentWeight, binary_activations, latent_layers, set_mu, soft_evaluation, start_update

@@ -5,165 +5,20 @@ gradient; `fold` says what an operator on packed weights is called with to compu
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from proxbit.errors import ConfigError
-from proxbit.kernels import quantize_activations, round_activations, unpack_signs
-from proxbit.nn.blockwise import Blockwise, is_plain
-from proxbit.nn.learned import SMALLEST, Learned, lsq_scale
+from proxbit.kernels import Levels, quantize_activations, round_activations, unpack_signs
+from proxbit.nn.activation_quantizer import ActivationQuantizer, Folded
+from proxbit.nn.learned import SMALLEST, lsq_scale
 from proxbit.nn.surrogate import binarize_units, straight_through
-from proxbit.quantizers import QuantizerPair, get_pair
+from proxbit.quantizers import QuantizerPair, compiled_functions
 from proxbit.sign import sign
 
-__all__ = [
-    "ACTIVATIONS",
-    "DEFAULT_ACTIVATION_PAIR",
-    "ActivationQuantizer",
-    "Folded",
-    "check_activations",
-    "make_activation",
-    "upper_level",
-]
-
-DEFAULT_ACTIVATION_PAIR = "bireal"
-
-
-class Folded(NamedTuple):
-    """What the learned numbers of a quantizer make of the numbers of a packed layer.
-
-    Attributes:
-        scale: `[O]`.
-        bias: `[O]` or None.
-        levels: of the activations: thresholds of signs, `[I]`; step, lowest and highest code of whole numbers, `[3]`;
-            None for what the operator does without.
-    """
-
-    scale: Tensor
-    bias: Tensor | None
-    levels: Tensor | None = None
-
-
-class ActivationQuantizer(Learned):
-    """Floats, as they are: what the others differ from.
-
-    Args:
-        columns: `I`, the width of the input.
-        pair: F and B of the binary ones; for the others there is nothing to choose.
-        device: of the parameters.
-        dtype: of the parameters.
-
-    Attributes:
-        kernel: the format of activations that the operator multiplies: "float", "int8" or "sign".
-        learns: whether there are parameters, and `calibrate` has something to set.
-        binary: whether there are two levels, and a pair.
-        mu: sharpness of the pair, see `LatentWeight.mu`.
-    """
-
-    kernel = "float"
-    learns = False
-    binary = False
-
-    def __init__(
-        self,
-        columns: int,
-        pair: QuantizerPair | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.columns = columns
-        self.pair = get_pair(DEFAULT_ACTIVATION_PAIR) if pair is None else pair
-        self.mu = torch.tensor(self.pair.schedule[1], dtype=torch.float64, device="cpu")
-        self.calibrated = False
-        self.make_parameters({"device": device, "dtype": dtype})
-
-    def make_parameters(self, kind: dict[str, Any]) -> None:
-        """Make the parameters, on a device and of a dtype."""
-
-    def reset_parameters(self) -> None:
-        """Set the parameters to what suits inputs of mean 0 and variance 1."""
-
-    def calibrate(self, x: Tensor, may_shift: bool = True) -> None:
-        """Set the parameters by inputs.
-
-        Args:
-            x: `[..., I]`.
-            may_shift: whether a constant may be taken off the input, see `shift`.
-        """
-
-    @property
-    def shift(self) -> Tensor | None:
-        """What is taken off the input, `[I]`, and given back by the bias of the layer; None for nothing."""
-        return None
-
-    def forward(self, x: Tensor, hard: bool = True) -> Tensor:
-        """What the layer multiplies, as floats, with a gradient.
-
-        Args:
-            x: `[..., I]`.
-            hard: levels; without, F of the pair, where there is one.
-
-        Returns:
-            Same shape and dtype.
-        """
-        return x
-
-    def times(self, x: Tensor, weight: Tensor, bias: Tensor | None, hard: bool = True) -> Tensor:
-        """The product of `forward` and a weight; for the backward pass x is kept, and not what `forward` makes of it.
-
-        Args:
-            x: `[..., I]`.
-            weight: `[O, I]`.
-            bias: `[O]` or None.
-            hard: as in `forward`.
-
-        Returns:
-            `[..., O]`.
-        """
-        if is_plain():
-            return nn.functional.linear(self(x, hard), weight, bias)
-        learned = dict(self.named_parameters())
-
-        def tokens(*tensors: Tensor) -> tuple[Tensor]:
-            numbers = dict(zip(learned, tensors[:-1], strict=True))
-            made: Tensor = torch.func.functional_call(self, numbers, (tensors[-1], hard))
-            return (made,)
-
-        rows = x.reshape(-1, self.columns)
-        product = Blockwise(tokens, self.columns).times(weight, bias, tuple(learned.values()), rows)
-        return product.view(*x.shape[:-1], len(weight))
-
-    def parts(self, x: Tensor, hard: bool = True) -> tuple[Tensor, Tensor]:
-        """`forward` as codes times their unit; codes are whole numbers where `hard`.
-
-        Args:
-            x: `[..., I]`.
-            hard: as in `forward`.
-
-        Returns:
-            `[..., I]`, and one number, or one a token, `[..., 1]`.
-
-        Raises:
-            ConfigError: for floats, which have no codes.
-        """
-        raise ConfigError("Float activations are no whole numbers: they have no codes.")
-
-    def fold(self, scale: Tensor, bias: Tensor | None, weight: Tensor) -> Folded:
-        """The arguments of an operator on packed weights: with them it computes what `forward` simulates.
-
-        Args:
-            scale: `[O]`, of the weights.
-            bias: `[O]` or None.
-            weight: the bits, `[O, ceil(I / 8)]`, uint8.
-        """
-        return Folded(scale, bias)
-
-    def extra_repr(self) -> str:
-        return f"columns={self.columns}"
+__all__ = ["ACTIVATIONS", "check_activations", "make_activation", "upper_level"]
 
 
 class Int8Activation(ActivationQuantizer):
@@ -173,6 +28,9 @@ class Int8Activation(ActivationQuantizer):
     """
 
     kernel = "int8"
+
+    def levels(self, hard: bool) -> Levels:
+        return Levels("int8")
 
     def forward(self, x: Tensor, hard: bool = True) -> Tensor:
         return straight_through(round_activations(x), x)
@@ -215,6 +73,12 @@ class Int4Activation(ActivationQuantizer):
         """Positive, with the gradient scale of LSQ."""
         return lsq_scale(self.step, self.columns * self.high)
 
+    def levels(self, hard: bool) -> Levels:
+        return Levels("grid", codes=(self.low, self.high))
+
+    def numbers(self) -> tuple[Tensor, ...]:
+        return (self._step(),)
+
     def parts(self, x: Tensor, hard: bool = True) -> tuple[Tensor, Tensor]:
         step = self._step().to(torch.promote_types(x.dtype, torch.float32))
         clipped = (x.to(step.dtype) / step).clamp(self.low, self.high)
@@ -249,6 +113,7 @@ class SignActivation(ActivationQuantizer):
     """
 
     kernel = "sign"
+    kind = "signs"
     learns = True
     binary = True
     threshold: nn.Parameter
@@ -286,6 +151,16 @@ class SignActivation(ActivationQuantizer):
         size = self._positive_scale().detach()
         return torch.addcmul(-self.threshold / size, x, 1 / size)
 
+    def levels(self, hard: bool) -> Levels | None:
+        functions = compiled_functions(self.pair)
+        if functions is None:
+            return None
+        forward, backward = functions
+        return Levels(self.kind, None if hard else forward, backward, self.mu)
+
+    def numbers(self) -> tuple[Tensor, ...]:
+        return self._positive_scale(), self.threshold
+
     def _two_levels(self, x: Tensor, hard: bool) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         levels = sign(x.to(wide), self._boundary().detach().to(wide))
@@ -316,6 +191,8 @@ class ElasticActivation(SignActivation):
         Liu et al., BiT: Robustly Binarized Multi-distilled Transformer, NeurIPS 2022, section 2.2, equation of the
         elastic binarization of non-negative activations.
     """
+
+    kind = "zero or one"
 
     @property
     def shift(self) -> Tensor | None:

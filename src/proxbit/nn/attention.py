@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from proxbit.nn.activations import DEFAULT_ACTIVATION_PAIR
+from proxbit.nn.activation_quantizer import DEFAULT_ACTIVATION_PAIR
 from proxbit.nn.blockwise import Blockwise, is_plain
 from proxbit.nn.probabilities import BinaryProbabilities, binarize_probabilities, even_share
 from proxbit.nn.surrogate import binarize_units, straight_through

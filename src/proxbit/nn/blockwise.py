@@ -4,7 +4,7 @@ some rows at a time, so that what lies between two operations stays in the cache
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from proxbit.blocks import row_blocks
 from proxbit.errors import ModelStateError
 from proxbit.quantizers import Again, again
 
-__all__ = ["Blockwise", "is_plain", "linear"]
+__all__ = ["Blockwise", "Pass", "is_plain", "linear", "product"]
 
 Results = tuple[Tensor, ...]
 
@@ -54,9 +54,27 @@ class Blockwise:
         Returns:
             `[n, O]`.
         """
-        made = again(weight) or Again(_itself, (weight,))
-        result: Tensor = _Product.apply(_Pass(self, len(shared), rows), made, weight, bias, *shared, rows)
-        return result
+        return product(_Pass(self, len(shared), rows), weight, bias, shared, rows)
+
+
+class Pass(Protocol):
+    """What gives a `product` its left factor, in a forward pass and in its backward pass."""
+
+    def results(self, tensors: Sequence[Tensor]) -> Results:
+        """The factor, `[n, I]`, alone."""
+
+    def gradients(
+        self, tensors: Sequence[Tensor], needs: Sequence[bool], grads: Sequence[Tensor | None], values: Tensor
+    ) -> list[Tensor | None]:
+        """Of the tensors that need one, by the one of the factor, which may be overwritten; `values` is given the
+        factor once more."""
+
+
+def product(once: Pass, weight: Tensor, bias: Tensor | None, shared: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """What a pass makes of rows, times a weight; see `Blockwise.times`."""
+    made = again(weight) or Again(_itself, (weight,))
+    result: Tensor = _Product.apply(once, made, weight, bias, *shared, rows)
+    return result
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -117,10 +135,6 @@ class _Pass:
 
         With `values`, that is given the one result once more, and its gradient becomes that of the rows in place.
         """
-        if torch.is_grad_enabled():
-            raise ModelStateError(
-                "Quantized activations and attention have no second derivative: leave out create_graph."
-            )
         wanted = [i for i, need in enumerate(needs) if need]
         found: dict[int, Tensor] = {}
         if values is not None and grads[0] is not None:
@@ -147,6 +161,11 @@ class _Pass:
         return [found.get(i) for i in range(len(tensors))]
 
 
+def _refuse_create_graph() -> None:
+    if torch.is_grad_enabled():
+        raise ModelStateError("Quantized activations and attention have no second derivative: leave out create_graph.")
+
+
 class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, once: _Pass, *tensors: Tensor) -> Results:
@@ -157,6 +176,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_create_graph()
         return None, *ctx.once.gradients(ctx.saved_tensors, ctx.needs_input_grad[1:], grads)
 
 
@@ -165,7 +185,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, once: _Pass | None, made: Again, weight: Tensor, bias: Tensor | None, *tensors: Tensor
+        ctx: Any, once: Pass | None, made: Again, weight: Tensor, bias: Tensor | None, *tensors: Tensor
     ) -> Tensor:
         ctx.save_for_backward(*made.kept, *tensors)
         ctx.once, ctx.make, ctx.kept, ctx.dtype = once, made.function, len(made.kept), weight.dtype
@@ -183,6 +203,7 @@ class _Product(torch.autograd.Function):
             back = (grad @ ctx.make(*kept).to(grad.dtype)).to(values.dtype)
         found = [back]
         if ctx.once:
+            _refuse_create_graph()
             values = torch.empty_like(values, dtype=grad.dtype)
             found = ctx.once.gradients(tensors, needs, [back], values)
         weight_grad = (grad.t() @ values.to(grad.dtype)).to(ctx.dtype) if of_weight else None

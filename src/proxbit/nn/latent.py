@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from proxbit.nn.activations import ActivationQuantizer
+from proxbit.nn.activation_quantizer import ActivationQuantizer
 from proxbit.quantizers import HardRows, QuantizerPair, check_rows, check_scaling, hard_rows, quantize, update_start
 
 __all__ = ["LatentWeight", "binary_activations", "latent_layers", "set_mu", "soft_evaluation", "start_update"]

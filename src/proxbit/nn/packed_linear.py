@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from proxbit.errors import PackedFormatError
 from proxbit.kernels import Norm, linear_kernel, linear_w1, pack_signs, unpack_weight
 from proxbit.nn.accumulators import Accumulator
-from proxbit.nn.activations import Folded
+from proxbit.nn.activation_quantizer import Folded
 from proxbit.nn.binary_linear import BinaryLinear
 from proxbit.nn.kept import Kept
 from proxbit.nn.surroundings import Surroundings, add_offset, packed_product

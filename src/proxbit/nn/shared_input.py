@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from proxbit.errors import ConfigError
-from proxbit.nn.activations import Folded
+from proxbit.nn.activation_quantizer import Folded
 from proxbit.nn.kept import Kept
 from proxbit.nn.packed_linear import PackedLinear
 from proxbit.nn.surroundings import packed_product

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from proxbit.errors import ConfigError, ModelStateError
 from proxbit.kernels import linear_w1, linear_w1a1, linear_w1a8
 from proxbit.nn.accumulators import Accumulator
-from proxbit.nn.activations import ActivationQuantizer, Folded, make_activation
+from proxbit.nn.activation_quantizer import ActivationQuantizer, Folded
+from proxbit.nn.activations import make_activation
 from proxbit.nn.rprelu import RPReLU
 from proxbit.quantizers import QuantizerPair
 

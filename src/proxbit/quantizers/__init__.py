@@ -3,6 +3,7 @@
 import proxbit.quantizers.family  # noqa: F401  (registers the family)
 from proxbit.quantizers.autograd import Again, HardRows, again, hard_rows, quantize, update_start
 from proxbit.quantizers.catalog import PAIRS, get_pair, pair_key, register_pair
+from proxbit.quantizers.compiled import compiled_functions
 from proxbit.quantizers.decomposition import Decomposition, decompose, regularizer
 from proxbit.quantizers.enhancement import enhance
 from proxbit.quantizers.pairs import BINARY, ROW_LEAST_SQUARES, QuantizerPair, Surrogate, compose, heuristic
@@ -28,6 +29,7 @@ __all__ = [
     "again",
     "check_rows",
     "check_scaling",
+    "compiled_functions",
     "compose",
     "decompose",
     "enhance",

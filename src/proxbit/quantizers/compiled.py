@@ -13,7 +13,7 @@ from proxbit.quantizers.pairs import Composed, QuantizerPair
 from proxbit.quantizers.proximal import IDENTITY
 from proxbit.quantizers.transforms import IDENTITY_TRANSFORM
 
-__all__ = ["compiled_backward", "compiled_forward"]
+__all__ = ["compiled_backward", "compiled_forward", "compiled_functions"]
 
 
 def _parts(side: Callable[..., Tensor]) -> tuple[int, ...]:
@@ -60,3 +60,9 @@ def compiled_backward(pair: QuantizerPair, rows: Tensor) -> Callable[..., Tensor
     function = _KNOWN.get(_parts(pair.backward))
     kernels = None if torch.is_grad_enabled() else latent_kernels(rows)
     return None if function is None or kernels is None else partial(kernels.gradient, function)
+
+
+def compiled_functions(pair: QuantizerPair) -> tuple[str, str] | None:
+    """F and B by the names that the kernels have for them; None where they do not know both."""
+    forward, backward = _KNOWN.get(_parts(pair.forward)), _KNOWN.get(_parts(pair.backward))
+    return None if forward is None or backward is None else (forward, backward)

@@ -6,7 +6,7 @@
 
 #include "avx2_lanes.h"
 #include "avx2_w1.h"
-#include "quantizer.h"
+#include "activations.h"
 #include "tiles.h"
 
 namespace {
@@ -359,7 +359,7 @@ const proxbit::Level proxbit::avx2_level = {
      format<lanes::W1A1, tile_bytes<64, 1>, relay<32, 64, 1, 1, w1a1_chunk, transpose>, run_few_w1a1>},
     pack_signs,
     unpack_signs,
-    round_row,
     quantize_latent,
     latent_gradient,
+    activations_part,
 };

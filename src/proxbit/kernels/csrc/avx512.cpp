@@ -2,7 +2,7 @@
 //
 // Words (see avx512.h) hold 12 weights in 16 bits for W1A8 and 32 in 32 bits for W1A1.
 #include "avx512.h"
-#include "quantizer.h"
+#include "activations.h"
 
 namespace {
 
@@ -133,7 +133,7 @@ const proxbit::Level proxbit::avx512_level = {
     {kernels<W1>, kernels<W1A8>, kernels<W1A1>},
     pack_signs,
     unpack_signs,
-    round_row,
     quantize_latent,
     latent_gradient,
+    activations_part,
 };

@@ -1,6 +1,6 @@
 // AVX-512 with VNNI and without VPOPCNTDQ: byte products for W1A8, carry-save counts with a byte shuffle for W1A1.
 #include "avx512.h"
-#include "quantizer.h"
+#include "activations.h"
 
 namespace {
 
@@ -250,7 +250,7 @@ const proxbit::Level proxbit::avx512vnni_level = {
     {kernels<W1>, {W1A8::rows, W1A8::column_block, w1a8_bytes, relay_w1a8, run_w1a8}, kernels<W1A1>},
     pack_signs,
     unpack_signs,
-    round_row,
     quantize_latent,
     latent_gradient,
+    activations_part,
 };

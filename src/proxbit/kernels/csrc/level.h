@@ -7,6 +7,7 @@ namespace proxbit {
 
 using Call = proxbit_linear_call;
 using QuantizerCall = proxbit_quantizer_call;
+using ActivationsCall = proxbit_activations_call;
 
 // One format at one level. `run` computes the rows and columns of y that it is given; both begin at a multiple of their
 // block and end at one, or at the end. It may be called from several threads at once.
@@ -24,9 +25,9 @@ struct Level {
     Format formats[3];  // by proxbit_format
     void (*pack_signs)(int64_t dtype, const void *values, int64_t columns, uint8_t *bits);  // one row
     void (*unpack_signs)(const uint8_t *bits, int64_t columns, float *values);              // one row
-    void (*round)(const float *x, int64_t columns, float *y);                               // one row
     void (*quantize)(const QuantizerCall &call, int64_t row);
     void (*gradient)(const QuantizerCall &call, int64_t row);
+    void (*activations)(const ActivationsCall &call, int64_t part);
 };
 
 extern const Level avx512_level;

@@ -4,7 +4,7 @@
 // Tiles (see tiles.h) of W1A8 and W1A1: 32 bytes are 8 weights of 32 columns. W1 reads the checkpoint's own order.
 #include <arm_neon.h>
 
-#include "quantizer.h"
+#include "activations.h"
 #include "tiles.h"
 
 namespace {
@@ -371,7 +371,7 @@ const proxbit::Level proxbit::neon_level = {
      {most_rows, tile_columns, tile_bytes<32, 4>, relay_w1a1, run<W1A1>}},
     pack_signs,
     unpack_signs,
-    round_row,
     quantize_latent,
     latent_gradient,
+    activations_part,
 };

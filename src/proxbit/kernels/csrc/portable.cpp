@@ -1,5 +1,5 @@
 // Plain C++, for any processor: sums of 8 activations, for every byte of weights, in a table.
-#include "quantizer.h"
+#include "activations.h"
 
 namespace {
 
@@ -117,7 +117,7 @@ const proxbit::Level proxbit::portable_level = {
     {{1, 32, no_tiles, no_relay, run_w1}, {1, 32, no_tiles, no_relay, run_w1a8}, {1, 32, no_tiles, no_relay, run_w1a1}},
     pack_signs,
     unpack_signs,
-    round_row,
     quantize_latent,
     latent_gradient,
+    activations_part,
 };

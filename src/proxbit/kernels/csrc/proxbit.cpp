@@ -120,12 +120,6 @@ void proxbit_unpack_signs(int64_t level, const uint8_t *bits, int64_t rows, int6
     });
 }
 
-void proxbit_round(int64_t level, const float *x, int64_t rows, int64_t columns, float *y,
-                   proxbit_parallel_for parallel_for) {
-    for_each(parallel_for, rows, grain(columns, least_floats),
-             [=](int64_t row) { levels[level]->round(x + row * columns, columns, y + row * columns); });
-}
-
 void proxbit_quantize(const struct proxbit_quantizer_call *call) {
     for_each(call->parallel_for, call->rows, grain(call->columns, least_floats),
              [call](int64_t row) { levels[call->level]->quantize(*call, row); });
@@ -134,6 +128,12 @@ void proxbit_quantize(const struct proxbit_quantizer_call *call) {
 void proxbit_gradient(const struct proxbit_quantizer_call *call) {
     for_each(call->parallel_for, call->rows, grain(call->columns, least_floats),
              [call](int64_t row) { levels[call->level]->gradient(*call, row); });
+}
+
+void proxbit_activations(const struct proxbit_activations_call *call) {
+    for_each(call->parallel_for, ceil_div(call->rows, PROXBIT_PART_ROWS),
+             grain(call->columns * PROXBIT_PART_ROWS, least_floats),
+             [call](int64_t part) { levels[call->level]->activations(*call, part); });
 }
 
 }  // extern "C"

@@ -75,15 +75,11 @@ PROXBIT_API void proxbit_pack_signs(int64_t level, int64_t dtype, const void *va
 PROXBIT_API void proxbit_unpack_signs(int64_t level, const uint8_t *bits, int64_t rows, int64_t columns, float *values,
                                       proxbit_parallel_for parallel_for);
 
-/* y = step q of W1A8, without levels; [rows, columns] each, contiguous. */
-PROXBIT_API void proxbit_round(int64_t level, const float *x, int64_t rows, int64_t columns, float *y,
-                               proxbit_parallel_for parallel_for);
-
-/* The forward and backward quantizers of latent weights; u = w / divisor and mu are their arguments. */
+/* Forward and backward quantizers; u, w / divisor of latent weights, and mu are their arguments. */
 enum proxbit_function {
     PROXBIT_ONE = 0,               /* 1 */
     PROXBIT_BOX = 1,               /* 1 where |u| <= 1, else 0 */
-    PROXBIT_SIGN = 2,              /* +1 where w >= 0, else -1 */
+    PROXBIT_SIGN = 2,              /* +1 where u (w of latent weights) >= 0, else -1 */
     PROXBIT_CLIP = 3,              /* x = min(max(mu u, -1), 1) */
     PROXBIT_POLYNOMIAL = 4,        /* x (2 - |x|) */
     PROXBIT_POLYNOMIAL_SLOPE = 5,  /* mu max(2 - 2 |mu u|, 0) */
@@ -113,6 +109,38 @@ struct proxbit_quantizer_call {
 };
 PROXBIT_API void proxbit_quantize(const struct proxbit_quantizer_call *call);
 PROXBIT_API void proxbit_gradient(const struct proxbit_quantizer_call *call);
+
+/* What activations become in training: scale * code.
+ *   INT8         code = round(x / scale) to even, each row with the scale of W1A8 without levels
+ *   GRID         code = round(clip(x / scale)) to even
+ *   SIGNS        u = (x - threshold) / scale;          code = f(u), or +1 where x >= threshold, else -1
+ *   ZERO_OR_ONE  u = 2 (x - threshold) / scale - 1;    code = (f(u) + 1) / 2, or 1 where x >= threshold + scale / 2 */
+enum proxbit_kind { PROXBIT_INT8 = 0, PROXBIT_GRID = 1, PROXBIT_SIGNS = 2, PROXBIT_ZERO_OR_ONE = 3 };
+/* Rows whose sums are added up one after the other. */
+enum { PROXBIT_PART_ROWS = 32 };
+
+/* One call; matrices are contiguous, [rows, columns]. With b(u) of two levels, or 1 where GRID does not clip, else 0:
+ *   grad = grad * b;  sums[part] = sum of that over rows, [columns], and then of
+ *   grad * (code - b x / scale) (GRID), grad * code (SIGNS), grad * (code - b (u + 1) / 2) (ZERO_OR_ONE). */
+struct proxbit_activations_call {
+    int64_t level;
+    int64_t kind;           /* enum proxbit_kind */
+    int64_t forward;        /* f, of two levels: enum proxbit_function, or -1 for the levels themselves */
+    int64_t backward;       /* b, of two levels: enum proxbit_function */
+    int64_t lowest;         /* codes of GRID */
+    int64_t highest;
+    int64_t rows;
+    int64_t columns;
+    const double *mu;       /* one number; as the next two, null for INT8 */
+    const float *scale;     /* one number */
+    const float *threshold; /* [columns]; null but for two levels */
+    const float *x;
+    float *values;
+    float *grad;            /* null, as for INT8 */
+    float *sums;            /* [ceil(rows / PROXBIT_PART_ROWS), columns + 1]; null with grad */
+    proxbit_parallel_for parallel_for;
+};
+PROXBIT_API void proxbit_activations(const struct proxbit_activations_call *call);
 
 #ifdef __cplusplus
 }

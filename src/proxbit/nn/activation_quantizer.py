@@ -1,0 +1,164 @@
+"""What all activation quantizers have in common, and what they are where there is nothing to quantize."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from proxbit.errors import ConfigError
+from proxbit.kernels import Levels
+from proxbit.nn.blockwise import Blockwise, is_plain, product
+from proxbit.nn.learned import Learned
+from proxbit.nn.levels import level_pass
+from proxbit.quantizers import QuantizerPair, get_pair
+
+__all__ = ["DEFAULT_ACTIVATION_PAIR", "ActivationQuantizer", "Folded"]
+
+DEFAULT_ACTIVATION_PAIR = "bireal"
+
+
+class Folded(NamedTuple):
+    """What the learned numbers of a quantizer make of the numbers of a packed layer.
+
+    Attributes:
+        scale: `[O]`.
+        bias: `[O]` or None.
+        levels: of the activations: thresholds of signs, `[I]`; step, lowest and highest code of whole numbers, `[3]`;
+            None for what the operator does without.
+    """
+
+    scale: Tensor
+    bias: Tensor | None
+    levels: Tensor | None = None
+
+
+class ActivationQuantizer(Learned):
+    """Floats, as they are: what the others differ from.
+
+    Args:
+        columns: `I`, the width of the input.
+        pair: F and B of the binary ones; for the others there is nothing to choose.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        kernel: the format of activations that the operator multiplies: "float", "int8" or "sign".
+        learns: whether there are parameters, and `calibrate` has something to set.
+        binary: whether there are two levels, and a pair.
+        mu: sharpness of the pair, see `LatentWeight.mu`.
+    """
+
+    kernel = "float"
+    learns = False
+    binary = False
+
+    def __init__(
+        self,
+        columns: int,
+        pair: QuantizerPair | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.columns = columns
+        self.pair = get_pair(DEFAULT_ACTIVATION_PAIR) if pair is None else pair
+        self.mu = torch.tensor(self.pair.schedule[1], dtype=torch.float64, device="cpu")
+        self.calibrated = False
+        self.make_parameters({"device": device, "dtype": dtype})
+
+    def make_parameters(self, kind: dict[str, Any]) -> None:
+        """Make the parameters, on a device and of a dtype."""
+
+    def reset_parameters(self) -> None:
+        """Set the parameters to what suits inputs of mean 0 and variance 1."""
+
+    def calibrate(self, x: Tensor, may_shift: bool = True) -> None:
+        """Set the parameters by inputs.
+
+        Args:
+            x: `[..., I]`.
+            may_shift: whether a constant may be taken off the input, see `shift`.
+        """
+
+    @property
+    def shift(self) -> Tensor | None:
+        """What is taken off the input, `[I]`, and given back by the bias of the layer; None for nothing."""
+        return None
+
+    def forward(self, x: Tensor, hard: bool = True) -> Tensor:
+        """What the layer multiplies, as floats, with a gradient.
+
+        Args:
+            x: `[..., I]`.
+            hard: levels; without, F of the pair, where there is one.
+
+        Returns:
+            Same shape and dtype.
+        """
+        return x
+
+    def times(self, x: Tensor, weight: Tensor, bias: Tensor | None, hard: bool = True) -> Tensor:
+        """The product of `forward` and a weight; for the backward pass x is kept, and not what `forward` makes of it.
+
+        Args:
+            x: `[..., I]`.
+            weight: `[O, I]`.
+            bias: `[O]` or None.
+            hard: as in `forward`.
+
+        Returns:
+            `[..., O]`.
+        """
+        if is_plain():
+            return nn.functional.linear(self(x, hard), weight, bias)
+        rows = x.reshape(-1, self.columns)
+        numbers = self.numbers()
+        once = level_pass(self.levels(hard), numbers, rows)
+        if once is not None:
+            return product(once, weight, bias, numbers, rows).view(*x.shape[:-1], len(weight))
+        learned = dict(self.named_parameters())
+
+        def tokens(*tensors: Tensor) -> tuple[Tensor]:
+            numbers = dict(zip(learned, tensors[:-1], strict=True))
+            made: Tensor = torch.func.functional_call(self, numbers, (tensors[-1], hard))
+            return (made,)
+
+        result = Blockwise(tokens, self.columns).times(weight, bias, tuple(learned.values()), rows)
+        return result.view(*x.shape[:-1], len(weight))
+
+    def levels(self, hard: bool) -> Levels | None:
+        """What the compiled kernels make of the input; None where they do not know it."""
+        return None
+
+    def numbers(self) -> tuple[Tensor, ...]:
+        """What that is made with, with gradients: the scale, `[1]`, and the threshold, `[I]`, if there are any."""
+        return ()
+
+    def parts(self, x: Tensor, hard: bool = True) -> tuple[Tensor, Tensor]:
+        """`forward` as codes times their unit; codes are whole numbers where `hard`.
+
+        Args:
+            x: `[..., I]`.
+            hard: as in `forward`.
+
+        Returns:
+            `[..., I]`, and one number, or one a token, `[..., 1]`.
+
+        Raises:
+            ConfigError: for floats, which have no codes.
+        """
+        raise ConfigError("Float activations are no whole numbers: they have no codes.")
+
+    def fold(self, scale: Tensor, bias: Tensor | None, weight: Tensor) -> Folded:
+        """The arguments of an operator on packed weights: with them it computes what `forward` simulates.
+
+        Args:
+            scale: `[O]`, of the weights.
+            bias: `[O]` or None.
+            weight: the bits, `[O, ceil(I / 8)]`, uint8.
+        """
+        return Folded(scale, bias)
+
+    def extra_repr(self) -> str:
+        return f"columns={self.columns}"
