@@ -49,6 +49,7 @@ def assert_weight_and_gradient(quantize, gradient, function, shape, mu=1.7):
         assert (np.abs(weight.double().numpy() - q * a) <= (sums + 3e-6 * np.abs(a)) * size).all()
         assert torch.equal(quantize(function, latent, number(mu), scale, divisor, factor)[0], weight)
         made = gradient(function, latent, number(mu), divisor, factor, grad)
+        assert torch.equal(gradient(function, latent, number(mu), divisor, factor, grad.clone(), True), made)
         gain = (factor / divisor).double().numpy()
         near = 1e-5 * float(np.abs(gain).max())
         np.testing.assert_allclose(made.double().numpy(), q * gain * grad.double().numpy(), rtol=3e-6, atol=near)

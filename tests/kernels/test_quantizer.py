@@ -84,6 +84,16 @@ def test_values_at_the_edges(level):
 
 
 @level
+def test_a_gradient_in_place_of_another(level):
+    latent, grad, numbers = latent_of((3, 700)), torch.randn(3, 700), torch.rand(3, 1) + 0.5
+    given = "tanh slope", latent, number(1.0), numbers, numbers
+    before, expected = grad.clone(), gradient_rows(level, *given, grad)
+    assert torch.equal(grad, before)
+    made = gradient_rows(level, *given, grad, overwrite=True)
+    assert made.data_ptr() == grad.data_ptr() and torch.equal(made, expected)
+
+
+@level
 def test_what_is_given_need_not_be_contiguous(level):
     latent, grad = latent_of((6, 20)), torch.randn(20, 6).t()
     divisor, factor = (torch.rand(2, 6, 3) + 0.5)[..., :1].unbind()

@@ -92,7 +92,14 @@ def quantize_rows(
 
 
 def gradient_rows(
-    level: Native, function: str, latent: Tensor, mu: Tensor, divisor: Tensor, factor: Tensor, grad: Tensor
+    level: Native,
+    function: str,
+    latent: Tensor,
+    mu: Tensor,
+    divisor: Tensor,
+    factor: Tensor,
+    grad: Tensor,
+    overwrite: bool = False,
 ) -> Tensor:
     r"""The gradient of the latent weight.
 
@@ -103,13 +110,14 @@ def gradient_rows(
         level: as above, and latent, mu, divisor and factor too.
         function: B, one of `FUNCTIONS`.
         grad: dL/dw, `[rows, columns]`, in fp32.
+        overwrite: whether the result may take the place of `grad`.
 
     Raises:
         PackedFormatError: for a tensor without data, of another shape or of another dtype.
     """
     # Variables, here and above, so that what is copied lives as long as the call reads it.
     s, a, grad = divisor.contiguous(), factor.contiguous(), grad.resolve_neg().contiguous()
-    result, number = torch.empty_like(latent), mu_of(mu)
+    result, number = grad if overwrite else torch.empty_like(latent), mu_of(mu)
     level.library.proxbit_gradient(_call(level, function, number, (latent, grad, s, a, result), (False, False)))
     return result
 

@@ -164,10 +164,19 @@ def quantize_rows(
     return result, s, a
 
 
-def gradient_rows(function: str, latent: Tensor, mu: Tensor, divisor: Tensor, factor: Tensor, grad: Tensor) -> Tensor:
+def gradient_rows(
+    function: str,
+    latent: Tensor,
+    mu: Tensor,
+    divisor: Tensor,
+    factor: Tensor,
+    grad: Tensor,
+    overwrite: bool = False,
+) -> Tensor:
     """See `kernels.quantizer.gradient_rows`; tensors are those of `quantize_rows`."""
     rows, columns = latent.shape
-    s, a, grad, result = divisor.contiguous(), factor.contiguous(), grad.contiguous(), torch.empty_like(latent)
+    s, a, grad = divisor.contiguous(), factor.contiguous(), grad.contiguous()
+    result = grad if overwrite else torch.empty_like(latent)
     with torch.cuda.device_of(latent):
         _gradient[(rows,)](latent, s, a, grad, result, _number(mu), columns, FUNCTION=function, CHUNK=_CHUNK)
     return result

@@ -72,8 +72,8 @@ class Pass(Protocol):
 
 def product(once: Pass, weight: Tensor, bias: Tensor | None, shared: Sequence[Tensor], rows: Tensor) -> Tensor:
     """What a pass makes of rows, times a weight; see `Blockwise.times`."""
-    made = again(weight) or Again(_itself, (weight,))
-    result: Tensor = _Product.apply(once, made, weight, bias, *shared, rows)
+    made = again(weight) or Again(_itself, _itself, (weight,))
+    result: Tensor = _Product.apply(once, made, weight.detach(), made.kept[0], bias, *shared, rows)
     return result
 
 
@@ -91,11 +91,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     made = None if is_plain() else again(weight)
     if made is None:
         return nn.functional.linear(input, weight, bias)
-    rows: Tensor = _Product.apply(None, made, weight, bias, input.reshape(-1, input.shape[-1]))
+    flat = input.reshape(-1, input.shape[-1])
+    rows: Tensor = _Product.apply(None, made, weight.detach(), made.kept[0], bias, flat)
     return rows.view(*input.shape[:-1], len(weight))
 
 
-def _itself(weight: Tensor) -> Tensor:
+def _itself(weight: Tensor, *kept: Tensor) -> Tensor:
     return weight
 
 
@@ -181,14 +182,24 @@ class _Rows(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """Of what a pass makes of its rows, or of rows as they are, and a weight."""
+    """Of what a pass makes of its rows, or of rows as they are, and a weight.
+
+    It has the gradient of the latent weight, not of the weight: nobody else owns that, so that one is made in its place.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, once: Pass | None, made: Again, weight: Tensor, bias: Tensor | None, *tensors: Tensor
+        ctx: Any,
+        once: Pass | None,
+        made: Again,
+        weight: Tensor,
+        latent: Tensor,
+        bias: Tensor | None,
+        *tensors: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(*made.kept, *tensors)
-        ctx.once, ctx.make, ctx.kept, ctx.dtype = once, made.function, len(made.kept), weight.dtype
+        ctx.once, ctx.made, ctx.dtype = once, made._replace(kept=()), weight.dtype
+        ctx.kept = len(made.kept)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return nn.functional.linear(once.results(tensors)[0] if once else tensors[0], weight, bias)
 
@@ -196,16 +207,19 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), saved = grads, ctx.saved_tensors
         kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
-        _, _, of_weight, of_bias, *needs = ctx.needs_input_grad
+        _, _, _, of_latent, of_bias, *needs = ctx.needs_input_grad
         values, back = tensors[-1], None
         if ctx.once or needs[-1]:
             # Under autocast the product was one of fewer bits, and so are its gradients.
-            back = (grad @ ctx.make(*kept).to(grad.dtype)).to(values.dtype)
+            back = (grad @ ctx.made.function(*kept).to(grad.dtype)).to(values.dtype)
         found = [back]
         if ctx.once:
             _refuse_create_graph()
             values = torch.empty_like(values, dtype=grad.dtype)
             found = ctx.once.gradients(tensors, needs, [back], values)
-        weight_grad = (grad.t() @ values.to(grad.dtype)).to(ctx.dtype) if of_weight else None
+        latent_grad = None
+        if of_latent:
+            weight_grad = (grad.t() @ values.to(grad.dtype)).to(ctx.dtype)
+            latent_grad = ctx.made.gradient(weight_grad, *kept)
         bias_grad = grad.sum(0).to(ctx.bias_dtype) if of_bias else None
-        return None, None, weight_grad, bias_grad, *found
+        return None, None, None, latent_grad, bias_grad, *found

@@ -1,6 +1,7 @@
 """The one autograd function of the project: forward F, backward B times the gradient."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -68,10 +69,13 @@ class Again(NamedTuple):
 
     Attributes:
         function: gives the weight.
+        gradient: `(grad, *kept)`, with the gradient of the weight, gives that of the latent weight, and may make it in
+            place of the other.
         kept: the latent weight, mu, and two numbers a row.
     """
 
     function: Callable[..., Tensor]
+    gradient: Callable[..., Tensor]
     kept: tuple[Tensor, ...]
 
 
@@ -124,6 +128,33 @@ def _by_operators(
     return _by_blocks(rows, weight), divisor, torch.cat(factors)
 
 
+def _gradient(
+    modes: _Modes, overwrite: bool, grad: Tensor, latent: Tensor, mu: Tensor, divisor: Tensor, factor: Tensor
+) -> Tensor:
+    """Of the latent weight, by that of the weight; in its place, if that is allowed and the kernels do it."""
+    pair, center = modes.pair, modes.center
+    rows, grad = latent.flatten(1), grad.flatten(1)
+    compiled = compiled_backward(pair, rows) if center == "none" and grad.dtype is rows.dtype else None
+    if compiled is not None:
+        return compiled(rows, mu, divisor, factor, grad, overwrite).view_as(latent)
+    gain = factor / divisor
+
+    def gradient(block: slice, out: Tensor | None) -> Tensor:
+        # The offset is taken anew: unlike divisor and factor it is a function of the latent weight here.
+        offset = row_offset(_precise(rows[block]), center)
+        units = _centred(rows[block], offset, center) / divisor[block]
+        multiplier = pair.backward(units, mu) * gain[block]
+        if center == "none":
+            return torch.mul(multiplier, grad[block], out=out)
+        piece = multiplier * grad[block]
+        through_mean = -piece.mean(dim=1, keepdim=True)
+        if center == "restore":
+            through_mean = through_mean + _precise(grad[block]).mean(dim=1, keepdim=True)
+        return torch.add(piece, through_mean, out=out)
+
+    return _by_blocks(rows, gradient).view_as(latent)
+
+
 class _ForwardBackward(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -135,38 +166,18 @@ class _ForwardBackward(torch.autograd.Function):
         # must see the mu of its own forward.
         kept = latent, mu.clone(), divisor, factor
         ctx.save_for_backward(*kept)
-        ctx.pair, ctx.center = modes.pair, modes.center
+        ctx.modes = modes
 
         def again(latent: Tensor, mu: Tensor, *numbers: Tensor) -> Tensor:
             result: Tensor = _ForwardBackward.apply(latent, mu, modes, common, numbers)
             return result
 
-        ctx.again = Again(again, kept)
+        ctx.again = Again(again, partial(_gradient, modes, True), kept)
         return result.view_as(latent)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        latent, mu, divisor, factor = ctx.saved_tensors
-        rows, grad = latent.flatten(1), grads[0].flatten(1)
-        compiled = compiled_backward(ctx.pair, rows) if ctx.center == "none" and grad.dtype is rows.dtype else None
-        if compiled is not None:
-            return compiled(rows, mu, divisor, factor, grad).view_as(latent), None, None, None, None
-        gain = factor / divisor
-
-        def gradient(block: slice, out: Tensor | None) -> Tensor:
-            # The offset is taken anew: unlike divisor and factor it is a function of the latent weight here.
-            offset = row_offset(_precise(rows[block]), ctx.center)
-            units = _centred(rows[block], offset, ctx.center) / divisor[block]
-            multiplier = ctx.pair.backward(units, mu) * gain[block]
-            if ctx.center == "none":
-                return torch.mul(multiplier, grad[block], out=out)
-            piece = multiplier * grad[block]
-            through_mean = -piece.mean(dim=1, keepdim=True)
-            if ctx.center == "restore":
-                through_mean = through_mean + _precise(grad[block]).mean(dim=1, keepdim=True)
-            return torch.add(piece, through_mean, out=out)
-
-        return _by_blocks(rows, gradient).view_as(latent), None, None, None, None
+        return _gradient(ctx.modes, False, grads[0], *ctx.saved_tensors), None, None, None, None
 
 
 def quantize(

@@ -5,9 +5,6 @@
 
 namespace {
 
-// Some numbers of a row, which stay in the first cache between two loops.
-constexpr int64_t columns_at_once = 256;
-
 struct Levels {
     float code[columns_at_once];   // the level, in units of the scale
     float slope[columns_at_once];  // B

@@ -102,7 +102,7 @@ struct proxbit_quantizer_call {
     const float *grad;   /* null for proxbit_quantize */
     float *divisor;      /* [rows] */
     float *factor;       /* [rows] */
-    float *result;
+    float *result;       /* of proxbit_gradient it may be grad */
     int64_t find_divisor; /* 1: divisor[o] is first set to the mean of |latent[o]| */
     int64_t find_factor;  /* 1: factor[o] is first set to <f, latent[o]> / <f, f>; both only in proxbit_quantize */
     proxbit_parallel_for parallel_for;

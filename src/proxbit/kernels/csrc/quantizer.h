@@ -92,6 +92,9 @@ inline float dot(const float *x, const float *y, int64_t count) {
 // At least the smallest normal number, and NaN where it is NaN.
 inline float at_least_tiny(float x) { return x < 1.17549435e-38f ? 1.17549435e-38f : x; }
 
+// Some numbers of a row, which stay in the first cache between two loops.
+constexpr int64_t columns_at_once = 256;
+
 void quantize_latent(const proxbit::QuantizerCall &call, int64_t row) {
     const int64_t count = call.columns;
     const float *__restrict w = call.latent + row * count;
@@ -108,12 +111,15 @@ void quantize_latent(const proxbit::QuantizerCall &call, int64_t row) {
 }
 
 void latent_gradient(const proxbit::QuantizerCall &call, int64_t row) {
-    const int64_t count = call.columns;
-    const float *__restrict grad = call.grad + row * count;
-    float *__restrict to = call.result + row * count;
-    const float gain = call.factor[row] / call.divisor[row];
-    apply_of(call.function)(call.latent + row * count, count, call.divisor[row], static_cast<float>(*call.mu), to);
-    for (int64_t k = 0; k < count; ++k) to[k] = to[k] * gain * grad[k];
+    const float divisor = call.divisor[row], gain = call.factor[row] / divisor, mu = static_cast<float>(*call.mu);
+    float part[columns_at_once];
+    for (int64_t first = 0; first < call.columns; first += columns_at_once) {
+        const int64_t count = std::min(columns_at_once, call.columns - first), place = row * call.columns + first;
+        const float *__restrict grad = call.grad + place;
+        apply_of(call.function)(call.latent + place, count, divisor, mu, part);
+        for (int64_t k = 0; k < count; ++k) part[k] = part[k] * gain * grad[k];
+        std::memcpy(call.result + place, part, count * sizeof(float));
+    }
 }
 
 }  // namespace
