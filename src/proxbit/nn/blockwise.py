@@ -184,7 +184,7 @@ class _Rows(torch.autograd.Function):
 class _Product(torch.autograd.Function):
     """Of what a pass makes of its rows, or of rows as they are, and a weight.
 
-    It has the gradient of the latent weight, not of the weight: nobody else owns that, so that one is made in its place.
+    It has the gradient of the latent weight, not of the weight: nobody else owns that one, which is overwritten.
     """
 
     @staticmethod
