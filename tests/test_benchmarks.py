@@ -79,10 +79,12 @@ def test_the_page_and_its_numbers_are_written(script, tmp_path, capsys):
 
 def test_limits_of_training(script):
     training = script("training")
-    assert training.verdict("w1a32", "DeiT-S", 1.15, 1.104) == "at most 1.15, 1.10: met, met"
-    assert training.verdict("w1a1", "DeiT-T", 1.61, 1.3) == "at most 1.60, 1.25: **missed**, **missed**"
-    assert training.verdict("w1a8", "DeiT-S", 9.0, 9.0) == ""
-    assert training.verdict("w1a32", "DeiT-B", 1.11, 1.05) == "at most 1.10, 1.05: **missed**, met"
+    assert training.verdict("w1a32", "DeiT-S", 1.15, 1.104, False) == "at most 1.15, 1.10: met, met"
+    assert training.verdict("w1a1", "DeiT-T", 1.61, 1.3, False) == "at most 1.60, 1.25: **missed**, **missed**"
+    assert training.verdict("w1a8", "DeiT-S", 9.0, 9.0, False) == ""
+    assert training.verdict("w1a32", "DeiT-B", 1.11, 1.05, False) == "at most 1.10, 1.05: **missed**, met"
+    assert training.verdict("w1a32", "DeiT-B", 1.05, 1.06, True) == "at most 1.05, 1.05: met, **missed**"
+    assert training.verdict("w1a1", "DeiT-S", 9.0, 9.0, True) == ""
     assert {*training.LIMITS, *training.LIMITS_OF_B} <= set(training.RECIPES)
 
 
