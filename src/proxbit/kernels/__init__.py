@@ -1,6 +1,6 @@
 """Operators on packed weights. Importing this package registers them with torch."""
 
-from proxbit.kernels.activations import Levels, level_gradient, level_values
+from proxbit.kernels.activations import INT8, Levels, level_gradient, level_values
 from proxbit.kernels.decompositions import decompositions
 from proxbit.kernels.native import FORMATS, Native, native, native_for, version_of
 from proxbit.kernels.ops import (
@@ -18,6 +18,7 @@ from proxbit.kernels.reference import Norm, quantize_activations
 
 __all__ = [
     "FORMATS",
+    "INT8",
     "Levels",
     "Native",
     "Norm",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from proxbit.errors import ConfigError
-from proxbit.kernels import Levels, quantize_activations, round_activations, unpack_signs
+from proxbit.kernels import INT8, Levels, quantize_activations, round_activations, unpack_signs
 from proxbit.nn.activation_quantizer import ActivationQuantizer, Folded
 from proxbit.nn.learned import SMALLEST, lsq_scale
 from proxbit.nn.surrogate import binarize_units, straight_through
@@ -30,7 +30,7 @@ class Int8Activation(ActivationQuantizer):
     kernel = "int8"
 
     def levels(self, hard: bool) -> Levels:
-        return Levels("int8")
+        return INT8
 
     def forward(self, x: Tensor, hard: bool = True) -> Tensor:
         return straight_through(round_activations(x), x)
