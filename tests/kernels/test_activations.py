@@ -6,6 +6,7 @@ import torch
 
 import proxbit.kernels
 from latent_rows import FORMULAS, number
+from proxbit.analysis.timing import torch_threads
 from proxbit.errors import PackedFormatError
 from proxbit.kernels import quantize_activations
 from proxbit.kernels.activations import INT8, KINDS, Levels, level_gradient, level_values
@@ -121,13 +122,10 @@ def test_every_forward_quantizer(level, forward):
 def test_whatever_the_threads_the_same_bits(level, kind):
     x, scale, threshold = arguments(kind, (101, 1033))
     how, grad = Levels(kind, None, "polynomial slope", number(1.0), (-8, 7)), torch.randn(101, 1033)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
+    found = []
+    for count in (1, 3):
+        with torch_threads(count):
             found.append(made(level, how, x, scale, threshold, grad))
-    finally:
-        torch.set_num_threads(threads)
     assert all(one is other or torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import proxbit.kernels
+from proxbit.analysis.timing import torch_threads
 from proxbit.errors import ConfigError
 from proxbit.kernels import Norm, linear_w1, linear_w1a1, linear_w1a8, native, reference
 from proxbit.kernels.native import FORMATS, choose, find_library, is_plain, levels
@@ -237,17 +238,13 @@ def test_packing_and_unpacking(level, dtype):
     st.integers(0, 2**31),
 )
 def test_any_shape_on_any_number_of_threads(level, activations, count, columns, rows, threads, seed):
-    before = torch.get_num_threads()
     torch.manual_seed(seed)
     weight, scale, bias = layer(rows, columns)
     x = torch.randn(count, columns) * 10 ** float(torch.randn(()))
     alone = LEVELS[level].linear(activations, x, weight, scale, bias)
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         assert_as_reference(LEVELS[level], activations, x, weight, scale, bias)
         together = LEVELS[level].linear(activations, x, weight, scale, bias)
-    finally:
-        torch.set_num_threads(before)
     torch.testing.assert_close(together, alone, rtol=0, atol=0)
 
 
@@ -257,13 +254,10 @@ def test_any_shape_on_any_number_of_threads(level, activations, count, columns, 
 def test_threads_give_the_same_result(level, activations, count, rows):
     weight, scale, bias = layer(rows, 768)
     x = torch.randn(count, 768)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    results = []
+    for threads in (1, 2, 3):
+        with torch_threads(threads):
             results.append(level.linear(activations, x, weight, scale, bias))
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

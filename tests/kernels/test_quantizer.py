@@ -7,6 +7,7 @@ import torch
 
 import proxbit.kernels
 from latent_rows import FORMULAS, assert_last_digits, assert_weight_and_gradient, latent_of, number
+from proxbit.analysis.timing import torch_threads
 from proxbit.errors import PackedFormatError
 from proxbit.kernels.native import find_library, levels
 from proxbit.kernels.quantizer import FUNCTIONS, gradient_rows, quantize_rows
@@ -40,16 +41,13 @@ def test_weight_and_gradient(level, function, shape):
 @function
 def test_one_row_knows_nothing_of_the_others(level, function):
     """Whatever the threads, and however many rows there are: the same bits; NaN stays in its row."""
-    latent, grad, threads = latent_of((67, 1033)), torch.randn(67, 1033), torch.get_num_threads()
+    latent, grad = latent_of((67, 1033)), torch.randn(67, 1033)
     latent[5, 7] = float("nan")
     found = []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
+    for count in (1, 3):
+        with torch_threads(count):
             weight, divisor, factor = quantize_rows(level, function, latent, number(3.0), "ls", None, None)
             found.append((weight, gradient_rows(level, function, latent, number(3.0), divisor, factor, grad)))
-    finally:
-        torch.set_num_threads(threads)
     rest = [i for i in range(67) if i != 5]
     for one, other in zip(*found, strict=True):
         assert torch.equal(one[rest], other[rest]) and bool(one[rest].isfinite().all())

@@ -37,7 +37,7 @@ def step(layer, x):
 @pytest.mark.parametrize("activations", FORMATS)
 def test_the_same_as_by_operators(activations, pair, hard, mu, monkeypatch):
     layer = layer_of(activations, pair)
-    layer.hard = hard
+    layer.hardened = hard
     layer.activation.mu.fill_(mu)
     x = torch.randn(*ROWS, COLUMNS)
     assert pass_of(layer, x, hard) is not None
