@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from proxbit.nn.surrogate import binarize_units, straight_through
+from proxbit.nn.surrogate import binarize_units, clip, straight_through
 from proxbit.quantizers import get_pair
 
 
@@ -30,3 +30,12 @@ def test_values_of_one_and_the_gradient_of_the_other():
     assert torch.equal(made, (3 * x.detach()).round())
     made.backward(grad)
     assert torch.equal(x.grad, 3 * grad)
+
+
+def test_what_is_clipped_has_no_gradient_and_the_bounds_have_one():
+    """Whatever `Tensor.clamp` of this torch does there."""
+    x = torch.tensor([-3.0, -2.0, -1.0, 4.0, 5.0, 6.0, torch.inf, torch.nan], requires_grad=True)
+    made = clip(x, -2, 5)
+    made.backward(torch.full_like(x, 3.0))
+    assert made[:-1].tolist() == [-2, -2, -1, 4, 5, 5, 5] and bool(made[-1].isnan())
+    assert x.grad.tolist() == [0, 3, 3, 3, 3, 0, 0, 0]

@@ -81,7 +81,12 @@ def environment() -> Environment:
     path = find_library([str(Path(folder)) for folder in kernels.__path__])
     python = platform.python_version()
     return Environment(
-        versions={name: version(name) for name in ("proxbit", "torch", "transformers")} | {"python": python},
+        versions={
+            "proxbit": version("proxbit"),
+            "torch": torch.__version__,  # with the build
+            "transformers": version("transformers"),
+            "python": python,
+        },
         cpu=cpu_model(),
         cores=_cores(),
         threads=torch.get_num_threads(),

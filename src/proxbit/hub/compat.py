@@ -102,7 +102,7 @@ def restore_outlines(model: nn.Module, wanted: dict[str, tuple[torch.Size, torch
 def is_lost_process(error: BaseException) -> bool:
     """Whether a collective operation failed because another process has ended, or cannot be reached.
 
-    For gloo torch (2.10 to 2.13 at least) raises a plain RuntimeError, whose text names the file of gloo. To be deleted
+    For gloo torch (2.10 to 2.15 at least) raises a plain RuntimeError, whose text names the file of gloo. To be deleted
     once it raises a DistError.
     """
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))

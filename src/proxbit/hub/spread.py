@@ -32,7 +32,7 @@ def is_spread(model: nn.Module) -> bool:
 
 
 def _is_partitioned(parameter: Tensor) -> bool:
-    return is_deepspeed_available() and "ds_tensor" in vars(parameter)
+    return "ds_tensor" in vars(parameter)
 
 
 @contextmanager

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from proxbit.errors import ConfigError
+from proxbit.nn.surrogate import clip
 from proxbit.registry import Registry
 
 __all__ = ["ACCUMULATORS", "Accumulator"]
 
 
 def _saturate(sums: Tensor, half: int) -> Tensor:
-    return sums.clamp(-half, half - 1)
+    return clip(sums, -half, half - 1)
 
 
 def _wrap(sums: Tensor, half: int) -> Tensor:
@@ -79,4 +80,4 @@ class Accumulator:
 
     def penalty(self, sums: Tensor) -> Tensor:
         r"""By how much sums overflow on average: mean(max(|z| - h, 0)), 0-dimensional."""
-        return (sums.abs() - self.half).clamp(min=0).mean()
+        return (sums.abs() - self.half).relu().mean()

@@ -14,7 +14,7 @@ from proxbit.errors import ConfigError
 from proxbit.kernels import INT8, Levels, quantize_activations, round_activations, unpack_signs
 from proxbit.nn.activation_quantizer import ActivationQuantizer, Folded
 from proxbit.nn.learned import SMALLEST, lsq_scale
-from proxbit.nn.surrogate import binarize_units, straight_through
+from proxbit.nn.surrogate import binarize_units, clip, straight_through
 from proxbit.quantizers import QuantizerPair, compiled_functions
 from proxbit.sign import sign
 
@@ -81,7 +81,7 @@ class Int4Activation(ActivationQuantizer):
 
     def parts(self, x: Tensor, hard: bool = True) -> tuple[Tensor, Tensor]:
         step = self._step().to(torch.promote_types(x.dtype, torch.float32))
-        clipped = (x.to(step.dtype) / step).clamp(self.low, self.high)
+        clipped = clip(x.to(step.dtype) / step, self.low, self.high)
         return clipped + (clipped.round() - clipped).detach(), step
 
     def forward(self, x: Tensor, hard: bool = True) -> Tensor:

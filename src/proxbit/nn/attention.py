@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from proxbit.nn.activation_quantizer import DEFAULT_ACTIVATION_PAIR
 from proxbit.nn.blockwise import Blockwise, is_plain
 from proxbit.nn.probabilities import BinaryProbabilities, binarize_probabilities, even_share
-from proxbit.nn.surrogate import binarize_units, straight_through
+from proxbit.nn.surrogate import binarize_units, clip, straight_through
 from proxbit.quantizers import get_pair
 from proxbit.sign import reaches, sign
 
@@ -81,7 +81,7 @@ def _zero_or_one(probabilities: Tensor, learned: OfProbabilities) -> Codes:
     is_one = reaches(probabilities, share)
     # Units of an elastic quantizer whose upper level is twice the even share.
     size = (probabilities * is_one).sum(dim=-1, keepdim=True) / is_one.sum(dim=-1, keepdim=True).clamp(min=1)
-    return straight_through(is_one, (probabilities / (2 * share)).clamp(max=1)), size
+    return straight_through(is_one, clip(probabilities / (2 * share), 0, 1)), size
 
 
 def _of_every_row(tensor: Tensor, batch: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from proxbit.nn.activations import upper_level
 from proxbit.nn.learned import SMALLEST, Learned, lsq_scale
-from proxbit.nn.surrogate import straight_through
+from proxbit.nn.surrogate import clip, straight_through
 from proxbit.sign import reaches
 
 __all__ = ["BinaryProbabilities", "binarize_probabilities", "even_share"]
@@ -22,7 +22,7 @@ def even_share(probabilities: Tensor) -> Tensor:
 def binarize_probabilities(probabilities: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """`BinaryProbabilities` with this scale."""
     size = lsq_scale(scale, probabilities.shape[-1]).to(probabilities.dtype) * even_share(probabilities)
-    units = (probabilities / size).clamp(max=1)
+    units = clip(probabilities / size, 0, 1)
     return straight_through(reaches(probabilities, size.detach() / 2), units), size
 
 

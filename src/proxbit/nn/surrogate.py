@@ -1,4 +1,4 @@
-"""Levels with the gradient of something else, for activations and attention."""
+"""Levels with the gradient of something else, and what is clipped, for activations and attention."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from proxbit.quantizers import QuantizerPair
 
-__all__ = ["binarize_units", "straight_through"]
+__all__ = ["binarize_units", "clip", "straight_through"]
 
 
 class _Binarize(torch.autograd.Function):
@@ -61,4 +61,36 @@ def straight_through(values: Tensor, units: Tensor) -> Tensor:
         units: what they were made of, same shape.
     """
     result: Tensor = _StraightThrough.apply(values, units)
+    return result
+
+
+class _Clip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return grads[0].masked_fill(x != x.clamp(*ctx.bounds), 0), None, None
+
+
+def clip(x: Tensor, low: float, high: float) -> Tensor:
+    r"""What lies between two bounds, and the bounds.
+
+    Formula:
+        min(max(x, low), high);   backward: 1 where low \le x \le high, else 0. Of `Tensor.clamp` it is 0 at the bounds
+        themselves from torch 2.14 on, and activations of few bits are often just there.
+
+    Args:
+        x: any shape, floating point; NaN stays, with the gradient 0.
+        low: the lower bound.
+        high: the upper one.
+
+    Returns:
+        Same shape and dtype as `x`.
+    """
+    result: Tensor = _Clip.apply(x, low, high)
     return result
