@@ -6,10 +6,12 @@
 
     accelerate launch examples/imagenet.py --model facebook/deit-small-patch16-224 --recipe w1a32        # 100 epochs
     accelerate launch examples/imagenet.py --model facebook/deit-tiny-patch16-224 --from-scratch         # 300 epochs
+    accelerate launch examples/imagenet.py --resume ...     # what was stopped goes on, with the other options as before
     python examples/imagenet.py --smoke                     # two steps on made pictures: does it run?
 
 The pictures are streamed from the Hub (`--dataset`, which asks for a token where it is gated); nothing is kept on disk.
-The teacher is the model itself, float. Evaluated, packed and saved at the end is a moving average of the weights.
+The teacher is the model itself, float. Evaluated, packed and saved at the end is a moving average of the weights. What
+is resumed sees the pictures in another order than what was never stopped: to skip them, they would have to be read.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Image, IterableDataset, load_dataset
 from PIL import Image as Pictures
+from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import (
     AutoImageProcessor,
@@ -31,6 +34,7 @@ from transformers import (
     TrainerCallback,
     ViTImageProcessorPil,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 import proxbit
 from proxbit.training.metrics import classification_metrics
@@ -39,14 +43,35 @@ TRAIN_PICTURES = 1_281_167
 
 
 class MovingAverage(TrainerCallback):
-    """Keeps a moving average of the parameters, latents among them, and gives it to the model at the end."""
+    """Keeps a moving average of the parameters, latents among them, and gives it to the model at the end.
 
-    def __init__(self, model: torch.nn.Module, decay: float) -> None:
-        self.model = model
+    With each checkpoint it is saved in `folder`, before that: a complete checkpoint has its average.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float, folder: Path) -> None:
+        self.model, self.folder = model, folder
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def file(self, step: int) -> Path:
+        return self.folder / f"average-{step}.safetensors"
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step:
+            self.average.load_state_dict(load_file(self.file(state.global_step)))
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.average.update_parameters(self.model)
+        if control.should_save and state.is_world_process_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part = self.folder / "average.part"
+            save_file(self.average.state_dict(), part)
+            part.rename(self.file(state.global_step))
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            kept = {self.file(int(folder.name.split("-")[1])) for folder in self.folder.glob("checkpoint-*")}
+            for file in set(self.folder.glob("average-*.safetensors")) - kept:
+                file.unlink()
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         with torch.no_grad():
@@ -120,6 +145,7 @@ def main() -> None:
         "--learning-rate", type=float, help="for 512 pictures a step; default: 3e-4, or 5e-4 from scratch"
     )
     parser.add_argument("--ema", type=float, default=0.9999, help="decay of the moving average of the weights")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--smoke", action="store_true", help="two steps on made pictures: does it run?")
     parser.add_argument("--out", type=Path, default=Path("runs/imagenet"))
     options = parser.parse_args()
@@ -143,8 +169,9 @@ def main() -> None:
         bf16=torch.cuda.is_available(),
         dataloader_num_workers=0 if options.smoke else 8,
         remove_unused_columns=False,
-        save_strategy="no" if options.smoke else "steps",
-        save_steps=5000,
+        save_steps=1 if options.smoke else 5000,
+        save_total_limit=2,
+        ignore_data_skip=True,
         logging_steps=1 if options.smoke else 100,
         label_smoothing_factor=0.1,
         report_to="none",
@@ -155,7 +182,9 @@ def main() -> None:
     arguments.max_steps = steps
     arguments.warmup_steps = 0 if options.smoke else 5 * steps // epochs
     arguments.learning_rate = rate * pictures_a_step / 512
-    train = load(options, "train").shuffle(seed=0, buffer_size=8 if options.smoke else 10_000)
+    last = get_last_checkpoint(options.out) if options.resume and options.out.is_dir() else None
+    order = int(last.rsplit("-", 1)[1]) if last else 0  # not the first pictures once more
+    train = load(options, "train").shuffle(seed=order, buffer_size=8 if options.smoke else 10_000)
     test = load(options, "validation")
     make = partial(prepare, processor=processor, side=side)
     trainer = proxbit.ProxConnectTrainer(
@@ -166,8 +195,8 @@ def main() -> None:
         eval_dataset=test.map(partial(make, training=False), batched=True, remove_columns=["image", "label"]),
         compute_metrics=classification_metrics,
     )
-    trainer.add_callback(MovingAverage(trainer.model, options.ema))
-    trainer.train()
+    trainer.add_callback(MovingAverage(trainer.model, options.ema, options.out))
+    trainer.train(resume_from_checkpoint=options.resume or None)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         proxbit.pack(trainer.model).save_pretrained(options.out / "packed")

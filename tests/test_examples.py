@@ -1,11 +1,14 @@
 """Every example runs, in the small version it offers, and tells what it promises."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RELEASE = "solar-cells-pvtv2-1bit"
@@ -61,6 +64,18 @@ def test_imagenet_runs_on_made_pictures(tmp_path):
     assert "accuracy of the packed model" in done.stdout
     config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     assert (config["state"], config["activations"]) == ("packed", "int8")
+    # Stopped after the first step, it goes on from there, with its average.
+    shutil.rmtree(tmp_path / "packed")
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    (tmp_path / "average-2.safetensors").unlink()
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "checkpoint-2").is_dir() and (tmp_path / "packed").is_dir()
+    assert sorted(file.name for file in tmp_path.glob("average*")) == [f"average-{n}.safetensors" for n in (1, 2)]
+    averages = [load_file(tmp_path / f"average-{n}.safetensors") for n in (1, 2)]
+    assert [int(average["n_averaged"]) for average in averages] == [1, 2]
+    packed, name = load_file(tmp_path / "packed" / "model.safetensors"), "classifier.weight"
+    torch.testing.assert_close(packed[name], averages[1][f"module.{name}"])
 
 
 def test_digits_writes_what_the_demo_holds(tmp_path):
