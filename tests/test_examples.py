@@ -1,6 +1,7 @@
 """Every example runs, in the small version it offers, and tells what it promises."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -64,11 +65,13 @@ def test_imagenet_runs_on_made_pictures(tmp_path):
     assert "accuracy of the packed model" in done.stdout
     config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     assert (config["state"], config["activations"]) == ("packed", "int8")
-    # Stopped after the first step, it goes on from there, with its average.
+    # Stopped after the first step, it goes on from there with its average, in two processes that share the stream.
     shutil.rmtree(tmp_path / "packed")
     shutil.rmtree(tmp_path / "checkpoint-2")
     (tmp_path / "average-2.safetensors").unlink()
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command[1:]]
+    on_cpus = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*two, "--resume"], env=on_cpus, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "checkpoint-2").is_dir() and (tmp_path / "packed").is_dir()
     assert sorted(file.name for file in tmp_path.glob("average*")) == [f"average-{n}.safetensors" for n in (1, 2)]

@@ -101,8 +101,16 @@ def test_random_numbers_stay_as_they_are(crops):
 
 
 class Stream(IterableDataset):
+    """As long as it says, if that is a number."""
+
+    def __init__(self, length):
+        self.length = length
+
     def __iter__(self):
         return iter(())
+
+    def __len__(self):
+        return len(self.length)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +132,11 @@ def test_what_is_no_classification_of_pictures_has_none(crops, change):
     predictions, given = change(logits, labels)
     result = EvalLoopOutput(predictions=predictions, label_ids=given, metrics={}, num_samples=COUNT)
     assert choose(loader(crops(COUNT, 8)), result, {}) is None
-    assert choose(DataLoader(Stream()), output(logits, labels), {}) is None
+
+
+@pytest.mark.parametrize("length", [range(COUNT), None], ids=["long", "endless"])
+def test_of_a_stream_no_example_can_be_asked_for_again(length):
+    assert choose(DataLoader(Stream(length)), output(*logits_and_labels()), {}) is None
 
 
 def test_examples_without_pictures_have_none():

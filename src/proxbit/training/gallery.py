@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -71,7 +71,8 @@ def choose(dataloader: DataLoader[Any], output: EvalLoopOutput, names: dict[int,
         return None
     if labels.dtype.kind not in "iu" or not len(labels) or not 0 <= labels.min() <= labels.max() < scores.shape[1]:
         return None
-    if not isinstance(dataloader.dataset, Sized) or len(dataloader.dataset) != len(scores):
+    examples = dataloader.dataset
+    if isinstance(examples, IterableDataset) or not isinstance(examples, Sized) or len(examples) != len(scores):
         return None
     logits, target = torch.from_numpy(scores).float(), torch.from_numpy(labels).long()
     best, prediction = logits.max(1)
