@@ -302,13 +302,13 @@ def points(values: list[float]) -> str:
 Accuracies = dict[tuple[str, str], dict[tuple[int, int], float]]
 
 
-def by_row(results: dict[Run, dict[str, Any]], task: str) -> Accuracies:
+def by_row(results: dict[Run, dict[str, Any]], task: str, value: str = "accuracy") -> Accuracies:
     """Of a task: by method and column, the accuracies by fold and seed. What has no column is in all of them."""
     found: Accuracies = {}
     for each, row in results.items():
         for column in COLUMNS if each.column == NONE else (each.column,):
-            if each.task == task:
-                found.setdefault((each.method, column), {})[each.fold, each.seed] = row["accuracy"]
+            if each.task == task and value in row:
+                found.setdefault((each.method, column), {})[each.fold, each.seed] = row[value]
     return found
 
 
@@ -318,16 +318,17 @@ def differences(left: dict[tuple[int, int], float], right: dict[tuple[int, int],
 
 
 def tables(results: dict[Run, dict[str, Any]]) -> list[str]:
-    """Two tables a task: accuracy, and points lost against float training of the same length; differences to BEST."""
+    """Tables of a task: accuracy, and points lost against float training of the same length; differences to BEST; what
+    hardening costs."""
     lines: list[str] = []
     for key, task in TASKS.items():
-        found = by_row(results, key)
+        found, soft = by_row(results, key), by_row(results, key, "soft")
         columns = [c for c in COLUMNS if any(e.column == c and e.task == key for e in results)]
         if not columns:
             continue
-        rows, versus = [], []
+        rows, versus, hardening = [], [], []
         for method in (FLOAT, LONGER, SIGN, *METHODS):
-            cells, gaps = [], []
+            cells, gaps, costs = [], [], []
             for column in columns:
                 here, base = found.get((method, column), {}), found.get((LONGER, column), {})
                 lost = differences(base, here)
@@ -335,12 +336,18 @@ def tables(results: dict[Run, dict[str, Any]]) -> list[str]:
                 cells.append(f"{mean} ({points(lost)}; {len(lost)})" if lost else "")
                 gap = differences(here, found.get((BEST, column), {})) if method != BEST else []
                 gaps.append(f"{points(gap)} ({len(gap)})" if gap else "")
+                cost = differences(soft.get((method, column), {}), here)
+                costs.append(f"{points(cost)} ({len(cost)})" if any(cost) else "")
             name = f"`{method}`" if method in METHODS else method
             rows += [[name, *cells]] if any(cells) else []
             versus += [[name, *gaps]] if any(gaps) and method in METHODS else []
+            hardening += [[name, *costs]] if any(costs) else []
         lines += [f"## {task.title}", "", *table(["", *columns], rows)]
         if versus:
             lines += [f"Points of accuracy more than `{BEST}`, paired:", "", *table(["", *columns], versus)]
+        if hardening:
+            title = "Points that the model as it trained, with soft F, has more than as it ships, paired:"
+            lines += [title, "", *table(["", *columns], hardening)]
     return lines
 
 

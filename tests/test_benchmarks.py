@@ -109,6 +109,17 @@ def test_differences_and_goals_are_paired_too(script):
     assert "| Digits, width 16, W1A32 | 2.5 | 3.0 ± 2.0 (2) | **missed** |" in page
 
 
+def test_what_hardening_costs_is_that_of_each_run(script):
+    """Pairs that are hard all along have no such row."""
+    accuracy = script("accuracy")
+    results = {}
+    for fold, (soft, hard) in enumerate([(0.95, 0.94), (0.93, 0.90)]):
+        results[accuracy.Run("digits-16", "bnn++", "W1A32", fold, 0)] = {"accuracy": hard, "soft": soft}
+        results[accuracy.Run("digits-16", "bc", "W1A32", fold, 0)] = {"accuracy": hard, "soft": hard}
+    table = "\n".join(accuracy.tables(results)).split("as it ships")[1]
+    assert "| `bnn++` | 2.0 ± 1.0 (2) |" in table and "`bc`" not in table
+
+
 def test_runs_that_are_finished_are_not_done_again(script, tmp_path):
     accuracy = script("accuracy")
     run = accuracy.Run("digits-16", "bc", "W1A1", 3, 1)
