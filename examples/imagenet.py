@@ -45,32 +45,35 @@ TRAIN_PICTURES = 1_281_167
 class MovingAverage(TrainerCallback):
     """Keeps a moving average of the parameters, latents among them, and gives it to the model at the end.
 
-    With each checkpoint it is saved in `folder`, before that: a complete checkpoint has its average.
+    With each checkpoint it is saved beside it, before that: a complete checkpoint has its average.
     """
 
-    def __init__(self, model: torch.nn.Module, decay: float, folder: Path) -> None:
-        self.model, self.folder = model, folder
+    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+        self.model = model
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
-    def file(self, step: int) -> Path:
-        return self.folder / f"average-{step}.safetensors"
+    @staticmethod
+    def file(args, step: int) -> Path:
+        return Path(args.output_dir) / f"average-{step}.safetensors"
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step:
-            self.average.load_state_dict(load_file(self.file(state.global_step)))
+            self.average.load_state_dict(load_file(self.file(args, state.global_step)))
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.average.update_parameters(self.model)
         if control.should_save and state.is_world_process_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part = self.folder / "average.part"
+            file = self.file(args, state.global_step)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(".part")
             save_file(self.average.state_dict(), part)
-            part.rename(self.file(state.global_step))
+            part.rename(file)
 
     def on_save(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
-            kept = {self.file(int(folder.name.split("-")[1])) for folder in self.folder.glob("checkpoint-*")}
-            for file in set(self.folder.glob("average-*.safetensors")) - kept:
+            folder = Path(args.output_dir)
+            kept = {self.file(args, int(each.name.split("-")[1])) for each in folder.glob("checkpoint-*")}
+            for file in set(folder.glob("average-*")) - kept:
                 file.unlink()
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
@@ -195,7 +198,7 @@ def main() -> None:
         eval_dataset=test.map(partial(make, training=False), batched=True, remove_columns=["image", "label"]),
         compute_metrics=classification_metrics,
     )
-    trainer.add_callback(MovingAverage(trainer.model, options.ema, options.out))
+    trainer.add_callback(MovingAverage(trainer.model, options.ema))
     trainer.train(resume_from_checkpoint=options.resume or None)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
