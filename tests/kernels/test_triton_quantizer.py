@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latent_rows import assert_last_digits, assert_weight_and_gradient, latent_of, number
-from proxbit.kernels import latent_kernels, quantizer, triton_linear, triton_quantizer
+from proxbit.kernels import latent_kernels, latents, quantizer, triton_linear, triton_quantizer
 from proxbit.kernels.quantizer import FUNCTIONS
 from proxbit.quantizers import get_pair, quantize
 from triton_interpreter import assembly, interpreter_process
@@ -88,7 +88,7 @@ def test_they_are_used_on_a_gpu_only(monkeypatch):
     monkeypatch.setattr(triton_quantizer, "quantize_rows", lambda *given: calls.append(given[0]) or given[1:2] * 3)
     quantize(latent, mu, get_pair("bnn++"))
     assert calls == ["sign-swish"]
-    monkeypatch.setattr(quantizer, "triton_quantizer", None)
+    monkeypatch.setattr(latents, "triton_quantizer", None)
     assert latent_kernels(latent).quantize.func is quantizer.quantize_rows
 
 

@@ -9,7 +9,9 @@ import torch
 from pair_formulas import ROWS, swish, swish_slope, units, weight_and_gradient
 from pair_formulas import plus_minus as signs
 from proxbit import blocks
+from proxbit.kernels import native
 from proxbit.quantizers import PAIRS, autograd, compose, get_pair, hard_rows, quantize
+from proxbit.quantizers.compiled import compiled_functions
 from proxbit.quantizers.proximal import BINARYRELAX, IDENTITY
 from proxbit.quantizers.transforms import SIGN_SWISH
 
@@ -282,7 +284,8 @@ def test_own_pair_without_gradients():
 
 @pytest.mark.parametrize("name", ["bc", "pc", "bnn+", "bnn++", "fda++", "reste"])
 def test_compiles_whole_and_once_for_every_mu(name):
-    """One graph, the eager numbers, and no second compilation when mu moves; a change of dtype would need one."""
+    """One graph, the eager numbers, and no second compilation when mu moves; a change of dtype would need one. What the
+    kernels know is the same to the last bit."""
     torch.compiler.reset()
     pair, lowest = get_pair(name), MU[name]
     compiled = torch.compile(lambda w, mu: quantize(w, mu, pair), fullgraph=True, backend="aot_eager")
@@ -296,6 +299,7 @@ def test_compiles_whole_and_once_for_every_mu(name):
             latent.grad = None
             compiled(latent, mu).square().sum().backward()
             quantize(twin, mu, pair).square().sum().backward()
-            torch.testing.assert_close(latent.grad, twin.grad)
+            is_known = native() is not None and compiled_functions(pair) is not None
+            torch.testing.assert_close(latent.grad, twin.grad, **({"rtol": 0, "atol": 0} if is_known else {}))
         with pytest.raises(RuntimeError, match="recompil"):
             compiled(latent.double(), mu)

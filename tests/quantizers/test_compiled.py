@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pair_formulas import ROWS
-from proxbit.kernels import pack_signs, quantizer, unpack_signs
+from proxbit.kernels import latents, pack_signs, quantizer, unpack_signs
 from proxbit.quantizers import PAIRS, compiled, compose, get_pair, hard_rows, heuristic, quantize
 from proxbit.quantizers.proximal import IDENTITY
 from proxbit.quantizers.transforms import SIGN_SWISH, sign_swish, sign_swish_derivative
@@ -77,15 +77,15 @@ def test_what_is_packed_is_the_hard_weight_to_the_last_bit(modes):
 
 
 def test_a_centred_weight_and_a_recorded_gradient_are_left_to_the_operators(monkeypatch):
-    """As are other dtypes, other memory formats and what a compiler looks at: their tests are those of `quantize`."""
+    """As are other dtypes and other memory formats: their tests are those of `quantize`."""
 
     def fail(*args):
         raise AssertionError("the kernels ran")
 
     latent, grad, mu = latent_of(4, 6), torch.randn(4, 6), torch.tensor(1.3)
     weight = quantize(latent, mu, get_pair("bnn++"))
-    monkeypatch.setattr(quantizer, "quantize_rows", fail)
-    monkeypatch.setattr(quantizer, "gradient_rows", fail)
+    monkeypatch.setattr(latents, "quantize_rows", fail)
+    monkeypatch.setattr(latents, "gradient_rows", fail)
     torch.autograd.grad(weight, latent, grad, create_graph=True)
     for center in ("remove", "restore"):
         run(latent, get_pair("bnn++"), 1.3, grad, center=center)

@@ -2,6 +2,7 @@
 
 from proxbit.kernels.activations import INT8, Levels, level_gradient, level_values
 from proxbit.kernels.decompositions import decompositions
+from proxbit.kernels.latents import latent_kernels
 from proxbit.kernels.native import FORMATS, Native, native, native_for, version_of
 from proxbit.kernels.ops import (
     linear_kernel,
@@ -13,7 +14,6 @@ from proxbit.kernels.ops import (
     unpack_signs,
     unpack_weight,
 )
-from proxbit.kernels.quantizer import latent_kernels
 from proxbit.kernels.reference import Norm, quantize_activations
 
 __all__ = [

@@ -1,22 +1,14 @@
 """Forward and backward quantizers of latent weights, compiled: all that is done to a weight in one pass over it."""
 
 import struct
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from proxbit.errors import PackedFormatError
-from proxbit.kernels.native import Native, address_of, is_recorded, mu_of, native_for, parallel_for, whole
+from proxbit.kernels.native import Native, address_of, mu_of, parallel_for, whole
 
-try:
-    from proxbit.kernels import triton_quantizer
-except ImportError:  # Triton is optional: without it torch's operators run on CUDA.
-    triton_quantizer = None  # type: ignore[assignment]
-
-__all__ = ["FUNCTIONS", "LatentKernels", "gradient_rows", "latent_kernels", "quantize_rows"]
+__all__ = ["FUNCTIONS", "gradient_rows", "quantize_rows"]
 
 # The enum proxbit_function of csrc/proxbit.h, where their formulas are.
 FUNCTIONS = (
@@ -32,28 +24,6 @@ FUNCTIONS = (
     "sign-swish slope",
 )
 _CALL = struct.Struct("13q")  # proxbit_quantizer_call
-
-
-class LatentKernels(NamedTuple):
-    """What works on a latent weight where it is.
-
-    Attributes:
-        quantize: `quantize_rows` without a level.
-        gradient: `gradient_rows` without a level.
-    """
-
-    quantize: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    gradient: Callable[..., Tensor]
-
-
-def latent_kernels(latent: Tensor) -> LatentKernels | None:
-    """The kernels for a latent weight, `[rows, columns]`; None where torch's operators must do it."""
-    if is_recorded():
-        return None
-    if triton_quantizer is not None and triton_quantizer.takes(latent):
-        return LatentKernels(triton_quantizer.quantize_rows, triton_quantizer.gradient_rows)
-    level = native_for(latent)
-    return None if level is None else LatentKernels(partial(quantize_rows, level), partial(gradient_rows, level))
 
 
 def quantize_rows(
