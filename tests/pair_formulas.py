@@ -69,14 +69,19 @@ def half_period(w, mu):
     return np.minimum(math.pi, np.maximum(-math.pi, w))
 
 
+def shares(mu):
+    """Of each term; a term comes little by little."""
+    return np.clip(mu + 1 - np.arange(32), 0, 1)
+
+
 def series(w, mu):
     w = half_period(w, mu)
-    return 4 / math.pi * sum(np.sin((2 * i + 1) * w / 2) / (2 * i + 1) for i in range(int(mu) + 1))
+    return 4 / math.pi * sum(a * np.sin((2 * i + 1) * w / 2) / (2 * i + 1) for i, a in enumerate(shares(mu)))
 
 
 def series_slope(w, mu):
     w = half_period(w, mu)
-    return 2 / math.pi * sum(np.cos((2 * i + 1) * w / 2) for i in range(int(mu) + 1))
+    return 2 / math.pi * sum(a * np.cos((2 * i + 1) * w / 2) for i, a in enumerate(shares(mu)))
 
 
 def rectified(w, mu):

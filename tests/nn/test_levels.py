@@ -71,7 +71,7 @@ def test_where_the_operators_are_used():
         assert pass_of(sign, rows) is None
     assert pass_of(layer_of("sign", dtype=torch.bfloat16), x) is None
     assert pass_of(layer_of("float"), x) is None
-    assert pass_of(layer_of("sign", "ede"), x) is None
+    assert pass_of(layer_of("sign", "dsq"), x) is None
 
 
 @pytest.mark.parametrize("frozen", ["threshold", "scale", "input"])

@@ -16,8 +16,9 @@ from proxbit.quantizers.transforms import SIGN_SWISH, sign_swish, sign_swish_der
 
 MU = {name: row[4][-1] for name, row in ROWS.items()}
 # What the kernels know of each pair: F and B.
-BOTH = {"bc", "dorefa", "bnn", "xnor", "parq", "md-tanh", "tanh", "bireal", "bireal++", "bnn+", "bnn++"}
-FORWARD = {"ede", "fda", "reste", "dsq", "adabin"}
+BOTH = {"bc", "dorefa", "bnn", "xnor", "adabin", "parq", "md-tanh", "tanh", "bireal", "bireal++", "bnn+", "bnn++"}
+BOTH |= {"ede", "ede++", "fda", "fda++"}
+FORWARD = {"reste", "dsq"}
 BACKWARD = {"fp", "pc", "proxquant", "rpc", "binaryrelax"}
 MODES = [
     {"normalize": normalize, "scale": scale}
@@ -64,7 +65,8 @@ def test_the_numbers_of_the_operators(name, modes, hard, monkeypatch):
             theirs = run(latent, get_pair(name), MU[name], grad, hard=hard, **modes)
         for one, other in zip(ours, theirs, strict=True):
             assert one.shape == shape
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6 * float(other.abs().max()))
+            near = 2e-5 if "fda" in name else 2e-6  # 32 terms, rounded one by one.
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=near * float(other.abs().max()))
 
 
 @pytest.mark.parametrize("modes", MODES, ids=lambda modes: "-".join(modes.values()))

@@ -22,6 +22,10 @@ FUNCTIONS = (
     "tanh slope",
     "sign-swish",
     "sign-swish slope",
+    "decay",
+    "decay slope",
+    "series",
+    "series slope",
 )
 _CALL = struct.Struct("13q")  # proxbit_quantizer_call
 

@@ -31,6 +31,55 @@ def _logistic(size: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
 
 
 @triton.jit
+def _series(u: tl.tensor, mu: tl.tensor, OF_SLOPE: tl.constexpr) -> tl.tensor:
+    """Clenshaw's sum in the form of Reinsch, see csrc/quantizer.h."""
+    size = tl.abs(u)
+    y = 0.5 * tl.where(size > 3.14159265, 3.14159265, size)
+    far = y > 0.785398163
+    s = tl.sin(tl.where(far, 1.57079637 - y, y))
+    c = -4.0 * s * s
+    b = tl.zeros(u.shape, tl.float32)
+    d = tl.zeros(u.shape, tl.float32)
+    for i in tl.static_range(32):
+        share = mu + (i - 30)
+        share = tl.where(share < 0.0, 0.0, tl.where(share > 1.0, 1.0, share))
+        if not OF_SLOPE:
+            share /= 63 - 2 * i
+        d = c * b + (d + (tl.where(far, -share, share) if i % 2 == 0 else share))
+        b += d
+    sines = s * (2.0 * b - d)
+    cosines = tl.sqrt(1.0 + 0.25 * c) * d
+    if OF_SLOPE:
+        return 0.636619772 * tl.where(far, sines, cosines)
+    else:
+        sum = 1.27323954 * tl.where(far, cosines, sines)
+        return tl.where(u < 0.0, -sum, sum)
+
+
+@triton.jit
+def _smooth_value(u: tl.tensor, mu: tl.tensor, FUNCTION: tl.constexpr) -> tl.tensor:
+    x = mu * u
+    if FUNCTION == "tanh" or FUNCTION == "decay":
+        _, t, _ = _logistic(2.0 * tl.abs(x))
+        gain = tl.where(mu < 1.0, 1.0 / mu, 1.0) if FUNCTION == "decay" else 1.0
+        return tl.where(x < 0.0, -t, t) * gain
+    elif FUNCTION == "tanh slope" or FUNCTION == "decay slope":
+        _, _, c = _logistic(2.0 * tl.abs(x))
+        gain = tl.where(mu < 1.0, 1.0 / mu, 1.0) if FUNCTION == "decay slope" else 1.0
+        return 4.0 * mu * c * gain
+    elif FUNCTION == "sign-swish":
+        a, t, c = _logistic(tl.abs(x))
+        value = t + 2.0 * a * c
+        return tl.where(x < 0.0, -value, value)
+    elif FUNCTION == "sign-swish slope":
+        a, t, c = _logistic(tl.abs(x))
+        return 2.0 * mu * c * (2.0 - a * t)
+    else:
+        tl.static_assert(FUNCTION == "series" or FUNCTION == "series slope", "a function without a formula")
+        return _series(u, mu, FUNCTION == "series slope")
+
+
+@triton.jit
 def _value(w: tl.tensor, divisor: tl.tensor, mu: tl.tensor, FUNCTION: tl.constexpr) -> tl.tensor:
     """F_mu(w / divisor) or B_mu(w / divisor)."""
     u = w / divisor
@@ -49,20 +98,8 @@ def _value(w: tl.tensor, divisor: tl.tensor, mu: tl.tensor, FUNCTION: tl.constex
     elif FUNCTION == "polynomial slope":
         left = 2.0 - 2.0 * tl.abs(x)
         return tl.where(left < 0.0, 0.0, left) * mu
-    elif FUNCTION == "tanh":
-        _, t, _ = _logistic(2.0 * tl.abs(x))
-        return tl.where(x < 0.0, -t, t)
-    elif FUNCTION == "tanh slope":
-        _, _, c = _logistic(2.0 * tl.abs(x))
-        return 4.0 * mu * c
-    elif FUNCTION == "sign-swish":
-        a, t, c = _logistic(tl.abs(x))
-        value = t + 2.0 * a * c
-        return tl.where(x < 0.0, -value, value)
     else:
-        tl.static_assert(FUNCTION == "sign-swish slope", "a function without a formula")
-        a, t, c = _logistic(tl.abs(x))
-        return 2.0 * mu * c * (2.0 - a * t)
+        return _smooth_value(u, mu, FUNCTION)
 
 
 @triton.jit

@@ -42,6 +42,11 @@ _KNOWN = {
         ("bnn+", "backward", "sign-swish slope"),
         ("bnn++", "forward", "sign-swish"),
         ("bnn++", "backward", "sign-swish slope"),
+        ("ede++", "forward", "decay"),
+        ("ede++", "backward", "decay slope"),
+        ("fda", "backward", "series slope"),
+        ("fda++", "forward", "series"),
+        ("fda++", "backward", "series slope"),
     )
 }
 

@@ -87,7 +87,11 @@ enum proxbit_function {
     PROXBIT_TANH_SLOPE = 7,        /* mu (1 - tanh(mu u)^2) */
     PROXBIT_SIGN_SWISH = 8,        /* t + h (1 - t^2), h = mu u / 2, t = tanh(h) */
     PROXBIT_SIGN_SWISH_SLOPE = 9,  /* mu (1 - t^2) (1 - h t) */
-    PROXBIT_FUNCTIONS = 10,
+    PROXBIT_DECAY = 10,            /* k tanh(mu u), k = max(1 / mu, 1) */
+    PROXBIT_DECAY_SLOPE = 11,      /* k mu (1 - tanh(mu u)^2) */
+    PROXBIT_SERIES = 12,           /* 4 / pi times the sum of a_i sin((2 i + 1) y) / (2 i + 1), */
+    PROXBIT_SERIES_SLOPE = 13,     /* 2 / pi times the sum of a_i cos((2 i + 1) y), over i = 0 .. 31, where */
+    PROXBIT_FUNCTIONS = 14,        /* y = min(max(u, -pi), pi) / 2 and a_i = min(max(mu + 1 - i, 0), 1) */
 };
 
 /* One call of proxbit_quantize: result[o, k] = factor[o] * f(u), u = latent[o, k] / divisor[o], or of proxbit_gradient:

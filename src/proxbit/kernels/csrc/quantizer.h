@@ -30,11 +30,16 @@ inline Logistic logistic(float a) {
     return {-less_one * inverse, multiply_add(power, rest, power) * inverse * inverse};
 }
 
+// sin(y) for |y| <= pi / 4.
+inline float sine(float y) {
+    return y * polynomial(y * y, 1.0f, -1.0f / 6, 1.0f / 120, -1.0f / 5040, 1.0f / 362880);
+}
+
 // Beyond 60 nothing changes any more. In this order NaN stays, here and below.
 inline float size_of(float x) { return std::min(std::fabs(x), 60.0f); }
 inline float bounded(float x) { return x > 1.0f ? 1.0f : (x < -1.0f ? -1.0f : x); }
 
-// F_mu(u) or B_mu(u), by the enum proxbit_function.
+// F_mu(u) or B_mu(u), by the enum proxbit_function, but for the series.
 template <int function>
 inline float value_of(float u, float mu) {
     if constexpr (function == PROXBIT_ONE) {
@@ -59,19 +64,74 @@ inline float value_of(float u, float mu) {
         const float a = size_of(mu * u);
         const Logistic of = logistic(a);
         return std::copysign(of.t + 2.0f * a * of.c, u);
-    } else {
-        static_assert(function == PROXBIT_SIGN_SWISH_SLOPE, "a function without a formula");
+    } else if constexpr (function == PROXBIT_SIGN_SWISH_SLOPE) {
         const float a = size_of(mu * u);
         const Logistic of = logistic(a);
         return 2.0f * mu * of.c * (2.0f - a * of.t);
+    } else if constexpr (function == PROXBIT_DECAY) {
+        return std::max(1.0f / mu, 1.0f) * value_of<PROXBIT_TANH>(u, mu);
+    } else {
+        static_assert(function == PROXBIT_DECAY_SLOPE, "a function without a formula");
+        return std::max(1.0f / mu, 1.0f) * value_of<PROXBIT_TANH_SLOPE>(u, mu);
+    }
+}
+
+// The two functions that are sums of sines and cosines, of some numbers at once, so that each term is a loop.
+constexpr int series_terms = 32, series_at_once = 64;
+
+// Clenshaw's sum of a_i sin((2 i + 1) z) and of cosines, in the form of Reinsch, which keeps its digits near zero: from
+// the last term down, d_i = a_i + d_(i+1) + c b_(i+1) and b_i = b_(i+1) + d_i, where c = -4 sin(z)^2. Beyond a quarter of
+// the circle z is counted from its other end, where sines and cosines change places, and every other term its sign.
+template <bool of_slope>
+void series(const float *a, float *__restrict u) {
+    constexpr float pi = 3.14159265f;
+    float s[series_at_once], c[series_at_once], b[series_at_once] = {}, d[series_at_once] = {}, odd[series_at_once];
+    for (int k = 0; k < series_at_once; ++k) {
+        const float size = std::fabs(u[k]), y = 0.5f * (size > pi ? pi : size);
+        odd[k] = y > pi / 4 ? -1.0f : 1.0f;
+        s[k] = sine(y > pi / 4 ? pi / 2 - y : y);
+        c[k] = -4.0f * s[k] * s[k];
+    }
+    for (int term = series_terms - 2; term >= 0; term -= 2) {
+        for (int k = 0; k < series_at_once; ++k) {
+            d[k] = multiply_add(c[k], b[k], multiply_add(odd[k], a[term + 1], d[k]));
+            b[k] += d[k];
+            d[k] = multiply_add(c[k], b[k], d[k] + a[term]);
+            b[k] += d[k];
+        }
+    }
+    for (int k = 0; k < series_at_once; ++k) {
+        const float sines = s[k] * (2.0f * b[k] - d[k]), cosines = std::sqrt(1.0f + 0.25f * c[k]) * d[k];
+        const float sum = (odd[k] > 0.0f) == of_slope ? cosines : sines;
+        u[k] = of_slope ? 2.0f / pi * sum : std::copysign(4.0f / pi * sum, u[k]);
+    }
+}
+
+template <bool of_slope>
+void apply_series(const float *w, int64_t count, float divisor, float mu, float *to) {
+    float a[series_terms];
+    for (int term = 0; term < series_terms; ++term) {
+        const float share = std::min(std::max(mu + static_cast<float>(1 - term), 0.0f), 1.0f);
+        a[term] = of_slope ? share : share / static_cast<float>(2 * term + 1);
+    }
+    for (int64_t first = 0; first < count; first += series_at_once) {
+        const int64_t some = std::min<int64_t>(series_at_once, count - first);
+        float u[series_at_once] = {};
+        for (int64_t k = 0; k < some; ++k) u[k] = w[first + k] / divisor;
+        series<of_slope>(a, u);
+        std::memcpy(to + first, u, some * sizeof(float));
     }
 }
 
 // to[k] = f(w[k] / divisor); the sign is that of w[k], whose quotient may underflow to zero.
 template <int function>
 void apply(const float *__restrict w, int64_t count, float divisor, float mu, float *__restrict to) {
-    for (int64_t k = 0; k < count; ++k) {
-        to[k] = value_of<function>(function == PROXBIT_SIGN ? w[k] : w[k] / divisor, mu);
+    if constexpr (function == PROXBIT_SERIES || function == PROXBIT_SERIES_SLOPE) {
+        apply_series<function == PROXBIT_SERIES_SLOPE>(w, count, divisor, mu, to);
+    } else {
+        for (int64_t k = 0; k < count; ++k) {
+            to[k] = value_of<function>(function == PROXBIT_SIGN ? w[k] : w[k] / divisor, mu);
+        }
     }
 }
 
