@@ -115,7 +115,7 @@ def test_what_is_exported_has_none(strict):
         ({"divisor": torch.ones(3, 1)}, r"\[4, 1\] in fp32, not \[3, 1\]"),
         ({"factor": torch.ones(4, 1).double()}, r"in fp32, not \[4, 1\] in torch.float64"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_bad_arguments(change, message):
     """An error, before the library sees an address."""
