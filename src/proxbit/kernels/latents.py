@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,9 +83,7 @@ def _quantize_rows(
 
 
 @_quantize_rows.register_fake
-def _(
-    function: str, latent: Tensor, mu: Tensor, scale: str, divisor: Tensor | None, factor: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(function: str, latent: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows = latent.shape[0]
     return latent.new_empty(latent.shape), latent.new_empty(rows, 1), latent.new_empty(rows, 1)
 
@@ -97,21 +95,13 @@ def _gradient_rows(function: str, latent: Tensor, mu: Tensor, divisor: Tensor, f
 
 
 @_gradient_rows.register_fake
-def _(function: str, latent: Tensor, mu: Tensor, divisor: Tensor, factor: Tensor, grad: Tensor) -> Tensor:
+def _(function: str, latent: Tensor, *others: Any) -> Tensor:
     return latent.new_empty(latent.shape)
 
 
-def _gradient(
-    function: str,
-    latent: Tensor,
-    mu: Tensor,
-    divisor: Tensor,
-    factor: Tensor,
-    grad: Tensor,
-    overwrite: bool = False,
-) -> Tensor:
+def _gradient(function: str, *tensors: Tensor, overwrite: bool) -> Tensor:
     """The operator; a compiler finds by itself what may lie in the place of what."""
-    result: Tensor = _gradient_rows(function, latent, mu, divisor, factor, grad)
+    result: Tensor = _gradient_rows(function, *tensors)
     return result
 
 

@@ -59,13 +59,12 @@ def _series(u: tl.tensor, mu: tl.tensor, OF_SLOPE: tl.constexpr) -> tl.tensor:
 @triton.jit
 def _smooth_value(u: tl.tensor, mu: tl.tensor, FUNCTION: tl.constexpr) -> tl.tensor:
     x = mu * u
+    gain = tl.where(mu < 1.0, 1.0 / mu, 1.0) if FUNCTION == "decay" or FUNCTION == "decay slope" else 1.0
     if FUNCTION == "tanh" or FUNCTION == "decay":
         _, t, _ = _logistic(2.0 * tl.abs(x))
-        gain = tl.where(mu < 1.0, 1.0 / mu, 1.0) if FUNCTION == "decay" else 1.0
         return tl.where(x < 0.0, -t, t) * gain
     elif FUNCTION == "tanh slope" or FUNCTION == "decay slope":
         _, _, c = _logistic(2.0 * tl.abs(x))
-        gain = tl.where(mu < 1.0, 1.0 / mu, 1.0) if FUNCTION == "decay slope" else 1.0
         return 4.0 * mu * c * gain
     elif FUNCTION == "sign-swish":
         a, t, c = _logistic(tl.abs(x))

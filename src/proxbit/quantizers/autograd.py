@@ -136,7 +136,7 @@ def _gradient(
     rows, grad = latent.flatten(1), grad.flatten(1)
     compiled = compiled_backward(pair, rows) if center == "none" and grad.dtype is rows.dtype else None
     if compiled is not None:
-        return compiled(rows, mu, divisor, factor, grad, overwrite).view_as(latent)
+        return compiled(rows, mu, divisor, factor, grad, overwrite=overwrite).view_as(latent)
     gain = factor / divisor
 
     def gradient(block: slice, out: Tensor | None) -> Tensor:

@@ -80,8 +80,8 @@ inline float value_of(float u, float mu) {
 constexpr int series_terms = 32, series_at_once = 64;
 
 // Clenshaw's sum of a_i sin((2 i + 1) z) and of cosines, in the form of Reinsch, which keeps its digits near zero: from
-// the last term down, d_i = a_i + d_(i+1) + c b_(i+1) and b_i = b_(i+1) + d_i, where c = -4 sin(z)^2. Beyond a quarter of
-// the circle z is counted from its other end, where sines and cosines change places, and every other term its sign.
+// the last term down, d_i = a_i + d_(i+1) + c b_(i+1) and b_i = b_(i+1) + d_i, where c = -4 sin(z)^2. Beyond y = pi / 4
+// z is pi / 2 - y, where sines and cosines change places, and every other term its sign.
 template <bool of_slope>
 void series(const float *a, float *__restrict u) {
     constexpr float pi = 3.14159265f;
