@@ -9,9 +9,9 @@ from latent_rows import FORMULAS, number
 from proxbit.analysis.timing import torch_threads
 from proxbit.errors import PackedFormatError
 from proxbit.kernels import quantize_activations
-from proxbit.kernels.activations import INT8, KINDS, Levels, level_gradient, level_values
+from proxbit.kernels.activations import INT8, Levels, level_gradient, level_values
+from proxbit.kernels.interface import FUNCTIONS, KINDS
 from proxbit.kernels.native import find_library, levels
-from proxbit.kernels.quantizer import FUNCTIONS
 
 LIBRARY = find_library(proxbit.kernels.__path__)
 LEVELS = levels(LIBRARY) if LIBRARY else {}

@@ -8,14 +8,14 @@ import torch
 
 from proxbit.errors import PackedFormatError
 from proxbit.kernels import Norm, linear_w1, linear_w1a1, linear_w1a8, native, reference
-from proxbit.kernels.native import FORMATS
+from proxbit.kernels.interface import FORMATS
 from proxbit.packing import pack_signs
 
 OPS = {"float": linear_w1, "int8": linear_w1a8, "sign": linear_w1a1}
 REFERENCE = {"float": reference.linear_w1, "int8": reference.linear_w1a8, "sign": reference.linear_w1a1}
 OP = torch.ops.proxbit
 ROWS, COLUMNS = 24, 36
-activations = pytest.mark.parametrize("activations", list(FORMATS))
+activations = pytest.mark.parametrize("activations", FORMATS)
 
 
 def layer(rows=ROWS, columns=COLUMNS):

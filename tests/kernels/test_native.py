@@ -18,7 +18,8 @@ import proxbit.kernels
 from proxbit.analysis.timing import torch_threads
 from proxbit.errors import ConfigError
 from proxbit.kernels import Norm, linear_w1, linear_w1a1, linear_w1a8, native, reference
-from proxbit.kernels.native import FORMATS, choose, find_library, is_plain, levels
+from proxbit.kernels.interface import FORMATS
+from proxbit.kernels.native import choose, find_library, is_plain, levels
 from proxbit.packing import pack_signs, unpack_signs
 
 LIBRARY = find_library(proxbit.kernels.__path__)
@@ -26,7 +27,7 @@ LEVELS = levels(LIBRARY) if LIBRARY else {}
 SIZES = [1, 7, 8, 9, 63, 64, 65, 191, 192, 193]
 REFERENCE = {"float": reference.linear_w1, "int8": reference.linear_w1a8, "sign": reference.linear_w1a1}
 level = pytest.mark.parametrize("level", LEVELS.values(), ids=list(LEVELS))
-activations = pytest.mark.parametrize("activations", list(FORMATS))
+activations = pytest.mark.parametrize("activations", FORMATS)
 
 
 def layer(rows, columns):
@@ -230,7 +231,7 @@ def test_packing_and_unpacking(level, dtype):
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     st.sampled_from(list(LEVELS)),
-    st.sampled_from(list(FORMATS)),
+    st.sampled_from(FORMATS),
     st.integers(0, 40),
     st.integers(1, 700),
     st.integers(1, 300),

@@ -9,8 +9,9 @@ import proxbit.kernels
 from latent_rows import FORMULAS, assert_last_digits, assert_weight_and_gradient, latent_of, number
 from proxbit.analysis.timing import torch_threads
 from proxbit.errors import PackedFormatError
+from proxbit.kernels.interface import FUNCTIONS
 from proxbit.kernels.native import find_library, levels
-from proxbit.kernels.quantizer import FUNCTIONS, gradient_rows, quantize_rows
+from proxbit.kernels.quantizer import gradient_rows, quantize_rows
 
 LIBRARY = find_library(proxbit.kernels.__path__)
 LEVELS = levels(LIBRARY) if LIBRARY else {}

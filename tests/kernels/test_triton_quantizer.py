@@ -7,7 +7,7 @@ import torch
 
 from latent_rows import assert_last_digits, assert_weight_and_gradient, latent_of, number
 from proxbit.kernels import latent_kernels, latents, quantizer, triton_linear, triton_quantizer
-from proxbit.kernels.quantizer import FUNCTIONS
+from proxbit.kernels.interface import FUNCTIONS
 from proxbit.quantizers import get_pair, quantize
 from triton_interpreter import assembly, interpreter_process
 

@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pair_formulas import ROWS
-from proxbit.kernels import latents, pack_signs, quantizer, unpack_signs
+from proxbit.kernels import interface, latents, pack_signs, unpack_signs
 from proxbit.quantizers import PAIRS, compiled, compose, get_pair, hard_rows, heuristic, quantize
 from proxbit.quantizers.proximal import IDENTITY
 from proxbit.quantizers.transforms import SIGN_SWISH, sign_swish, sign_swish_derivative
@@ -50,7 +50,7 @@ def test_which_sides_of_which_pairs_are_known(name):
     assert tuple(each is not None for each in known) == (name in BOTH | FORWARD, name in BOTH | BACKWARD)
     assert (compiled.compiled_forward(pair, True, rows) is not None) == pair.binary
     functions = compiled.compiled_functions(pair)
-    assert (functions is not None) == (name in BOTH) and set(functions or ()) <= set(quantizer.FUNCTIONS)
+    assert (functions is not None) == (name in BOTH) and set(functions or ()) <= set(interface.FUNCTIONS)
 
 
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])

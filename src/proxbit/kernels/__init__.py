@@ -2,8 +2,9 @@
 
 from proxbit.kernels.activations import INT8, Levels, level_gradient, level_values
 from proxbit.kernels.decompositions import decompositions
+from proxbit.kernels.interface import FORMATS
 from proxbit.kernels.latents import latent_kernels
-from proxbit.kernels.native import FORMATS, Native, native, native_for, version_of
+from proxbit.kernels.native import Native, native, native_for, version_of
 from proxbit.kernels.ops import (
     linear_kernel,
     linear_w1,

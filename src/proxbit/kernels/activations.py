@@ -1,29 +1,23 @@
 """Activations on levels in training, compiled: the values and the gradients of all that made them, in one pass."""
 
-import struct
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from proxbit.errors import PackedFormatError
+from proxbit.kernels.interface import ACTIVATIONS_CALL, FUNCTIONS, KINDS, PART_ROWS
 from proxbit.kernels.native import Native, address_of, mu_of, parallel_for, whole
-from proxbit.kernels.quantizer import FUNCTIONS
 
-__all__ = ["INT8", "KINDS", "Levels", "level_gradient", "level_values"]
-
-# The enum proxbit_kind of csrc/proxbit.h, where their formulas are.
-KINDS = ("int8", "grid", "signs", "zero or one")
-_PART_ROWS = 32  # PROXBIT_PART_ROWS
-_CALL = struct.Struct("16q")  # proxbit_activations_call
+__all__ = ["INT8", "Levels", "level_gradient", "level_values"]
 
 
 class Levels(NamedTuple):
     """What activations become.
 
     Attributes:
-        kind: one of `KINDS`.
-        forward: F of two levels, one of `FUNCTIONS`; None for the levels themselves.
+        kind: one of `interface.KINDS`.
+        forward: F of two levels, one of `interface.FUNCTIONS`; None for the levels themselves.
         backward: B of two levels, likewise.
         mu: sharpness of both, a 0-dimensional tensor.
         codes: the lowest and the highest of a grid.
@@ -85,7 +79,7 @@ def level_gradient(
     if scale is None:
         _call(level, levels, x, None, None, values, None, None)  # straight through
         return None, None
-    sums = torch.empty(-(-len(x) // _PART_ROWS), x.shape[1] + 1)
+    sums = torch.empty(-(-len(x) // PART_ROWS), x.shape[1] + 1)
     _call(level, levels, x, scale, threshold, values, grad, sums)
     total = sums.sum(0)
     return total[-1:], None if threshold is None else -total[:-1]
@@ -124,4 +118,5 @@ def _call(
     tensors = number, scale, threshold, x, values, grad, sums
     addresses = [address_of(each if each is None else whole(each)) for each in tensors]
     rows = x.numel() // columns
-    level.library.proxbit_activations(_CALL.pack(level.level, *kind, rows, columns, *addresses, parallel_for()))
+    call = ACTIVATIONS_CALL.pack(level.level, *kind, rows, columns, *addresses, parallel_for())
+    level.library.proxbit_activations(call)

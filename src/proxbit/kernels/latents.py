@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from proxbit.errors import PackedFormatError
+from proxbit.kernels.interface import FUNCTIONS
 from proxbit.kernels.native import Native, is_recorded, native, native_for
-from proxbit.kernels.quantizer import FUNCTIONS, gradient_rows, quantize_rows
+from proxbit.kernels.quantizer import gradient_rows, quantize_rows
 
 try:
     from proxbit.kernels import triton_quantizer

@@ -3,7 +3,6 @@
 import ctypes
 import math
 import os
-import struct
 import sys
 import warnings
 import weakref
@@ -18,11 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from proxbit.errors import ConfigError, PackedFormatError
+from proxbit.kernels.interface import FORMATS, LINEAR_CALL, open_library
 from proxbit.kernels.reference import Norm
 from proxbit.packing import packed_columns
 
 __all__ = [
-    "FORMATS",
     "Native",
     "address_of",
     "find_library",
@@ -37,14 +36,11 @@ __all__ = [
     "whole",
 ]
 
-# What activations are multiplied as: the enum proxbit_format of csrc/proxbit.h.
-FORMATS = {"float": 0, "int8": 1, "sign": 2}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 _LEVEL_VARIABLE = "PROXBIT_ISA"
 _REFERENCE = "reference"
 _IMPORTED_BY = os.getpid()
-_CALL = struct.Struct("18qd")  # proxbit_linear_call
 # Up to here sums of int8 values fit in the 32 bits that the kernels have for them.
 _MOST_INPUTS = 2**24
 
@@ -114,10 +110,10 @@ class Native:
         # Variables, so that what is converted lives as long as the call reads it.
         scales, bias, levels = _as_floats(scale), _as_floats(bias), _as_floats(levels)
         norm_weight, norm_bias = (None, None) if norm is None else (_as_floats(norm.weight), _as_floats(norm.bias))
-        code = FORMATS[activations]
+        code = FORMATS.index(activations)
         tiles = self._tiles(code, weight, columns)
         result = x.new_empty((*x.shape[:-1], rows))
-        call = _CALL.pack(
+        call = LINEAR_CALL.pack(
             self.level,
             code,
             _DTYPES[x.dtype],
@@ -248,10 +244,11 @@ def whole(tensor: Tensor) -> Tensor:
     """
     if not tensor.is_cpu:
         address_of(tensor)
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = tensor.storage_offset() + sum((size - 1) * step for size, step in steps)
+    reach = tensor.numel()
+    if not tensor.is_contiguous():
+        reach = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     held = tensor.untyped_storage().nbytes()
-    if tensor.numel() and (last + 1) * tensor.element_size() > held:
+    if tensor.numel() and (tensor.storage_offset() + reach) * tensor.element_size() > held:
         raise PackedFormatError(
             f"A tensor {list(tensor.shape)} of {tensor.dtype} reaches beyond its storage of {held} bytes."
         )
@@ -267,30 +264,9 @@ def _as_floats(numbers: Tensor | None) -> Tensor | None:
     return numbers.resolve_neg().to(torch.float32).contiguous()
 
 
-def _open(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    number, pointer = ctypes.c_int64, ctypes.c_void_p
-    signatures = {
-        "level_name": (ctypes.c_char_p, [number]),
-        "level_runs": (ctypes.c_int32, [number]),
-        "tile_bytes": (number, [number] * 4),
-        "relay": (None, [number, number, pointer, number, number, pointer]),
-        "linear": (None, [ctypes.c_char_p]),
-        "quantize": (None, [ctypes.c_char_p]),
-        "gradient": (None, [ctypes.c_char_p]),
-        "activations": (None, [ctypes.c_char_p]),
-        "pack_signs": (None, [number, number, pointer, number, number, number, pointer, pointer]),
-        "unpack_signs": (None, [number, pointer, number, number, pointer, pointer]),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, f"proxbit_{name}")
-        function.restype, function.argtypes = result, arguments
-    return library
-
-
 def levels(path: Path) -> dict[str, Native]:
     """The levels of a library that this processor runs, by name, fastest first."""
-    library = _open(path)
+    library = open_library(path)
     found: dict[str, Native] = {}
     index = 0
     while name := library.proxbit_level_name(index):
@@ -307,12 +283,12 @@ def choose(path: Path | None, environment: Mapping[str, str]) -> Native | None:
         None for the reference.
 
     Raises:
-        ConfigError: if PROXBIT_ISA names a level that this machine does not run.
+        ConfigError: if PROXBIT_ISA names a level that this machine does not run, or the library is of another version.
     """
-    found = {} if path is None else levels(path)
     wanted = environment.get(_LEVEL_VARIABLE)
     if wanted == _REFERENCE:
         return None
+    found = {} if path is None else levels(path)
     if wanted and wanted not in found:
         valid = ", ".join([*found, _REFERENCE])
         raise ConfigError(f"{_LEVEL_VARIABLE} is {wanted!r}; this machine and this installation run: {valid}.")

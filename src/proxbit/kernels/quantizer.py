@@ -1,33 +1,13 @@
 """Forward and backward quantizers of latent weights, compiled: all that is done to a weight in one pass over it."""
 
-import struct
-
 import torch
 from torch import Tensor
 
 from proxbit.errors import PackedFormatError
+from proxbit.kernels.interface import FUNCTIONS, QUANTIZER_CALL
 from proxbit.kernels.native import Native, address_of, mu_of, parallel_for, whole
 
-__all__ = ["FUNCTIONS", "gradient_rows", "quantize_rows"]
-
-# The enum proxbit_function of csrc/proxbit.h, where their formulas are.
-FUNCTIONS = (
-    "one",
-    "box",
-    "sign",
-    "clip",
-    "polynomial",
-    "polynomial slope",
-    "tanh",
-    "tanh slope",
-    "sign-swish",
-    "sign-swish slope",
-    "decay",
-    "decay slope",
-    "series",
-    "series slope",
-)
-_CALL = struct.Struct("13q")  # proxbit_quantizer_call
+__all__ = ["gradient_rows", "quantize_rows"]
 
 
 def quantize_rows(
@@ -40,7 +20,7 @@ def quantize_rows(
 
     Args:
         level: the kernels to use.
-        function: F, one of `FUNCTIONS`.
+        function: F, one of `interface.FUNCTIONS`.
         latent: W, `[rows, columns]`; one that `native.is_plain` is true for.
         mu: sharpness, a 0-dimensional tensor.
         scale: what a is where it is not given: "ls", <F, W> / <F, F> of each row; "fixed", s.
@@ -82,7 +62,7 @@ def gradient_rows(
 
     Args:
         level: as above, and latent, mu, divisor and factor too.
-        function: B, one of `FUNCTIONS`.
+        function: B, one of `interface.FUNCTIONS`.
         grad: dL/dw, `[rows, columns]`, in fp32.
         overwrite: whether the result may take the place of `grad`.
 
@@ -109,4 +89,4 @@ def _call(
                 f"{tensor.dtype}."
             )
     addresses = [address_of(each if each is None else whole(each)) for each in (mu, *tensors)]
-    return _CALL.pack(level.level, FUNCTIONS.index(function), *latent.shape, *addresses, *find, parallel_for())
+    return QUANTIZER_CALL.pack(level.level, FUNCTIONS.index(function), *latent.shape, *addresses, *find, parallel_for())

@@ -81,6 +81,15 @@ constexpr int64_t least_signs = 1 << 16, least_floats = 1 << 15;
 
 extern "C" {
 
+const int64_t *proxbit_interface(void) {
+    static const int64_t numbers[] = {
+        sizeof(proxbit_linear_call), sizeof(proxbit_quantizer_call), sizeof(proxbit_activations_call),
+        PROXBIT_FORMATS,             PROXBIT_FUNCTIONS,              PROXBIT_KINDS,
+        PROXBIT_PART_ROWS,           0,
+    };
+    return numbers;
+}
+
 const char *proxbit_level_name(int64_t level) {
     return level >= 0 && level < level_count ? levels[level]->name : nullptr;
 }

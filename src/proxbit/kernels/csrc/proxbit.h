@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 /* What activations are multiplied as. */
-enum proxbit_format { PROXBIT_W1 = 0, PROXBIT_W1A8 = 1, PROXBIT_W1A1 = 2 };
+enum proxbit_format { PROXBIT_W1 = 0, PROXBIT_W1A8 = 1, PROXBIT_W1A1 = 2, PROXBIT_FORMATS = 3 };
 /* Type of x and y. Everything else that is floating point is fp32. */
 enum proxbit_dtype { PROXBIT_FLOAT32 = 0, PROXBIT_BFLOAT16 = 1 };
 
@@ -119,7 +119,13 @@ PROXBIT_API void proxbit_gradient(const struct proxbit_quantizer_call *call);
  *   GRID         code = round(clip(x / scale)) to even
  *   SIGNS        u = (x - threshold) / scale;          code = f(u), or +1 where x >= threshold, else -1
  *   ZERO_OR_ONE  u = 2 (x - threshold) / scale - 1;    code = (f(u) + 1) / 2, or 1 where x >= threshold + scale / 2 */
-enum proxbit_kind { PROXBIT_INT8 = 0, PROXBIT_GRID = 1, PROXBIT_SIGNS = 2, PROXBIT_ZERO_OR_ONE = 3 };
+enum proxbit_kind {
+    PROXBIT_INT8 = 0,
+    PROXBIT_GRID = 1,
+    PROXBIT_SIGNS = 2,
+    PROXBIT_ZERO_OR_ONE = 3,
+    PROXBIT_KINDS = 4,
+};
 /* Rows whose sums are added up one after the other. */
 enum { PROXBIT_PART_ROWS = 32 };
 
@@ -145,6 +151,10 @@ struct proxbit_activations_call {
     proxbit_parallel_for parallel_for;
 };
 PROXBIT_API void proxbit_activations(const struct proxbit_activations_call *call);
+
+/* What this library was built from, 0 past the last one: the bytes of the calls of linear layers, of quantizers and of
+ * activations, and the numbers of formats, of functions and of kinds, and PROXBIT_PART_ROWS. */
+PROXBIT_API const int64_t *proxbit_interface(void);
 
 #ifdef __cplusplus
 }
