@@ -317,37 +317,40 @@ def differences(left: dict[tuple[int, int], float], right: dict[tuple[int, int],
     return [value - right[key] for key, value in left.items() if key in right]
 
 
+def lost(found: Accuracies, method: str, column: str) -> str:
+    """Accuracy, and points lost against float training of the same length."""
+    here, base = found.get((method, column), {}), found.get((LONGER, column), {})
+    shared = [accuracy for key, accuracy in here.items() if key in base]
+    return f"{points(shared)} ({points(differences(base, here))}; {len(shared)})" if shared else ""
+
+
+def ahead(found: Accuracies, method: str, column: str) -> str:
+    """Points of accuracy more than BEST."""
+    gap = differences(found.get((method, column), {}), found.get((BEST, column), {}))
+    return f"{points(gap)} ({len(gap)})" if gap and method != BEST else ""
+
+
+def hardening(found: Accuracies, soft: Accuracies, method: str, column: str) -> str:
+    """Points of accuracy that the packed model has less than the soft one."""
+    cost = differences(soft.get((method, column), {}), found.get((method, column), {}))
+    return f"{points(cost)} ({len(cost)})" if any(cost) else ""
+
+
 def tables(results: dict[Run, dict[str, Any]]) -> list[str]:
-    """Tables of a task: accuracy, and points lost against float training of the same length; differences to BEST; what
-    hardening costs."""
+    """Of every task, a table of each of the above."""
     lines: list[str] = []
     for key, task in TASKS.items():
-        found, soft = by_row(results, key), by_row(results, key, "soft")
+        found = by_row(results, key)
+        cost = partial(hardening, found, by_row(results, key, "soft"))
         columns = [c for c in COLUMNS if any(e.column == c and e.task == key for e in results)]
-        if not columns:
-            continue
-        rows, versus, hardening = [], [], []
-        for method in (FLOAT, LONGER, SIGN, *METHODS):
-            cells, gaps, costs = [], [], []
-            for column in columns:
-                here, base = found.get((method, column), {}), found.get((LONGER, column), {})
-                lost = differences(base, here)
-                mean = points([here[key] for key in here if key in base]) if lost else ""
-                cells.append(f"{mean} ({points(lost)}; {len(lost)})" if lost else "")
-                gap = differences(here, found.get((BEST, column), {})) if method != BEST else []
-                gaps.append(f"{points(gap)} ({len(gap)})" if gap else "")
-                cost = differences(soft.get((method, column), {}), here)
-                costs.append(f"{points(cost)} ({len(cost)})" if any(cost) else "")
-            name = f"`{method}`" if method in METHODS else method
-            rows += [[name, *cells]] if any(cells) else []
-            versus += [[name, *gaps]] if any(gaps) and method in METHODS else []
-            hardening += [[name, *costs]] if any(costs) else []
-        lines += [f"## {task.title}", "", *table(["", *columns], rows)]
-        if versus:
-            lines += [f"Points of accuracy more than `{BEST}`, paired:", "", *table(["", *columns], versus)]
-        if hardening:
-            title = "Points that the model as it trained, with soft F, has more than as it ships, paired:"
-            lines += [title, "", *table(["", *columns], hardening)]
+        for title, methods, text in (
+            (f"## {task.title}", [FLOAT, LONGER, SIGN, *METHODS], partial(lost, found)),
+            (f"Points of accuracy more than `{BEST}`, paired:", METHODS, partial(ahead, found)),
+            ("Points that the model as it trained, with soft F, has more than as it ships, paired:", METHODS, cost),
+        ):
+            rows = [[f"`{m}`" if m in METHODS else m, *(text(m, column) for column in columns)] for m in methods]
+            rows = [row for row in rows if any(row[1:])]
+            lines += [title, "", *table(["", *columns], rows)] if rows else []
     return lines
 
 
@@ -356,10 +359,10 @@ def goal_lines(results: dict[Run, dict[str, Any]]) -> list[str]:
     rows = []
     for (key, column), limit in GOALS.items():
         found = by_row(results, key)
-        lost = differences(found.get((LONGER, column), {}), found.get((BEST, column), {}))
-        if lost:
-            verdict = "met" if round(100 * statistics.mean(lost), 2) <= limit else "**missed**"
-            rows.append([f"{TASKS[key].title}, {column}", f"{limit:.1f}", f"{points(lost)} ({len(lost)})", verdict])
+        gap = differences(found.get((LONGER, column), {}), found.get((BEST, column), {}))
+        if gap:
+            verdict = "met" if round(100 * statistics.mean(gap), 2) <= limit else "**missed**"
+            rows.append([f"{TASKS[key].title}, {column}", f"{limit:.1f}", f"{points(gap)} ({len(gap)})", verdict])
     title = f"Goals: points that `{BEST}` loses at most against float training of the same length."
     return [title, "", *table(["", "at most", "lost", ""], rows)] if rows else []
 
