@@ -9,18 +9,21 @@ The row of torchao is its `QuantOptimizer` with `ProxPARQ`, on the layers that t
 of the packed model, by 5-fold cross-validation.
 
 Finished runs are kept in benchmarks/accuracy/runs.jsonl: the script goes on where it stopped, and does what is missing
-for the tasks, methods, columns, folds and seeds that it is asked for.
+for the tasks, methods, columns, folds and seeds that it is asked for. Runs are compared where they began at the very
+same float model. Those are kept in a folder of their own, `--cache`; where one had to be trained anew, on another
+machine to other numbers, the runs that began at the one before are done again.
 """
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -216,9 +219,20 @@ def accuracy(model: nn.Module, pictures: Dataset) -> float:
     return float(torch.cat(right).double().mean())
 
 
+def start_file(what: Run, cache: Path) -> Path:
+    """Where the float model is that a run begins at."""
+    return cache / f"{what.task}-{what.fold}-{what.seed}.safetensors"
+
+
+def start_of(what: Run, cache: Path) -> str | None:
+    """A digest of the float model that a run begins at; None where it is not in the cache."""
+    path = start_file(what, cache)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else None
+
+
 def float_model(what: Run, cache: Path) -> nn.Module:
     """The float start, trained once."""
-    path, task = cache / f"{what.task}-{what.fold}-{what.seed}.safetensors", TASKS[what.task]
+    path, task = start_file(what, cache), TASKS[what.task]
     set_seed(what.seed)
     model = task.model()
     if path.exists():
@@ -239,7 +253,7 @@ def run(what: Run, cache: Path) -> dict[str, Any]:
     task, seed = TASKS[what.task], what.seed + 1000
     teacher = float_model(what, cache)
     pictures, test = task.pictures(what.fold)
-    result: dict[str, Any] = asdict(what)
+    result: dict[str, Any] = asdict(what) | {"start": start_of(what, cache)}
     set_seed(seed)
     model = task.model()
     model.load_state_dict(teacher.state_dict())
@@ -291,6 +305,17 @@ def known(path: Path) -> dict[Run, dict[str, Any]]:
     return {Run(*(row[name] for name in Run.__dataclass_fields__)): row for row in found}
 
 
+def missing(options: argparse.Namespace, path: Path) -> list[Run]:
+    """Runs that are not finished, or began at another float model than the one that is in the cache now."""
+    done, starts = known(path), cache(partial(start_of, cache=options.cache))
+    found = []
+    for each in wanted(options):
+        start = starts(replace(each, method=FLOAT, column=NONE))
+        if each not in done or start not in (None, done[each]["start"]):
+            found.append(each)
+    return found
+
+
 def points(values: list[float]) -> str:
     """Mean and standard error, in points."""
     values = [100 * value for value in values]
@@ -299,21 +324,23 @@ def points(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
 
 
-Accuracies = dict[tuple[str, str], dict[tuple[int, int], float]]
+# By fold, seed and float start.
+ByStart = dict[tuple[int, int, str], float]
+Accuracies = dict[tuple[str, str], ByStart]
 
 
 def by_row(results: dict[Run, dict[str, Any]], task: str, value: str = "accuracy") -> Accuracies:
-    """Of a task: by method and column, the accuracies by fold and seed. What has no column is in all of them."""
+    """Of a task: by method and column, the accuracies. What has no column is in all of them."""
     found: Accuracies = {}
     for each, row in results.items():
         for column in COLUMNS if each.column == NONE else (each.column,):
             if each.task == task and value in row:
-                found.setdefault((each.method, column), {})[each.fold, each.seed] = row[value]
+                found.setdefault((each.method, column), {})[each.fold, each.seed, row["start"]] = row[value]
     return found
 
 
-def differences(left: dict[tuple[int, int], float], right: dict[tuple[int, int], float]) -> list[float]:
-    """Left less right, where both have the fold and the seed."""
+def differences(left: ByStart, right: ByStart) -> list[float]:
+    """Left less right, where both have the fold, the seed and the start."""
     return [value - right[key] for key, value in left.items() if key in right]
 
 
@@ -333,7 +360,7 @@ def ahead(found: Accuracies, method: str, column: str) -> str:
 def hardening(found: Accuracies, soft: Accuracies, method: str, column: str) -> str:
     """Points of accuracy that the packed model has less than the soft one."""
     cost = differences(soft.get((method, column), {}), found.get((method, column), {}))
-    return f"{points(cost)} ({len(cost)})" if any(cost) else ""
+    return f"{points(cost)} ({len(cost)})" if cost else ""
 
 
 def tables(results: dict[Run, dict[str, Any]]) -> list[str]:
@@ -372,7 +399,7 @@ def write(results: dict[Run, dict[str, Any]]) -> str:
         f"`python benchmarks/accuracy.py`. Runs are of several machines; the last: {environment()}.",
         "",
         "Accuracy of the packed model in %, mean ± standard error; in brackets the points lost against float training "
-        "of the same length, paired by fold and seed, and the number of pairs.",
+        "of the same length, paired by fold, seed and float start, and the number of pairs.",
         "",
         *goal_lines(results),
         *tables(results),
@@ -394,19 +421,19 @@ def main() -> None:
     options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / "runs.jsonl"
-    done = known(path)
-    missing = [each for each in wanted(options) if each not in done]
-    print(f"{len(done)} runs are finished, {len(missing)} to go", flush=True)
+    todo = missing(options, path)
+    print(f"{len(known(path))} runs are finished, {len(todo)} to go", flush=True)
     # The float starts before what begins with them, so that no two processes train the same one.
-    for part in ([each for each in missing if each.method == FLOAT], [e for e in missing if e.method != FLOAT]):
-        work(part, options, path)
+    starts = {replace(each, method=FLOAT, column=NONE) for each in todo if start_of(each, options.cache) is None}
+    work(sorted(starts, key=str), options, path)
+    work(missing(options, path), options, path)
     print(write(known(path)))
 
 
-def work(missing: list[Run], options: argparse.Namespace, path: Path) -> None:
+def work(runs: list[Run], options: argparse.Namespace, path: Path) -> None:
     """Do the runs, and note each as it ends."""
     with ProcessPoolExecutor(options.jobs, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(run, each, options.cache): each for each in missing}
+        futures = {pool.submit(run, each, options.cache): each for each in runs}
         for future in as_completed(futures):
             row = future.result()
             with path.open("a") as file:
