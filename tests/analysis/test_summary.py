@@ -146,3 +146,21 @@ def test_without_running_the_model():
     assert (short.total_macs, short.binary_macs) == (None, None)
     assert (short.file_bytes, short.packed_bytes) == (full.file_bytes, full.packed_bytes)
     assert "not counted: not asked for" in str(short)
+
+
+def test_a_model_whose_modules_are_given_a_parameter():
+    class Queries(nn.Module):
+        """As SAM, Perceiver and Deformable DETR have them."""
+
+        def __init__(self):
+            super().__init__()
+            self.queries = nn.Parameter(torch.randn(4, 8))
+            self.inner, self.frozen = nn.Linear(8, 8), nn.Linear(8, 8).requires_grad_(False)
+
+        def forward(self, pixel_values):
+            return self.frozen(self.inner(self.queries)) + pixel_values.mean()
+
+    model = Queries()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert proxbit.summary(model).total_macs == 2 * 4 * 8 * 8
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained

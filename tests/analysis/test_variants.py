@@ -52,6 +52,19 @@ def test_a_model_of_proxbit_comes_with_its_own_activations(model, state, crops):
     )
 
 
+@pytest.mark.parametrize("state", ["latent", "packed"])
+def test_what_is_learned_around_layers_is_not_in_the_float_copies(model, state):
+    proxbit.binarize(model, proxbit.get_recipe("w1a1-two-stage").binarization())
+    if state == "packed":
+        proxbit.pack(model)
+    made = variants(model)
+    for call in forward_calls(made, 1).values():
+        call()
+    kinds = {name: {type(m).__name__ for m in one.modules()} for name, one in made.items()}
+    assert "RPReLU" in kinds["packed, sign"] and not any("RPReLU" in kinds[name] for name in ("float", "bf16"))
+    assert state_of(model) == state and any(type(m).__name__ == "RPReLU" for m in model.modules())
+
+
 def test_a_packed_copy_leaves_the_model_alone(model):
     assert state_of(packed_copy(model)) == "packed"
     assert state_of(model) == "float"

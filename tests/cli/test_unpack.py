@@ -37,3 +37,22 @@ def test_a_float_model_is_refused(tmp_path):
     done = CliRunner().invoke(app, ["unpack", str(folder), str(tmp_path / "plain")])
     assert isinstance(done.exception, ModelStateError)
     assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({"activations": "sign"}, r"sign activations \(\d+ layers\)"),
+        ({"activations": "int8", "accumulator_bits": 8}, "narrow accumulators"),
+        ({"rprelu": True}, "RPReLU"),
+    ],
+)
+def test_what_no_float_model_computes_is_refused(tmp_path, changes, what):
+    model = proxbit.binarize(
+        load_model(str(tiny_classifier(tmp_path / "float"))), proxbit.BinarizationConfig(**changes)
+    )
+    model.save_pretrained(tmp_path / "latent")
+    done = CliRunner().invoke(app, ["unpack", str(tmp_path / "latent"), str(tmp_path / "plain")])
+    with pytest.raises(ModelStateError, match=f"{what}.*no float model computes the same"):
+        raise done.exception
+    assert not (tmp_path / "plain").exists()

@@ -11,7 +11,7 @@ import proxbit
 from proxbit.errors import CheckpointError, PackedFormatError, ProxbitError
 from proxbit.hub.checkpoint import check_packed_files
 from proxbit.patching import packed_layers
-from tiny_models import vit
+from tiny_models import LABELS, SIDE, vit
 
 QUERY = "vit.encoder.layer.0.attention.attention.query.weight"
 FC1 = "vit.encoder.layer.1.intermediate.dense.weight"
@@ -265,3 +265,37 @@ def test_offsets_that_the_configuration_does_not_know(offsets):
     """They would be left out without a word: a wrong model."""
     edit_config(offsets[0], center="none")
     refused(offsets[0], CheckpointError, "offset")
+
+
+@pytest.fixture
+def gated():
+    """transformers writes the weights of gate_proj and up_proj as one, weights_in."""
+    sizes = dict(image_size=SIDE, patch_size=8, hidden_size=36, num_hidden_layers=2, num_attention_heads=4)
+    config = hf.Dinov2Config(**sizes, num_labels=LABELS, use_swiglu_ffn=True)
+    return proxbit.pack(proxbit.binarize(hf.Dinov2ForImageClassification(config))).eval()
+
+
+def test_weights_that_are_written_as_one(tmp_path, gated, crops):
+    gated.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    joined = [name for name in tensors if name.endswith("weights_in.weight")]
+    assert len(joined) == 2 and not any(f"{name}_scale" in tensors for name in joined)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path).eval()(crops(2, SIDE)).logits, gated(crops(2, SIDE)).logits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, name: tensors.update({name: tensors[name][:-1]}),
+        lambda tensors, name: tensors.update({name: tensors[name][:, :-1]}),
+        lambda tensors, name: tensors.pop(name),
+        lambda tensors, name: tensors.pop(name.replace("weights_in.weight", "up_proj.weight_scale")),
+        lambda tensors, name: tensors.update({f"{name}_scale": torch.ones(len(tensors[name]))}),
+    ],
+    ids=["a row less", "a byte less", "none", "a scale less", "scales of its own"],
+)
+def test_weights_that_are_written_as_one_and_do_not_fit(tmp_path, gated, change):
+    gated.save_pretrained(tmp_path)
+    edit(tmp_path, lambda tensors: change(tensors, "dinov2.encoder.layer.1.mlp.weights_in.weight"))
+    refused(tmp_path, CheckpointError, "packed")

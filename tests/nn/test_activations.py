@@ -272,3 +272,12 @@ def test_dequantize_gives_the_residual_to_the_weight_and_refuses_an_rprelu(crops
     model = proxbit.binarize(FAMILIES["vit"](), proxbit.BinarizationConfig(rprelu=True))
     with pytest.raises(proxbit.ProxbitError, match="no plain linear layer that computes the same"):
         proxbit.dequantize(model)
+
+
+@pytest.mark.parametrize("activations", ["int8", "int4", "sign"])
+def test_dequantize_warns_of_outputs_that_are_not_the_same(activations, recwarn):
+    model = proxbit.binarize(FAMILIES["vit"](), proxbit.BinarizationConfig(activations=activations))
+    proxbit.dequantize(model)
+    said = [str(warning.message) for warning in recwarn if "other outputs" in str(warning.message)]
+    kinds = "sign activations (10 layers), elastic activations (2 layers)"
+    assert said == ([f"The float model has other outputs: it is without {kinds}."] if activations == "sign" else [])

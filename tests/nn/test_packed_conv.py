@@ -286,3 +286,11 @@ def test_an_offset_survives_the_state_dict(pixels):
     packed.weight_offset[2] = math.inf
     with pytest.raises(PackedFormatError, match="conv: weight_offset must be finite, row 2 is inf"):
         packed.check_packed("conv")
+
+
+@geometries
+def test_the_geometry_is_told_as_by_a_convolution(geometry):
+    plain = nn.Conv2d(**geometry)
+    packed = PackedConv2d.from_latent(BinaryConv2d.from_float(plain, BNN, "row", "ls"))
+    for name in ("in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+        assert getattr(packed, name) == getattr(plain, name)

@@ -178,3 +178,22 @@ def test_a_model_that_takes_no_picture_alone_needs_inputs():
     model = packed(Block(nn.GELU()))
     with pytest.raises(ModelStateError, match=r"Block takes no picture alone .*fuse\(model, inputs="):
         proxbit.fuse(model)
+
+
+@pytest.mark.parametrize("order", [("gate", "up"), ("up", "gate")])
+def test_a_gated_block_has_its_gelu_on_the_gate_alone(order):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up, self.down, self.act = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D), nn.GELU()
+
+        def forward(self, x):
+            read = {name: getattr(self, name)(x) for name in order}
+            return self.down(self.act(read["gate"]) * read["up"])
+
+    model, x = packed(Gated()), torch.randn(5, D)
+    before = model(x)
+    proxbit.fuse(model, {"x": x})
+    assert (model.gate.gelu, model.up.gelu, isinstance(model.act, FusedActivation)) == (True, False, True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)

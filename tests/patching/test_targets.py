@@ -147,6 +147,8 @@ def test_one_decision_for_every_linear_and_convolution(model):
         ("blocks__0__relative_position__mlp", nn.Linear(8, 8), "position encoding"),
         ("blocks__0__rel_pos_bias__mlp", nn.Linear(8, 8), "position encoding"),
         ("blocks__0__attn__meta_mlp__fc1", nn.Linear(8, 8), "position encoding"),
+        ("bbox_attention__k_proj", nn.Linear(8, 8), "its model reads its weight, or the dtype of it, by itself"),
+        ("encoder__layer__0__mlp__wo", nn.Linear(8, 8), "its model reads its weight, or the dtype of it, by itself"),
         ("layers__0__self_attn__sampling_offsets", nn.Linear(8, 8), "where deformable attention looks"),
         ("text_model__layers__0__fc1", nn.Linear(8, 8), "text side"),
         ("conv_stem__conv", nn.Conv2d(8, 8, 3), "stem"),

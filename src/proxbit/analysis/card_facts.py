@@ -18,7 +18,7 @@ from proxbit.analysis.summary import summary
 from proxbit.config import BinarizationConfig
 from proxbit.hub.files import sha256
 from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, Surroundings, evaluating
-from proxbit.patching import FusedLayerNorm, blank_picture, packed_layers, state_of
+from proxbit.patching import PICTURE_ERRORS, FusedLayerNorm, blank_picture, packed_layers, state_of
 
 __all__ = ["FORMATS", "Format", "checkpoint_sha", "file_facts", "hub_name", "model_facts"]
 
@@ -245,7 +245,7 @@ def peak_activation_bytes(model: nn.Module) -> int | None:
     try:
         with evaluating(model), torch.no_grad():
             model(**blank_picture(model))
-    except (TypeError, ValueError, RuntimeError, AttributeError):
+    except PICTURE_ERRORS:
         return None
     finally:
         for handle in handles:

@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, evaluating
 from proxbit.packing import packed_columns
-from proxbit.patching import blank_picture
+from proxbit.patching import PICTURE_ERRORS, blank_picture
 
 __all__ = ["LayerSummary", "ModelSummary", "summary"]
 
@@ -323,14 +324,26 @@ def _fold(layers: list[LayerSummary]) -> Iterator[LayerSummary]:
         yield replace(alike[0], name=name, macs=macs, **sums)
 
 
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """torch counts along the gradients of what modules are given: of a parameter, under `no_grad`, that fails."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def _count_macs(model: nn.Module, inputs: dict[str, Tensor] | None) -> tuple[dict[str, int] | None, int | None, str]:
     """Multiply-accumulates by module name, their total with attention, and a note."""
     inputs = blank_picture(model) if inputs is None else inputs
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     try:
-        with evaluating(model), torch.no_grad(), counter:
+        with evaluating(model), _without_gradients(model), torch.no_grad(), counter:
             model(**inputs)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except PICTURE_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return None, None, f"the model did not take a blank picture ({reason}); pass inputs={{...}}"
     root = f"{type(model).__name__}."

@@ -11,7 +11,8 @@ from torch.ao.quantization import quantize_dynamic
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ModelStateError
 from proxbit.hub import binarize, dequantize, fuse, pack
-from proxbit.patching import blank_picture, packed_layers, state_of
+from proxbit.nn.surroundings import Surroundings
+from proxbit.patching import PICTURE_ERRORS, blank_picture, packed_layers, state_of
 
 __all__ = ["forward_calls", "packed_copy", "pictures", "variants"]
 
@@ -42,7 +43,8 @@ def variants(model: nn.Module, configs: Sequence[BinarizationConfig] = ()) -> di
     """A model as float, bf16, int8 dynamic and packed, by name; the float one first.
 
     Args:
-        model: in any state; a latent or packed one is made float by its hard weights.
+        model: in any state; a latent or packed one is made float by its hard weights, without what is learned around
+            its layers: it is there to be timed.
         configs: packed copies to make of a float model; none: one, with the default configuration.
 
     Returns:
@@ -54,12 +56,23 @@ def variants(model: nn.Module, configs: Sequence[BinarizationConfig] = ()) -> di
         plain = model
     else:
         packed = [packed_copy(model)]
-        plain = dequantize(copy.deepcopy(model))
+        plain = _plain(copy.deepcopy(model))
     plain = plain.float()
     made = {"float": plain, "bf16": copy.deepcopy(plain).bfloat16()}
     if any(engine != "none" for engine in torch.backends.quantized.supported_engines):
         made["int8 dynamic"] = int8_dynamic(plain)
     return made | {f"packed, {_activations(one)}": one for one in packed}
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """As a float model of this architecture would be."""
+    for layer in model.modules():
+        if isinstance(layer, Surroundings):
+            layer.rprelu = None
+    with warnings.catch_warnings():
+        # That its outputs are others.
+        warnings.simplefilter("ignore")
+        return dequantize(model)
 
 
 def _activations(model: nn.Module) -> str:
@@ -81,7 +94,7 @@ def forward_calls(models: dict[str, nn.Module], batch: int) -> dict[str, Callabl
     calls = {name: _forward_call(model, made) for name, model in models.items()}
     try:
         next(iter(calls.values()))()
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except PICTURE_ERRORS as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelStateError(
             f"{type(next(iter(models.values()))).__name__} takes no picture alone: {reason}"

@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 from proxbit.cli.checkpoints import check_new_folder, load_model, load_processor, save
+from proxbit.errors import ModelStateError
 from proxbit.hub import dequantize
+from proxbit.patching import beyond_float
 
 __all__ = ["unpack"]
 
@@ -17,9 +19,16 @@ def unpack(
 ) -> None:
     """Make a packed model float, for people without proxbit.
 
-    The layers hold plus and minus their scales: outputs stay the same, and the file is as large as a float one.
+    The layers hold plus and minus their scales: outputs stay the same, but for the rounding of int8 and int4
+    activations, and the file is as large as a float one. Activations of two levels, narrow accumulators and RPReLU are
+    what no float model of transformers has: such a model is refused.
 
     Example: proxbit unpack vit-1bit vit-float
     """
     check_new_folder(out)
-    save(dequantize(load_model(model)), load_processor(model), out)
+    loaded = load_model(model)
+    if left_out := beyond_float(loaded):
+        raise ModelStateError(
+            f"{model} has {', '.join(left_out)}: no float model computes the same. Those who use it need proxbit."
+        )
+    save(dequantize(loaded), load_processor(model), out)

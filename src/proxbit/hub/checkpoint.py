@@ -1,7 +1,7 @@
 """Checks of packed checkpoint files, from their headers, before any weight is loaded."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -67,18 +67,26 @@ def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedL
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in files:
         tensors |= tensor_headers(file)
+    scales = {key.removesuffix("_scale"): shape for key, (_, shape) in tensors.items() if key.endswith(".weight_scale")}
+    # transformers writes the weights of some layers as one, rows upon rows, and what else they have layer by layer.
+    joined = {
+        key: shape
+        for key, (dtype, shape) in tensors.items()
+        if key.endswith(".weight") and dtype == "U8" and len(shape) == 2 and key not in scales
+    }
     found: Counter[tuple[int, ...]] = Counter()
-    for key in sorted(tensors):
-        if not key.endswith(".weight_scale"):
-            continue
-        dtype, shape = tensors.get(key.removesuffix("_scale"), ("missing", ()))
-        rows = tensors[key][1]
-        if dtype != "U8" or shape[:1] != rows:
+    apart: Counter[tuple[int, ...]] = Counter()
+    for key in sorted(scales):
+        dtype, shape = tensors.get(key, ("missing", ()))
+        if joined and dtype == "missing":
+            apart[scales[key]] += 1
+        elif dtype != "U8" or shape[:1] != scales[key]:
             raise CheckpointError(
-                f"{key.removesuffix('_scale')}: expected packed bits, U8 [{', '.join(map(str, rows))}, ...], "
+                f"{key}: expected packed bits, U8 [{', '.join(map(str, scales[key]))}, ...], "
                 f"beside its scales; found {dtype} {list(shape)}."
             )
-        found[shape] += 1
+        else:
+            found[shape] += 1
     offsets = sum(key.endswith(".weight_offset") for key in tensors)
     wanted = sum(layer.weight_offset is not None for _, layer in layers)
     if offsets > wanted:
@@ -87,14 +95,29 @@ def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedL
         )
     shapes = {name: (len(layer.weight_scale), packed_columns(layer.columns)) for name, layer in layers}
     expected: Counter[tuple[int, ...]] = Counter(shapes.values())
-    if found != expected:
-        missing, extra = expected - found, found - expected
+    missing, extra = expected - found, found - expected
+    if extra or not _are_joined(missing, apart, joined.values()):
         names = [name for name, shape in shapes.items() if shape in missing]
         raise CheckpointError(
             "The packed weights of this checkpoint do not fit the model: "
-            f"expected {dict(missing)} ([rows, bytes]: how many), found {dict(extra)} instead. "
-            f"Layers concerned: {', '.join(names[:5]) or 'none'}{', ...' if len(names) > 5 else ''}."
+            f"expected {dict(missing)} ([rows, bytes]: how many), found {dict(extra + Counter(joined.values()))} "
+            f"instead. Layers concerned: {', '.join(names[:5]) or 'none'}{', ...' if len(names) > 5 else ''}."
         )
+
+
+def _are_joined(
+    shapes: Counter[tuple[int, ...]], scales: Counter[tuple[int, ...]], joined: Iterable[tuple[int, ...]]
+) -> bool:
+    """Whether packed weights, and the scales of as many layers, may be those of layers of these shapes."""
+    rows: Counter[tuple[int, ...]] = Counter()
+    of_layers: Counter[int] = Counter()
+    of_files: Counter[int] = Counter()
+    for shape, number in shapes.items():
+        rows[shape[:1]] += number
+        of_layers[shape[1]] += number * shape[0]
+    for shape in joined:
+        of_files[shape[1]] += shape[0]
+    return rows == scales and of_layers == of_files
 
 
 def check_size(files: Sequence[str], model: nn.Module) -> None:

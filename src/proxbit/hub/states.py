@@ -1,6 +1,7 @@
 """`binarize`, `pack`, `dequantize`: the three states of a model, for transformers models and plain modules alike; and
 what makes the first better and the second faster, `equalize` and `fuse`."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -11,7 +12,16 @@ from transformers import PreTrainedModel
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ModelStateError, ProxbitError
 from proxbit.hub.hf_quantizer import attach, detach
-from proxbit.patching import blank_picture, equalize_layers, fuse_layers, to_float, to_latent, to_packed
+from proxbit.patching import (
+    PICTURE_ERRORS,
+    beyond_float,
+    blank_picture,
+    equalize_layers,
+    fuse_layers,
+    to_float,
+    to_latent,
+    to_packed,
+)
 
 __all__ = ["binarize", "dequantize", "equalize", "fuse", "pack"]
 
@@ -26,7 +36,7 @@ def _look(
         change(blank_picture(model) if inputs is None else inputs)
     except ProxbitError:
         raise
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except PICTURE_ERRORS as error:
         if inputs is not None:
             raise
         hint = f"say what it takes, {name}(model, inputs={{...}})"
@@ -136,6 +146,9 @@ def fuse(model: Model, inputs: dict[str, Tensor] | None = None) -> Model:
 def dequantize(model: Model) -> Model:
     """Make a latent or packed model float: plain layers that hold plus and minus the row scale.
 
+    Outputs stay the same but for the rounding of activations (int8, int4). Activations of two levels and narrow
+    accumulators are left out, with a warning: outputs are then those of another model.
+
     Args:
         model: a latent or packed model; changed in place.
 
@@ -143,9 +156,12 @@ def dequantize(model: Model) -> Model:
         The same model, with a `binarization_report`. It needs no plug-in to be saved and loaded.
 
     Raises:
-        ModelStateError: if the model is float already.
+        ModelStateError: if the model is float already, or has an RPReLU.
     """
+    left_out = beyond_float(model)
     to_float(model)
+    if left_out:
+        warnings.warn(f"The float model has other outputs: it is without {', '.join(left_out)}.", stacklevel=2)
     if isinstance(model, PreTrainedModel):
         detach(model)
     return model

@@ -51,6 +51,8 @@ class PackedConv2d(nn.Module):
         self.weight_shape = geometry.weight.shape
         geometry.register_parameter("weight", None)
         self.__dict__["geometry"] = geometry
+        for name, value in conv_arguments(geometry).items():  # MobileNets look at them to pad by themselves.
+            setattr(self, name, value)
         rows, width = self.weight_shape[0], packed_columns(self.columns)
         self._buffers["weight"] = torch.zeros(rows, width, dtype=torch.uint8, device=device)
         self.weight_scale = nn.Buffer(torch.ones(rows, device=device, dtype=dtype))

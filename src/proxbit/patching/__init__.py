@@ -2,8 +2,9 @@
 
 from proxbit.patching.equalize import equalize_layers
 from proxbit.patching.fuse import FusedActivation, FusedLayerNorm, fuse_layers, unfuse_layers
-from proxbit.patching.pictures import blank_picture
+from proxbit.patching.pictures import PICTURE_ERRORS, blank_picture
 from proxbit.patching.replace import (
+    beyond_float,
     check_latents,
     check_packed_layers,
     packed_layers,
@@ -15,10 +16,12 @@ from proxbit.patching.report import BinarizationReport, ModuleDecision
 from proxbit.patching.targets import matches, select, state_of
 
 __all__ = [
+    "PICTURE_ERRORS",
     "BinarizationReport",
     "FusedActivation",
     "FusedLayerNorm",
     "ModuleDecision",
+    "beyond_float",
     "blank_picture",
     "check_latents",
     "check_packed_layers",

@@ -106,13 +106,14 @@ def fuse_layers(model: nn.Module, inputs: dict[str, Tensor]) -> None:
         module.__class__ = FusedLayerNorm
         for layer in layers:
             layer.norm = norm
+    for name, layer in _activations_to_fuse(seen).items():
+        layer.gelu = True
+        swap(model, name, FusedActivation(model.get_submodule(name)))
+    # Last: layers of which one has a norm or a GELU that the others have not do not fit together.
     for group in _inputs_to_share(seen):
         shared = SharedInput(group)
         for layer in group:
             layer.shared = shared
-    for name, layer in _activations_to_fuse(seen).items():
-        layer.gelu = True
-        swap(model, name, FusedActivation(model.get_submodule(name)))
 
 
 def unfuse_layers(model: nn.Module) -> None:

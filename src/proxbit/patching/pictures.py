@@ -6,6 +6,10 @@ from torch import Tensor, nn
 __all__ = ["blank_picture"]
 
 
+# What a model raises that does not take a picture alone, or not such a one.
+PICTURE_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
+
+
 def blank_picture(model: nn.Module) -> dict[str, Tensor]:
     """One black picture of the size, dtype and device that the model takes, as keyword arguments of its forward."""
     config = getattr(model, "config", None)

@@ -1,5 +1,6 @@
 """Changing the layers of a model in place: float to latent, latent to packed, latent or packed to float."""
 
+from collections import Counter
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, ModelStateError
 from proxbit.nn import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear, latent_layers
+from proxbit.nn.surroundings import Surroundings
 from proxbit.patching.attention import learn_scales, learned_attentions, unlearn_scales
 from proxbit.patching.fuse import unfuse_layers
 from proxbit.patching.report import BinarizationReport, ModuleDecision
@@ -14,7 +16,15 @@ from proxbit.patching.sites import surroundings
 from proxbit.patching.swap import swap
 from proxbit.patching.targets import CONVERTIBLE, explicit_patterns, select, state_of
 
-__all__ = ["check_latents", "check_packed_layers", "packed_layers", "to_float", "to_latent", "to_packed"]
+__all__ = [
+    "beyond_float",
+    "check_latents",
+    "check_packed_layers",
+    "packed_layers",
+    "to_float",
+    "to_latent",
+    "to_packed",
+]
 
 LatentLayer = BinaryLinear | BinaryConv2d
 PackedLayer = PackedLinear | PackedConv2d
@@ -140,6 +150,24 @@ def to_packed(model: nn.Module) -> None:
             layer.check_latent(name)
 
     _convert(model, "packed", _packed)
+
+
+def beyond_float(model: nn.Module) -> list[str]:
+    """What the layers of a model do, more than round, that plain layers with their hard weights do not.
+
+    Args:
+        model: in any state.
+
+    Returns:
+        One line each, as "sign activations (12 layers)".
+    """
+    found: Counter[str] = Counter()
+    for layer in model.modules():
+        if isinstance(layer, Surroundings):
+            found[f"{layer.activations} activations"] += layer.activations in ("sign", "elastic")
+            found["narrow accumulators"] += layer.accumulator is not None
+            found["RPReLU"] += layer.rprelu is not None
+    return [f"{what} ({number} layer{'s' if number > 1 else ''})" for what, number in found.items() if number]
 
 
 def to_float(model: nn.Module) -> None:

@@ -25,6 +25,7 @@ DEFAULT_SKIPS: tuple[tuple[str, str], ...] = (
     (r"sampling_offsets|attention_weights", "where deformable attention looks"),
     (r"(text|language)_(model|encoder|decoder|backbone|transformer)", "text side"),
     (r"(.*_)?stem", "stem"),
+    (r"bbox_attention|wo", "its model reads its weight, or the dtype of it, by itself"),  # DETR panoptic; Pix2Struct
     (r"pooler|att(entio)?n_pool(ing)?", "pooler"),
     (
         r"(.*_)?(head|heads|classifier|fc)|(head|classifier)_.*|(visual|text|mask)_projection|.+_predictor|logits",
