@@ -111,6 +111,7 @@ def test_attention_and_precision():
     assert model_facts(model)["attention_prob_bits"] == 8
     assert model_facts(make("packed"))["attention_prob_bits"] == 32
     assert model_facts(FAMILIES["resnet"]())["attention_prob_bits"] == 0
+    assert model_facts(FAMILIES["levit"]())["attention_prob_bits"] != 0
     facts = model_facts(make("float").bfloat16())
     assert (facts["skip_precision"], facts["softmax_layernorm_precision"]) == ("bfloat16", "bfloat16")
     assert (facts["weight_bits"], facts["attention_prob_bits"], facts["avg_weight_bits"]) == (16, 16, 16)

@@ -12,7 +12,7 @@ from PIL import Image
 import proxbit
 from proxbit.analysis.card import quantization_card
 from proxbit.errors import CardError
-from proxbit.hub.model_card import model_card, pipeline_tag
+from proxbit.hub.model_card import model_card, pipeline_tag, rename
 from proxbit.hub.release import write_release
 from tiny_models import FAMILIES, SIDE, vit
 
@@ -180,6 +180,32 @@ def test_the_snippet_runs(model, tmp_path, photographs, processor, monkeypatch, 
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert ("bean rust" in printed) == processor and ("logits" in printed) != processor
+
+
+@pytest.mark.parametrize("processor", [True, False], ids=["pipeline", "model"])
+def test_the_snippet_has_the_attention_of_the_model(tmp_path, photographs, processor, monkeypatch):
+    """No checkpoint tells it: loaded without, the model would compute something else."""
+    binary = hf.ViTForImageClassification(vit())
+    binary.set_attn_implementation("proxbit_binary")
+    made = hf.ViTImageProcessor(size={"height": SIDE, "width": SIDE}) if processor else None
+    folder = write_release(proxbit.pack(proxbit.binarize(binary)), tmp_path / "binary", processing_class=made)
+    Image.fromarray(photographs[0][:64, :64]).save(tmp_path / "picture.jpg")
+    renamed = rename((folder / "README.md").read_text(), None, "binary")
+    code = re.search(r"```python\n(.*?)```", renamed, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    loaded = names["model"].model if processor else names["model"]
+    assert loaded.config._attn_implementation == "proxbit_binary"
+
+
+def test_the_snippet_of_a_model_that_takes_no_picture_alone_loads_it(tmp_path, monkeypatch):
+    folder = write_release(proxbit.pack(proxbit.binarize(FAMILIES["clip with text"]())), tmp_path / "two")
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert type(names["model"]) is hf.CLIPModel and "torch" not in names
 
 
 def test_names_and_labels_stay_text():

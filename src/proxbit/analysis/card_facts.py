@@ -99,9 +99,10 @@ def _norm_precision(model: nn.Module) -> str | None:
 
 
 def _attention_bits(model: nn.Module) -> int | None:
-    if not any("att" in name for name, _ in model.named_modules()):
+    config = getattr(model, "config", None)
+    if not any("att" in name for name, _ in model.named_modules()) and not hasattr(config, "num_attention_heads"):
         return 0
-    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    implementation = getattr(config, "_attn_implementation", None)
     return None if implementation is None else ATTENTION_BITS.get(implementation, _float_bits(model))
 
 

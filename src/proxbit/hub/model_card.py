@@ -13,6 +13,7 @@ from transformers.models.auto import modeling_auto as auto
 from proxbit.analysis.card import QuantizationCard
 from proxbit.analysis.run import RUN_FIELDS, VARIANTS, check_run
 from proxbit.analysis.schema import KINDS, cell, line
+from proxbit.nn.attention import ATTENTIONS
 from proxbit.patching import blank_picture
 
 __all__ = ["README", "model_card", "pipeline_tag", "rename"]
@@ -41,14 +42,16 @@ import proxbit  # registers the plug-in with transformers
 from transformers import pipeline
 
 model = pipeline("{tag}", model={model})
-print(model("picture.jpg"))"""
+{attention}print(model("picture.jpg"))"""
 
 _MODEL_SNIPPET = """\
 import proxbit  # registers the plug-in with transformers
-import torch
-from transformers import {model_class}
+{torch}from transformers import {model_class}
 
 model = {model_class}.from_pretrained({model})
+{attention}{call}"""
+
+_CALL = """\
 picture = torch.zeros({shape})  # a batch of one; prepared as in the training
 with torch.inference_mode():
     print(model(pixel_values=picture))"""
@@ -208,10 +211,20 @@ def _summary(card: QuantizationCard) -> str:
 
 def _snippet(model: PreTrainedModel, card: QuantizationCard, tag: str | None, processor: Any, where: str) -> str:
     name = json.dumps(where)  # A name with quotes stays a name.
+    chosen = model.config._attn_implementation  # which is in no checkpoint
+    setter = f'set_attn_implementation("{chosen}")\n' if chosen in ATTENTIONS else ""
     if tag is not None and processor is not None:
-        return _PIPELINE_SNIPPET.format(tag=tag, model=name)
-    shape = ", ".join(map(str, blank_picture(model)["pixel_values"].shape))
-    return _MODEL_SNIPPET.format(model_class=card["model_class"], model=name, shape=shape)
+        return _PIPELINE_SNIPPET.format(tag=tag, model=name, attention=setter and f"model.model.{setter}")
+    call = "print(model)"
+    if card["peak_activation_bytes"] is not None:  # It takes a picture alone.
+        call = _CALL.format(shape=", ".join(map(str, blank_picture(model)["pixel_values"].shape)))
+    return _MODEL_SNIPPET.format(
+        torch="import torch\n" if "torch." in call else "",
+        model_class=card["model_class"],
+        model=name,
+        attention=setter and f"model.{setter}",
+        call=call,
+    )
 
 
 def _use(model: PreTrainedModel, card: QuantizationCard, tag: str | None) -> str:
