@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, ViTForImageClassification
 
+import proxbit
 from proxbit.errors import CheckpointError
 from proxbit.hub.folders import check_folder, check_sizes, folder_files
-from tiny_models import vit
+from tiny_models import FAMILIES, vit
 
 
 def names(folder, **arguments):
@@ -26,6 +27,14 @@ def test_a_variant(plain):
     assert names(plain, variant="half") == ["model.half.safetensors"]
     with pytest.raises(CheckpointError, match=r"has no file model\.safetensors or model\.safetensors\.index\.json\.$"):
         names(plain)
+
+
+def test_shards_of_a_variant(tmp_path):
+    """As transformers names them."""
+    model = proxbit.pack(proxbit.binarize(FAMILIES["vit"]()))
+    model.save_pretrained(tmp_path, max_shard_size="5kB", variant="half")
+    assert len(names(tmp_path, variant="half")) > 1 and (tmp_path / "model.safetensors.index.half.json").exists()
+    assert proxbit.summary(type(model).from_pretrained(tmp_path, variant="half")).state == "packed"
 
 
 def test_both_are_as_in_transformers(plain, shards):

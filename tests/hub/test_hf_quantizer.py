@@ -20,7 +20,7 @@ from proxbit.errors import ConfigError, LatentError
 from proxbit.hub import ProxbitHfQuantizer
 from proxbit.nn import PackedConv2d, PackedLinear, latent_layers
 from proxbit.patching import packed_layers
-from tiny_models import vit
+from tiny_models import FAMILIES, SIDE, vit
 
 PATCHES = "vit.embeddings.patch_embeddings.projection"
 ON_DISK = {
@@ -284,3 +284,17 @@ def test_the_backbone_of_a_checkpoint_can_be_loaded_alone(tmp_path, crops, state
     again = load(tmp_path / "backbone", num_labels=5)
     assert logits(again, pictures).shape == (2, 5)
     assert torch.equal(again.vit(pixel_values=pictures).last_hidden_state, features[0])
+
+
+@pytest.mark.parametrize("state", ["latent", "packed"])
+def test_a_class_that_lacks_what_was_binarized(tmp_path, crops, state):
+    """Here the classifier, which is in the file and not in the backbone."""
+    model = proxbit.binarize(FAMILIES["vit"](), BinarizationConfig(include=["*"])).eval()
+    if state == "packed":
+        proxbit.pack(model)
+    model.save_pretrained(tmp_path)
+    backbone = hf.AutoModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    with torch.no_grad():
+        expected, found = (one(crops(2, SIDE)).last_hidden_state for one in (model.vit, backbone))
+    assert torch.equal(found, expected)
+    assert "classifier" not in backbone.config.quantization_config.include

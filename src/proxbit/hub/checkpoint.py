@@ -20,6 +20,7 @@ __all__ = [
     "check_loaded",
     "check_packed_files",
     "check_size",
+    "is_of_saved_class",
     "reset_learned",
     "tensor_headers",
 ]
@@ -51,7 +52,7 @@ def tensor_headers(file: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         ) from error
 
 
-def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedLayer]]) -> None:
+def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedLayer]], whole: bool = True) -> None:
     """Check that the files hold a packed weight and a scale, of the right shapes, for every packed layer.
 
     Names on disk differ from those in memory, so layers and tensors are compared by shape and number. A layer that the
@@ -60,6 +61,7 @@ def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedL
     Args:
         files: the safetensors files of the checkpoint.
         layers: names and packed layers of the model about to be filled.
+        whole: whether it is of the class that was saved; the files may hold more than a part of that needs.
 
     Raises:
         CheckpointError: naming the file or the tensors, and what was expected.
@@ -89,14 +91,14 @@ def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedL
             found[shape] += 1
     offsets = sum(key.endswith(".weight_offset") for key in tensors)
     wanted = sum(layer.weight_offset is not None for _, layer in layers)
-    if offsets > wanted:
+    if whole and offsets > wanted:
         raise CheckpointError(
             f"This checkpoint holds {offsets} tensors weight_offset, but its configuration asks for {wanted}."
         )
     shapes = {name: (len(layer.weight_scale), packed_columns(layer.columns)) for name, layer in layers}
     expected: Counter[tuple[int, ...]] = Counter(shapes.values())
     missing, extra = expected - found, found - expected
-    if extra or not _are_joined(missing, apart, joined.values()):
+    if (whole and extra) or not _are_joined(missing, apart, joined.values()):
         names = [name for name, shape in shapes.items() if shape in missing]
         raise CheckpointError(
             "The packed weights of this checkpoint do not fit the model: "
@@ -136,6 +138,11 @@ def check_size(files: Sequence[str], model: nn.Module) -> None:
         )
 
 
+def is_of_saved_class(model: nn.Module) -> bool:
+    """Whether a model is of the class that its configuration says was saved. Another may have a head of its own."""
+    return type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+
+
 def check_complete(model: nn.Module, missing: Sequence[str]) -> None:
     """Check that a model of the class that was saved got all of its tensors. Another class may have a head of its own.
 
@@ -146,7 +153,7 @@ def check_complete(model: nn.Module, missing: Sequence[str]) -> None:
     Raises:
         CheckpointError: naming the tensors.
     """
-    if missing and type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
+    if missing and is_of_saved_class(model):
         names = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
         raise CheckpointError(f"{names}: not in the checkpoint, which says that it is of a {type(model).__name__}.")
 

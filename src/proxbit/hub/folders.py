@@ -1,5 +1,6 @@
 """Checks of a checkpoint's folder before transformers reads a weight in it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,14 @@ def folder_files(folder: Path, variant: str | None = None, name: str | None = No
     """
     if name is not None:
         _plain(name, "config.json")
-    stem = "model" if variant is None else f"model.{variant}"
-    candidates = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"] if name is None else [name]
+    part = "" if variant is None else f".{variant}"
+    candidates = [f"model{part}.safetensors", f"model.safetensors.index{part}.json"] if name is None else [name]
     first = next((each for each in candidates if (folder / each).is_file()), None)
     if first is None:
         others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         found = f" It holds {', '.join(others)}: packed checkpoints are safetensors files; nothing is unpickled."
         raise CheckpointError(f"{folder} has no file {' or '.join(candidates)}.{found if others else ''}")
-    if not first.endswith(".index.json"):
+    if first.endswith(".safetensors"):
         return [folder / first]
     index = read_json(folder / first)
     places = index.get("weight_map") if isinstance(index, dict) else None
@@ -58,7 +59,7 @@ def folder_files(folder: Path, variant: str | None = None, name: str | None = No
 def _plain(name: Any, where: str) -> str:
     """The name of a safetensors file, or of an index, that leads out of no folder."""
     if isinstance(name, str) and 0 < len(name) <= _NAME and name == Path(name).name and not {"\\", "\0"} & set(name):
-        if name.endswith((".safetensors", ".safetensors.index.json")):
+        if re.search(r"\.safetensors(\.index(\..+)?\.json)?$", name):
             return name
         raise CheckpointError(f"{where} names {name!r}: weights are safetensors files; nothing is unpickled.")
     raise CheckpointError(f"{where} names {str(name)[:_NAME]!r}, which is not the name of a file in the same folder.")

@@ -1,6 +1,7 @@
 """The plug-in: how `from_pretrained` and `save_pretrained` meet latent and packed models."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from proxbit.hub.checkpoint import (
     check_loaded,
     check_packed_files,
     check_size,
+    is_of_saved_class,
     reset_learned,
     tensor_headers,
 )
@@ -85,7 +87,7 @@ class ProxbitHfQuantizer(HfQuantizer):
             model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *own]
         if state == "packed":
             to_packed(model)
-            check_packed_files(checkpoint_files or [], packed_layers(model))
+            check_packed_files(checkpoint_files or [], packed_layers(model), is_of_saved_class(model))
         if self.pre_quantized:
             check_size(checkpoint_files or [], model)
         self._outlines = outlines(model)
@@ -138,23 +140,31 @@ class ProxbitHfQuantizer(HfQuantizer):
 def _fit_patterns(model: PreTrainedModel, config: BinarizationConfig) -> BinarizationConfig:
     """The stored patterns for another head: a backbone may be loaded from a task model's folder, and the reverse.
 
-    A checkpoint that says nothing of learned attention has none, however it is run.
+    What another class lacks is left out. A checkpoint that says nothing of learned attention has none, however it is
+    run.
     """
     config = config.replace(learned_attention=config.learned_attention or [])
     if config.include is None:
         return config
+    whole = is_of_saved_class(model)
     prefix = f"{model.base_model_prefix}."
     names = [name for name, _ in model.named_modules()]
 
-    def fitted(pattern: str) -> str:
-        spellings = (pattern, pattern.removeprefix(prefix), prefix + pattern)
-        return next((s for s in spellings if any(matches(name, s) for name in names)), pattern)
+    def fitted(patterns: Iterable[str]) -> dict[str, str]:
+        """The patterns as this model spells them, by stored pattern."""
+        found = {}
+        for pattern in patterns:
+            spellings = (pattern, pattern.removeprefix(prefix), prefix + pattern)
+            here = next((s for s in spellings if any(matches(name, s) for name in names)), None)
+            if here is not None or whole:
+                found[pattern] = here or pattern
+        return found
 
-    overrides = {fitted(pattern): changes for pattern, changes in (config.overrides or {}).items()}
+    overrides = {here: (config.overrides or {})[pattern] for pattern, here in fitted(config.overrides or ()).items()}
     return config.replace(
-        include=[fitted(pattern) for pattern in config.include],
+        include=list(fitted(config.include).values()) or config.include,
         overrides=overrides or None,
-        learned_attention=[fitted(pattern) for pattern in config.learned_attention or ()],
+        learned_attention=list(fitted(config.learned_attention or ()).values()),
     )
 
 
