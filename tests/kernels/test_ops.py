@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from proxbit.errors import PackedFormatError
+from proxbit.errors import ModelStateError, PackedFormatError
 from proxbit.kernels import (
     Norm,
     linear_kernel,
     linear_w1,
+    linear_w1a1,
     linear_w1a8,
     native,
     reference,
@@ -178,6 +180,34 @@ def test_what_is_fused_has_no_gradient():
     for fused in ({"gelu": True}, {"norm": Norm(torch.ones(11), torch.zeros(11), 1e-6)}):
         with pytest.raises(RuntimeError, match="Fused GELU and LayerNorm have no gradient"):
             linear_w1(x, weight, scale, bias, **fused)
+
+
+@pytest.mark.parametrize("op", [linear_w1, linear_w1a8, linear_w1a1])
+def test_a_tangent_is_refused_and_never_dropped(op):
+    weight, scale, bias, _ = layer(4, 11, torch.float32)
+    x, tangent = torch.randn(3, 11), torch.randn(3, 11)
+
+    def apply(x):
+        return op(x, weight, scale, bias)
+
+    for derivative in (
+        lambda: torch.func.jvp(apply, (x,), (tangent,)),
+        lambda: torch.func.jacfwd(apply)(x),
+        lambda: torch.func.jacfwd(torch.func.jacrev(apply))(x),
+        lambda: torch.func.jvp(lambda bias: op(x, weight, scale, bias), (bias,), (bias,)),
+    ):
+        with pytest.raises(ModelStateError, match="no forward-mode derivative"):
+            derivative()
+    with forward_ad.dual_level():
+        with pytest.raises(ModelStateError, match="no forward-mode derivative"):
+            apply(forward_ad.make_dual(x, tangent))
+        # What does not depend on a tangent is computed, and has a gradient as long as that one does not either.
+        leaf, head = x.clone().requires_grad_(), forward_ad.make_dual(torch.ones(4), torch.ones(4))
+        result = apply(leaf)
+        torch.testing.assert_close(result, apply(x))
+        assert torch.autograd.grad(result.sum(), leaf, retain_graph=True)[0].abs().sum() > 0
+        with pytest.raises(ModelStateError, match="no forward-mode derivative"):
+            torch.autograd.grad((result * head).sum(), leaf)
 
 
 def test_opcheck_of_views_and_of_the_other_ops():

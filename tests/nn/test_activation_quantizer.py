@@ -1,5 +1,8 @@
 """What activation quantizers have in common: floats as they are, and a product that keeps its input alone."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -41,3 +44,29 @@ def test_the_product_keeps_its_input_alone(activations, dtype):
     ours, plain = (torch.autograd.grad(each, asked, grad, retain_graph=True) for each in (result, expected))
     for one, other in zip(ours, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def hasty_threads():
+    """Threads that take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("activations", ["sign", "elastic", "int4"])
+def test_backward_passes_of_several_threads(activations, hasty_threads):
+    """What is learned is replaced nowhere: each thread gets the gradients that it gets alone."""
+    made = make_activation(activations, 64, dtype=torch.float64)
+    weight, before = torch.randn(5, 64, dtype=torch.float64), dict(made.named_parameters())
+    inputs = [torch.randn(7, 64, dtype=torch.float64) for _ in range(4)]
+
+    def gradients(x):
+        return torch.autograd.grad(made.times(x, weight, None).square().sum(), list(before.values()))
+
+    alone = [gradients(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for index, found in enumerate(pool.map(gradients, inputs * 25)):
+            assert all(torch.equal(a, b) for a, b in zip(found, alone[index % 4], strict=True))
+    assert all(made._parameters[name] is parameter for name, parameter in before.items())

@@ -34,3 +34,11 @@ def test_of_tensors_whose_changes_nobody_counts_nothing_is_kept():
     for _ in range(3):
         kept([tensor], lambda: made.append(1))
     assert len(made) == 3
+
+
+def test_what_is_made_in_inference_mode_outlives_it():
+    kept, tensor = Kept(), torch.ones(2, requires_grad=True)
+    with torch.inference_mode():
+        made = kept([tensor], lambda: tensor * 2)
+    assert not made.is_inference() and not made.requires_grad and made._version == 0
+    assert kept([tensor], lambda: None) is made

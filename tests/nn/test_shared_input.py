@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from proxbit.errors import ConfigError
+from proxbit.kernels import native
 from proxbit.nn import PackedLinear, SharedInput
 from proxbit.packing import pack_signs
 
@@ -79,6 +80,32 @@ def test_changed_weights_are_seen_where_changes_are_not_counted():
         together = [each(x) for each in layers]
         share(layers, None)
         assert all(torch.equal(each(x), result) for each, result in zip(layers, together, strict=True))
+
+
+def test_an_input_that_changes_between_the_calls():
+    layers, shared = group()
+    share(layers, shared)
+    x = torch.randn(2, WIDTH)
+    layers[0](x)
+    changed = layers[1](x.mul_(2))
+    assert not torch.equal(changed, layers[1](x / 2))
+    share(layers, None)
+    assert torch.equal(changed, layers[1](x))
+
+
+def test_in_inference_mode_the_layers_share_and_the_weight_is_laid_out_once(monkeypatch):
+    layers, shared = group()
+    share(layers, shared)
+    kernels = native()
+    laid, relay = [], kernels.library.proxbit_relay
+    monkeypatch.setattr(kernels.library, "proxbit_relay", lambda *arguments: laid.append(relay(*arguments)))
+    with torch.inference_mode():
+        for _ in range(3):
+            x = torch.randn(2, WIDTH)
+            together = [each(x) for each in layers]
+    assert len(laid) <= 1
+    share(layers, None)
+    assert all(torch.equal(each(x), result) for each, result in zip(layers, together, strict=True))
 
 
 def test_copies_and_threads():

@@ -1,11 +1,14 @@
 """What is around the product: which of it is a submodule, and what a plain layer can take over."""
 
+import copy
+import io
+
 import pytest
 import torch
 from torch import nn
 
 from proxbit.errors import ModelStateError
-from proxbit.nn import ACTIVATIONS, BinaryLinear, PackedLinear
+from proxbit.nn import ACTIVATIONS, Accumulator, BinaryLinear, PackedLinear
 from proxbit.nn.surroundings import add_offset
 from proxbit.quantizers import get_pair
 
@@ -35,3 +38,18 @@ def test_offsets():
     assert add_offset(product, values, None) is product
     expected = product + nn.functional.linear(values, offset[:, None].expand(3, 4))
     torch.testing.assert_close(add_offset(product, values, offset), expected)
+
+
+def test_copies_start_without_the_graph_of_a_penalty():
+    made, x = layer(activations="sign", accumulator=Accumulator(2)), torch.randn(3, 6)
+    expected = made(x)
+    assert made.overflow_penalty.grad_fn is not None
+    file = io.BytesIO()
+    torch.save(made, file)
+    averaged = torch.optim.swa_utils.AveragedModel(made).module
+    file.seek(0)
+    for twin in (copy.deepcopy(made), averaged, torch.load(file, weights_only=False)):
+        assert twin.overflow_penalty is None and torch.equal(twin.overflow_share, made.overflow_share)
+        assert torch.equal(twin(x), expected) and twin.overflow_penalty == made.overflow_penalty
+    made.overflow_penalty.backward()
+    assert made.weight.grad is not None

@@ -12,7 +12,7 @@ from proxbit.config import BinarizationConfig
 from proxbit.errors import MuRangeError
 from proxbit.nn import latent_layers
 from proxbit.quantizers import MuSchedule
-from proxbit.training import LayerScores, MuCallback, ProxConnectArguments, ProxConnectTrainer
+from proxbit.training import LayerScores, MuCallback, ProxConnectArguments, ProxConnectTrainer, stages
 from tiny_models import LABELS, SIDE, vit
 
 RATE, STEPS = 0.5, 3
@@ -52,6 +52,20 @@ def test_resuming_goes_where_training_stopped(model):
     assert seen(model) == {(8.0, True)}
     callback.on_step_begin(None, state(2), TrainerControl())
     assert seen(model) == {(3.0, False)}
+
+
+def test_a_run_that_stopped_in_a_stage_leaves_nothing_waiting(model):
+    """The next one of the same model has its own stages, or none; one that resumes has those of its step."""
+    halves = MuCallback(model, linear, lambda steps: stages(model, steps, activations_first=0.5))
+    layers = [layer for _, layer in latent_layers(model)]
+    halves.on_train_begin(None, state(0), TrainerControl())
+    halves.on_step_begin(None, state(3), TrainerControl())
+    assert all(layer.waits == {"weight"} for layer in layers)
+    MuCallback(model, linear).on_train_begin(None, state(0), TrainerControl())
+    assert all(layer.waits == set() for layer in layers)
+    for step, waits in ((3, {"weight"}), (5, set())):
+        halves.on_train_begin(None, state(step), TrainerControl())
+        assert all(layer.waits == waits for layer in layers)
 
 
 def test_the_schedule_is_made_when_training_begins(model):

@@ -12,7 +12,7 @@ import proxbit
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError
 from proxbit.training import DistillationArguments, DistillationTrainer, gram_loss, token_loss
-from tiny_models import LABELS, SIDE, vit
+from tiny_models import FAMILIES, LABELS, SIDE, vit
 
 
 def examples(crops, count):
@@ -61,16 +61,18 @@ def by_hand(model, teacher, inputs, weight, temperature, count):
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("items", [None, 24], ids=["of this batch", "of the step"])
-def test_the_loss_is_the_weighted_mix(tmp_path, crops, weight, temperature, items):
+def test_the_loss_is_the_weighted_mix(tmp_path, crops, weight, temperature):
+    """A mean over the batch; in a step of four batches a part of the mean over the step."""
     model, teacher, inputs = sharp(1), sharp(2), batch(crops)
     args = arguments(tmp_path, distillation_weight=weight, distillation_temperature=temperature)
     trainer = DistillationTrainer(model=model, args=args, teacher=teacher)
-    expected = by_hand(model, teacher, inputs, weight, temperature, items or 6)
-    loss, outputs = trainer.compute_loss(model.train(), dict(inputs), return_outputs=True, num_items_in_batch=items)
-    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    loss, outputs = trainer.compute_loss(model.train(), dict(inputs), return_outputs=True)
+    assert loss.item() == pytest.approx(by_hand(model, teacher, inputs, weight, temperature, 6), rel=1e-4)
     assert outputs.logits.shape == (6, LABELS)
-    assert trainer.compute_loss(model, dict(inputs), num_items_in_batch=items).item() == loss.item()
+    batches, items = trainer.get_batch_samples(iter([inputs] * 4), 4, args.device)
+    part = trainer.training_step(model, batches[0], items)
+    assert part.item() == pytest.approx(by_hand(model, teacher, inputs, weight, temperature, 24), rel=1e-4)
+    assert trainer.compute_loss(model, dict(inputs)).item() == loss.item()
 
 
 def test_the_defaults_are_one_half_at_temperature_two(tmp_path, crops):
@@ -167,6 +169,105 @@ def test_eight_small_batches_are_one_of_eight(tmp_path, crops, distil):
     assert max((weights[0][key] - value).abs().max().item() for key, value in start.items()) > 1e-2
     for key, value in weights[1].items():
         torch.testing.assert_close(value, weights[0][key], atol=1e-6, rtol=0)
+
+
+class Penalized(DistillationTrainer):
+    def penalty(self):
+        return self.model.classifier.weight.square().sum()
+
+
+EVERYTHING = dict(distillation_tokens=0.3, distillation_gram=0.7)
+
+
+def after(folder, kind, model, teacher, data, size, steps, **changes):
+    """The weights after two steps of gradient descent on `steps` batches of `size`."""
+    training = dict(optim="sgd", max_grad_norm=0, max_steps=2, learning_rate=0.05, lr_scheduler_type="constant")
+    sizes = dict(per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+    options = {name: changes.pop(name) for name in ("compute_loss_func",) if name in changes}
+    args = arguments(folder, **training, **sizes, **changes)
+    model = copy.deepcopy(model)
+    kind(model=model, args=args, teacher=teacher, train_dataset=data, **options).train()
+    return model.state_dict()
+
+
+def assert_same(first, second, start):
+    assert max((first[key] - value).abs().max().item() for key, value in start.items()) > 1e-3
+    for key, value in second.items():
+        torch.testing.assert_close(value, first[key], atol=1e-9, rtol=0, msg=key)
+
+
+def in_double(count, crops, labels=None):
+    return [
+        {"pixel_values": x.double(), "labels": i % LABELS if labels is None else labels[i]}
+        for i, x in enumerate(crops(count, SIDE))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "size"),
+    [
+        ("vit", False, 1),
+        ("vit", False, 5),
+        ("vit", True, 1),
+        ("vit", True, 5),
+        ("convnext", False, 1),
+        ("convnext", True, 1),
+        ("convnext", True, 5),
+    ],
+)
+def test_whatever_is_added_is_a_mean_over_the_step(tmp_path, crops, family, own, size):
+    """Of all its samples: ConvNeXt is not told their number, but a loss function is, and the Trainer divides what
+    neither knows by the number of batches, which is right for equal ones.
+    """
+
+    def summed(outputs, labels, num_items_in_batch):
+        return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    model, teacher = (FAMILIES[family]().double() for _ in range(2))
+    nn.init.normal_(teacher.classifier.weight)
+    changes = EVERYTHING | (dict(compute_loss_func=summed) if own else {})
+    data = in_double(8, crops)
+    whole = after(tmp_path, Penalized, model, teacher, data, 8, 1, **changes)
+    parts = after(tmp_path, Penalized, model, teacher, data, size, -(-8 // size), **changes)
+    assert_same(whole, parts, model.state_dict())
+
+
+def test_pictures_without_labels_are_weighed_too(tmp_path, crops):
+    """Their number is not known to the loss function, which has nothing to say."""
+    model, teacher = sharp(1).double(), sharp(2).double()
+    data = [{"pixel_values": x.double()} for x in crops(8, SIDE)]
+    nothing = dict(compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.logits.sum() * 0)
+    whole, parts = (after(tmp_path, DistillationTrainer, model, teacher, data, n, 8 // n, **nothing) for n in (8, 1))
+    assert_same(whole, parts, model.state_dict())
+
+
+def segmenting(seed):
+    """Without what sees the whole batch or is random."""
+    torch.manual_seed(seed)
+    config = FAMILIES["segformer"]().config
+    config.classifier_dropout_prob = config.drop_path_rate = 0.0
+    model = type(FAMILIES["segformer"]())(config).double()
+    model.decode_head.batch_norm = nn.Identity()
+    nn.init.normal_(model.decode_head.classifier.weight, std=20)
+    return model
+
+
+def test_segmentation_is_distilled_over_the_classes_of_each_position(tmp_path, crops):
+    """Logits are maps, of fewer positions than labels have pixels."""
+    model, teacher = segmenting(1), segmenting(2)
+    data = in_double(8, crops, torch.randint(LABELS, (8, SIDE, SIDE)))
+    pixels = torch.stack([each["pixel_values"] for each in data])
+    with torch.no_grad():
+        maps = [each(pixels).logits.permute(0, 2, 3, 1).reshape(-1, LABELS).numpy() for each in (model, teacher)]
+    assert len(maps[0]) == 8 * 8 * 8
+    args = arguments(tmp_path, distillation_weight=1.0)
+    inputs = {"pixel_values": pixels, "labels": torch.stack([each["labels"] for each in data])}
+    loss = DistillationTrainer(model=model, args=args, teacher=teacher).compute_loss(model.train(), inputs)
+    assert loss.item() == pytest.approx(divergence(*maps, 2.0, len(maps[0])), rel=1e-6)
+    whole, parts = (
+        after(tmp_path, DistillationTrainer, model, teacher, data, n, 8 // n, distillation_weight=1.0) for n in (8, 1)
+    )
+    assert_same(whole, parts, model.state_dict())
 
 
 @pytest.mark.parametrize(("field", "function"), [("distillation_tokens", token_loss), ("distillation_gram", gram_loss)])

@@ -83,6 +83,26 @@ def test_strange_classes_are_refused_with_both_lists():
         match_labels(["dog", "flower"], LABEL2ID, "'m'")
 
 
+@pytest.mark.parametrize("names", [["A", "B"], ["a", "b"], ["A", "a"], ["B", "-a"]])
+def test_a_label_of_that_very_name_comes_first(names):
+    letters = ["A", "B", "C", "a", "b", "c", "-A"]
+    label2id = {letter: i for i, letter in enumerate(letters)} | {"- a": 7, "-a": 8}
+    numbers = match_labels(names, label2id, "the model")
+    assert numbers == {i: label2id[name] for i, name in enumerate(names)}
+
+
+def test_a_class_that_may_be_several_labels_is_refused():
+    with pytest.raises(DataError, match="'TIGER-CAT' of the pictures may be any of these labels of 'm': 'tiger cat', "):
+        match_labels(["dog", "TIGER-CAT"], {"tiger cat": 0, "Tiger_cat": 1, "dog": 2}, "'m'")
+
+
+@pytest.mark.parametrize("names", [["Cat", "cat"], ["cat", "CAT"], ["CAT", "Cat"]])
+def test_two_classes_of_one_label_are_refused(names):
+    message = f"'{names[0]}' and '{names[1]}' of the pictures are both the label 'cat' of 'm'.*labels: 'dog', 'cat'"
+    with pytest.raises(DataError, match=message):
+        match_labels(names, {"dog": 0, "cat": 1}, "'m'")
+
+
 def test_a_label_without_a_class_is_refused(pictures):
     """As in the test split of datasets whose labels are secret."""
     secret = pictures.dataset.remove_columns("label").add_column("label", [-1] * READABLE)

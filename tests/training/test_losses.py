@@ -57,6 +57,17 @@ def test_every_position_is_an_item():
     assert loss.item() == pytest.approx(divergence(student, teacher, 2, 2 * 4), rel=1e-5)
 
 
+def test_the_classes_of_maps_are_their_channels():
+    """What a segmentation model gives: `[B, C, h, w]`, here with as many classes as pixels in a row, too."""
+    for shape in ((2, 5, 3, 4), (2, 4, 3, 4)):
+        student, teacher = logits(*shape), logits(*shape, seed=1)
+        rows = [np.moveaxis(x, 1, -1).reshape(-1, shape[1]) for x in (student, teacher)]
+        loss = distillation_loss(torch.tensor(student), torch.tensor(teacher), 2.0)
+        assert loss.item() == pytest.approx(divergence(*rows, 2, 2 * 3 * 4), rel=1e-5)
+    shifted = student + 5 * logits(2, 1, 3, 4, seed=2)
+    assert distillation_loss(torch.tensor(shifted), torch.tensor(student), 2.0).item() == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_the_gradient_goes_to_the_student_only(temperature):
     """d loss / d student = T (softmax(student / T) - softmax(teacher / T)) / n."""

@@ -162,6 +162,31 @@ def test_a_model_trains_through_its_stages(crops, tmp_path):
     proxbit.pack(trainer.model)
 
 
+class Watch(TrainerCallback):
+    """What layers wait for in each step; ends the run after some of them."""
+
+    def __init__(self, last=None):
+        self.last, self.waiting = last, []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.waiting.append({tuple(layer.waits) for _, layer in latent_layers(model)})
+        control.should_training_stop = state.global_step == self.last
+
+
+@pytest.mark.filterwarnings("ignore:Training ended soft")
+def test_a_second_run_has_stages_of_its_own(crops, tmp_path):
+    """The first one stopped early, when all weights were float still."""
+    model, data = proxbit.binarize(FAMILIES["vit"](), proxbit.BinarizationConfig()), examples(crops)
+    runs = [(dict(activations_first=0.5), Watch(2), ("weight",)), ({}, Watch(), ())]
+    for changes, watch, waits in runs:
+        arguments = proxbit.ProxConnectArguments(
+            str(tmp_path), max_steps=8, report_to="none", save_strategy="no", use_cpu=True, **changes
+        )
+        trainer = proxbit.ProxConnectTrainer(model=model, args=arguments, train_dataset=data, callbacks=[watch])
+        trainer.train()
+        assert watch.waiting == [{waits}] * (watch.last or 8)
+
+
 class Joining(TrainerCallback):
     """The layers in the order in which they cease to wait."""
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from proxbit.errors import PackedFormatError
+from proxbit.errors import ModelStateError, PackedFormatError
 from proxbit.kernels import reference
 from proxbit.kernels.activations import INT8, level_values
 from proxbit.kernels.native import Native, native, native_for
@@ -235,8 +236,19 @@ def _save_for_backward(activations: str, ctx: Any, inputs: tuple[Any, ...], outp
     ctx.inputs, ctx.columns, ctx.bias_dtype = len(inputs), x.shape[-1], None if bias is None else bias.dtype
 
 
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise ModelStateError for a tensor with a tangent: the operators would drop it, and the derivative would be 0."""
+    if forward_ad._current_level < 0:
+        return
+    # One that is wrapped may hide the tangent of an outer transform.
+    hides = torch._C._functorch.is_functorch_wrapped_tensor
+    if any(hides(each) or forward_ad.unpack_dual(each).tangent is not None for each in tensors if each is not None):
+        raise ModelStateError("Packed layers have no forward-mode derivative: use backward, or dequantize the model.")
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients for the input and the bias; bits and scales are what they are, and rounding is passed straight."""
+    _refuse_tangents(grad)
     weight, scale, passed = ctx.saved_tensors
     grad_bias = None if ctx.bias_dtype is None else grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     grad_input = torch.ops.proxbit.linear_w1_grad_input(grad, weight, scale, ctx.columns)
@@ -292,6 +304,7 @@ def _call(
     gelu: bool,
     norm: Norm | None,
 ) -> Tensor:
+    _refuse_tangents(x, bias)
     trained = x.requires_grad or (bias is not None and bias.requires_grad)
     if (trained and torch.is_grad_enabled()) or not _nobody_watches(x):
         arguments = (bias, gelu) if activations == "float" else (bias, levels, gelu)

@@ -1,5 +1,6 @@
 """What all activation quantizers have in common, and what they are where there is nothing to quantize."""
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -120,9 +121,10 @@ class ActivationQuantizer(Learned):
         learned = dict(self.named_parameters())
 
         def tokens(*tensors: Tensor) -> tuple[Tensor]:
-            numbers = dict(zip(learned, tensors[:-1], strict=True))
-            made: Tensor = torch.func.functional_call(self, numbers, (tensors[-1], hard))
-            return (made,)
+            # On a copy, where the parameters can be replaced: backward passes of other threads use the module too.
+            twin = copy.copy(self)
+            twin.__dict__["_parameters"] = dict(zip(learned, tensors[:-1], strict=True))
+            return (twin(tensors[-1], hard),)
 
         result = Blockwise(tokens, self.columns).times(weight, bias, tuple(learned.values()), rows)
         return result.view(*x.shape[:-1], len(weight))

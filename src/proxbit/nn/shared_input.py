@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from proxbit.errors import ConfigError
+from proxbit.kernels import version_of
 from proxbit.nn.activation_quantizer import Folded
 from proxbit.nn.kept import Kept
 from proxbit.nn.packed_linear import PackedLinear
@@ -21,7 +22,8 @@ class SharedInput:
     """One call for several packed layers: the input is read, rounded and made into tables once.
 
     The first layer computes for all of them. The others, when they are given the same tensor next, in the same thread,
-    return what it left; given anything else they compute alone.
+    return what it left; given anything else, or that tensor after a change in place, they compute alone. Changes of a
+    tensor that was made in inference mode are counted by nobody, and are not seen.
 
     Args:
         layers: in the order in which they are called; of one input width and one format of activations that learns
@@ -38,7 +40,7 @@ class SharedInput:
             )
         self.layers = list(layers)
         self._joined: Kept[tuple[Tensor, Folded]] = Kept()
-        self._left: dict[int, tuple[weakref.ref[Tensor], dict[int, Tensor]]] = {}
+        self._left: dict[int, tuple[weakref.ref[Tensor], int | None, dict[int, Tensor]]] = {}
 
     @staticmethod
     def fits(layers: Sequence[PackedLinear]) -> bool:
@@ -56,7 +58,7 @@ class SharedInput:
         biases: list[Tensor] = [layer.bias for layer in self.layers if layer.bias is not None]
         scale = torch.cat([layer.weight_scale for layer in self.layers])
         weight = torch.cat([layer.weight for layer in self.layers])
-        return weight, Folded(scale, torch.cat(biases).detach() if biases else None)
+        return weight, Folded(scale, torch.cat(biases) if biases else None)
 
     def __call__(self, layer: PackedLinear, input: Tensor) -> Tensor:
         """The output of one of the layers.
@@ -69,8 +71,8 @@ class SharedInput:
         extras = {"gelu": layer.gelu, "norm": layer.norm() if layer.norm is not None else None}
         if layer is not self.layers[0]:
             left = self._left.get(thread)
-            if left is not None and left[0]() is input and id(layer) in left[1]:
-                return left[1].pop(id(layer))
+            if left is not None and left[0]() is input and left[1] == version_of(input) and id(layer) in left[2]:
+                return left[2].pop(id(layer))
             return packed_product(layer.activation, input, layer.weight, layer.folded(), **extras)
         sizes = [each.out_features for each in self.layers]
         tensors = (t for each in self.layers for t in (each.weight, each.weight_scale, each.bias))
@@ -79,6 +81,7 @@ class SharedInput:
         parts: Sequence[Tensor] = joined.split(sizes, dim=-1)
         self._left[thread] = (
             weakref.ref(input),
+            version_of(input),
             {id(each): part for each, part in zip(self.layers[1:], parts[1:], strict=True)},
         )
         return parts[0]

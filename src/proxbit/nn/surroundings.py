@@ -128,6 +128,10 @@ class Surroundings(nn.Module):
         result = self.accumulator(sums) * (unit * scale.to(sums.dtype))
         return result if bias is None else result + bias.to(sums.dtype)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy starts without the penalty, which belongs to the graph of a forward pass."""
+        return {**self.__dict__, "overflow_penalty": None}
+
     def finish(self, result: Tensor, input: Tensor) -> Tensor:
         """The output, from the product and the input."""
         if self.rprelu is not None:

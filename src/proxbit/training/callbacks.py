@@ -57,6 +57,8 @@ class MuCallback(TrainerCallback):
             own = MuSchedule(*quantizer.pair.schedule, steps=steps, hard_fraction=schedule.hard_fraction)
             begin = begins.get(id(self.model.get_submodule(name)), 0)
             self.activations.append((quantizer, begin, _from(own, begin)))
+        for _, layer in latent_layers(self.model):  # A run that stopped early leaves layers that wait.
+            layer.waits = frozenset()
         self._apply(state.global_step)
 
     def on_step_begin(

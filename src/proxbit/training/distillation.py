@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_pt_utils import find_batch_size
 
 from proxbit.errors import ConfigError
 from proxbit.hub import ProxbitHfQuantizer
@@ -43,6 +44,8 @@ class DistillationTrainer(Trainer):
         self._check_teacher(model, teacher)
         super().__init__(model=model, args=args or DistillationArguments(), **kwargs)
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
+        self._step_samples = 0
+        self._share = 1.0
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As the Trainer, but with the names that `save_pretrained` gave to the weights."""
@@ -89,6 +92,24 @@ class DistillationTrainer(Trainer):
         """What the last forward pass adds to the loss beside task and teacher, as a mean over its batch."""
         return None
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
+        """As the Trainer; counts the samples of the step."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self._step_samples = sum(find_batch_size(batch) for batch in batches)
+        return batches, num_items
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As the Trainer; where it does not divide the loss itself, what is added to it counts by its samples."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # transformers 5.15 does not have it
+        if scaled is None:
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or self.compute_loss_func is not None
+        self._share = find_batch_size(inputs) / self._step_samples if scaled and self._step_samples else 1.0
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
+        finally:
+            self._share = 1.0
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -96,31 +117,28 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The task's loss, mixed with distillation from the teacher while training."""
+        """The task's loss, mixed with distillation from the teacher while training.
+
+        The task's loss is a mean over this batch, or its part of the mean over all batches of the step: what is added
+        is a mean over this batch, times the share of the batch in the step.
+        """
         teach = self.teacher is not None and model.training
         of_tokens = {token_loss: self.args.distillation_tokens, gram_loss: self.args.distillation_gram}
         if teach and any(of_tokens.values()):
             inputs = {**inputs, "output_hidden_states": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        # The task's loss is a mean over this batch, or over all batches of the step: what is added follows it.
-        num_items = num_items_in_batch if self.model_accepts_loss_kwargs else None
-        means = []
         if self.teacher is not None and model.training:
             weight = self.args.distillation_weight
             with torch.no_grad():
                 features = {name: value for name, value in inputs.items() if name != "labels"}
                 taught = self.teacher(**features)
-                target = taught["logits"]
-            distillation = distillation_loss(outputs["logits"], target, self.args.distillation_temperature, num_items)
-            if num_items is not None and self.args.average_tokens_across_devices:
-                distillation = distillation * self.accelerator.num_processes
-            loss = (1 - weight) * loss + weight * distillation
-            for function, share in of_tokens.items():
-                if share:
-                    means.append(share * function(outputs["hidden_states"][-1], taught["hidden_states"][-1]))
+            distillation = distillation_loss(outputs["logits"], taught["logits"], self.args.distillation_temperature)
+            loss = (1 - weight) * loss + weight * self._share * distillation
+            for function, factor in of_tokens.items():
+                if factor:
+                    distance = function(outputs["hidden_states"][-1], taught["hidden_states"][-1])
+                    loss = loss + factor * self._share * distance
         penalty = self.penalty() if model.training else None
         if penalty is not None:
-            means.append(penalty)
-        for mean in means:  # Each over its batch, which counts for its part of the step.
-            loss = loss + mean / (1 if num_items is None else self.current_gradient_accumulation_steps)
+            loss = loss + self._share * penalty
         return (loss, outputs) if return_outputs else loss

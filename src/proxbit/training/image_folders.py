@@ -154,22 +154,40 @@ def match_labels(names: Sequence[str] | None, label2id: Mapping[str, int], what:
 
     Args:
         names: the dataset's classes, in the order of its numbers; None: its numbers are the model's.
-        label2id: of the model's configuration. Upper and lower case, "_", "-" and spaces do not count.
+        label2id: of the model's configuration. A class that is none of its labels is the one that differs in upper and
+            lower case, "_", "-" and spaces only.
         what: the model, for the message.
 
     Raises:
-        DataError: if a class is none of the model's labels.
+        DataError: if a class is none of the model's labels, or may be several, or two classes are the same one.
     """
     if names is None or list(names) == sorted(label2id, key=lambda name: label2id[name]):
         return {i: i for i in (range(len(names)) if names else label2id.values())}
-    known = {_plain(label): number for label, number in label2id.items()}
-    strange = [name for name in names if _plain(name) not in known]
+    alike: dict[str, list[str]] = {}
+    for label in label2id:
+        alike.setdefault(_plain(label), []).append(label)
+    meant = {name: [name] if name in label2id else alike.get(_plain(name), []) for name in names}
+    strange = [name for name, labels in meant.items() if not labels]
     if strange:
         raise DataError(
             f"These classes of the pictures are no labels of {what}: {_some(strange)}. Its labels are: "
             f"{_some(list(label2id))}. Name the folders as the labels, or set label2id in its config.json."
         )
-    return {i: known[_plain(name)] for i, name in enumerate(names)}
+    taken: dict[str, str] = {}
+    for name, labels in meant.items():
+        if len(labels) > 1:
+            raise DataError(
+                f"The class {name!r} of the pictures may be any of these labels of {what}: {_some(labels)}. Name its "
+                "folder exactly as one of them."
+            )
+        if labels[0] in taken:
+            raise DataError(
+                f"The classes {taken[labels[0]]!r} and {name!r} of the pictures are both the label {labels[0]!r} of "
+                f"{what}. Put their pictures into one folder, or name one exactly as another of its labels: "
+                f"{_some(list(label2id))}."
+            )
+        taken[labels[0]] = name
+    return {i: label2id[meant[name][0]] for i, name in enumerate(names)}
 
 
 def relabel(pictures: Pictures, numbers: Mapping[int, int], what: str) -> datasets.Dataset:

@@ -15,7 +15,7 @@ def distillation_loss(
         T^2 \sum_b KL( softmax(teacher_b / T) || softmax(student_b / T) ) / n
 
     Args:
-        student: logits, `[B, C]` (or `[B, N, C]`: every position counts as an item).
+        student: logits, `[B, C]`, or `[B, N, C]` and maps `[B, C, h, w]` of segmentation, where a position is an item.
         teacher: logits, same shape; no gradient flows to them.
         temperature: T > 0.
         num_items: n; None for the number of items in this batch. With gradient accumulation it is the number of items
@@ -36,15 +36,15 @@ def distillation_loss(
             f"The teacher's logits are {list(teacher.shape)}, the student's {list(student.shape)}: both models must be "
             "trained for the same labels."
         )
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    student_log = torch.log_softmax(student.to(dtype) / temperature, dim=-1).flatten(0, -2)
-    teacher_log = torch.log_softmax(teacher.detach().to(dtype) / temperature, dim=-1).flatten(0, -2)
+    student_log, teacher_log = (
+        torch.log_softmax(_tokens(x) / temperature, dim=-1).flatten(0, -2) for x in (student, teacher.detach())
+    )
     divergence = torch.nn.functional.kl_div(student_log, teacher_log, reduction="sum", log_target=True)
     return divergence * temperature**2 / (len(student_log) if num_items is None else num_items)
 
 
 def _tokens(features: Tensor) -> Tensor:
-    """Feature maps `[B, C, h, w]` as tokens, in at least single precision."""
+    """Maps `[B, C, h, w]` of features or logits as tokens, in at least single precision."""
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     return features.flatten(2).transpose(1, 2) if features.dim() == 4 else features
 
