@@ -175,7 +175,7 @@ def load_for(name: str, names: Sequence[str] | None) -> tuple[nn.Module, dict[in
         label2id = {label: i for i, label in enumerate(names or ())}
         numbers = {i: i for i in label2id.values()}
         changes = {"id2label": dict(enumerate(label2id)), "label2id": label2id, "ignore_mismatched_sizes": True}
-        typer.echo(f"{name} gets a new head for {len(numbers)} classes, which are none of its labels.", err=True)
+        typer.echo(f"{name} gets a new head for {len(numbers)} classes, which do not match its labels.", err=True)
     return load_model(name, **changes), numbers
 
 
