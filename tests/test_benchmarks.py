@@ -1,5 +1,6 @@
 """What the pages of the benchmarks of speed say of their goals, from made-up times."""
 
+import argparse
 import importlib
 import json
 from dataclasses import replace
@@ -93,7 +94,7 @@ def test_a_table_of_accuracy_pairs_folds_and_seeds(script):
     accuracy = script("accuracy")
     runs = [("float, as long", "W32A32", 0, 0.9), ("float, as long", "W32A32", 1, 0.8), ("bnn++", "W1A8", 0, 0.85)]
     runs += [("bnn++", "W1A8", 1, 0.81), ("bnn++", "W1A8", 2, 0.1)]
-    results = {accuracy.Run("digits-16", m, c, f, 0): {"accuracy": value} for m, c, f, value in runs}
+    results = {accuracy.Run("digits-16", m, c, f, 0): {"accuracy": value, "start": "a"} for m, c, f, value in runs}
     page = "\n".join(accuracy.tables(results))
     assert "## Digits, width 16" in page and "| `bnn++` | 83.0 ± 2.0 (2.0 ± 3.0; 2) |" in page
     assert "| float, as long | 85.0 ± 5.0 (0.0 ± 0.0; 2) |" in page
@@ -103,10 +104,19 @@ def test_differences_and_goals_are_paired_too(script):
     accuracy = script("accuracy")
     runs = [("float, as long", "W32A32", 0, 0.95), ("bnn++", "W1A32", 0, 0.9), ("bc", "W1A32", 0, 0.87)]
     runs += [("float, as long", "W32A32", 1, 0.95), ("bnn++", "W1A32", 1, 0.94), ("bc", "W1A32", 1, 0.93)]
-    results = {accuracy.Run("digits-16", m, c, f, 0): {"accuracy": value} for m, c, f, value in runs}
+    results = {accuracy.Run("digits-16", m, c, f, 0): {"accuracy": value, "start": "a"} for m, c, f, value in runs}
     page = "\n".join(accuracy.tables(results) + accuracy.goal_lines(results))
     assert "| `bc` | -2.0 ± 1.0 (2) |" in page
     assert "| Digits, width 16, W1A32 | 2.5 | 3.0 ± 2.0 (2) | **missed** |" in page
+
+
+def test_runs_of_different_starts_are_not_paired(script):
+    """Fold 1 was done again on another float model, by one of the two rows only."""
+    accuracy = script("accuracy")
+    runs = [("float, as long", "W32A32", 0, 0.9, "a"), ("float, as long", "W32A32", 1, 0.8, "b")]
+    runs += [("bnn++", "W1A8", 0, 0.85, "a"), ("bnn++", "W1A8", 1, 0.81, "a")]
+    results = {accuracy.Run("digits-16", m, c, f, 0): {"accuracy": v, "start": at} for m, c, f, v, at in runs}
+    assert "| `bnn++` | 85.0 (5.0; 1) |" in "\n".join(accuracy.tables(results))
 
 
 def test_what_hardening_costs_is_that_of_each_run(script):
@@ -114,8 +124,8 @@ def test_what_hardening_costs_is_that_of_each_run(script):
     accuracy = script("accuracy")
     results = {}
     for fold, (soft, hard) in enumerate([(0.95, 0.94), (0.93, 0.90)]):
-        results[accuracy.Run("digits-16", "bnn++", "W1A32", fold, 0)] = {"accuracy": hard, "soft": soft}
-        results[accuracy.Run("digits-16", "bc", "W1A32", fold, 0)] = {"accuracy": hard, "soft": hard}
+        results[accuracy.Run("digits-16", "bnn++", "W1A32", fold, 0)] = {"accuracy": hard, "soft": soft, "start": "a"}
+        results[accuracy.Run("digits-16", "bc", "W1A32", fold, 0)] = {"accuracy": hard, "soft": hard, "start": "a"}
     table = "\n".join(accuracy.tables(results)).split("as it ships")[1]
     assert "| `bnn++` | 2.0 ± 1.0 (2) |" in table and "`bc`" not in table
 
@@ -127,6 +137,23 @@ def test_runs_that_are_finished_are_not_done_again(script, tmp_path):
     assert accuracy.known(path) == {}
     path.write_text(json.dumps({**vars(run), "accuracy": 0.5, "soft": 0.6}) + "\n")
     assert accuracy.known(path) == {run: {**vars(run), "accuracy": 0.5, "soft": 0.6}}
+
+
+def test_runs_that_began_at_another_float_model_are_done_again(script, tmp_path):
+    """But only where the cache has one: what was trained elsewhere is not lost with its folder."""
+    accuracy = script("accuracy")
+    options = argparse.Namespace(tasks=["digits-16"], seeds=1, folds=[0], columns=["W1A8"], methods=["bc"])
+    options.cache, path = tmp_path / "cache", tmp_path / "runs.jsonl"
+    runs = list(accuracy.wanted(options))
+    assert [run.method for run in runs] == ["float", "float, as long", "post-training sign", "bc"]
+    path.write_text("".join(json.dumps({**vars(run), "start": "a", "accuracy": 0.5}) + "\n" for run in runs))
+    assert accuracy.missing(options, path) == []
+    options.cache.mkdir()
+    accuracy.start_file(runs[0], options.cache).write_bytes(b"another")
+    assert accuracy.missing(options, path) == runs
+    start = accuracy.start_of(runs[0], options.cache)
+    path.write_text("".join(json.dumps({**vars(run), "start": start, "accuracy": 0.5}) + "\n" for run in runs[:3]))
+    assert accuracy.missing(options, path) == runs[3:]
 
 
 def test_every_method_trains_and_is_packed(script, tmp_path, monkeypatch):
