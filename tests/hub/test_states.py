@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 import proxbit
-from proxbit.errors import LatentError, ModelStateError, PatternError
+from proxbit.errors import ConfigError, LatentError, ModelStateError, PatternError
 from proxbit.nn import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear
 from proxbit.patching import state_of
 from proxbit.quantizers import PAIRS, catalog
@@ -109,6 +109,15 @@ def test_calls_in_the_wrong_state(path, call, message, build):
         convert(model)
     with pytest.raises(ModelStateError, match=message):
         call(model)
+
+
+@pytest.mark.parametrize("call", [proxbit.binarize, lambda model, config: proxbit.equalize(model, config=config)])
+@pytest.mark.parametrize("config", ["w1a8", {"weights": "bnn"}, hf.BitsAndBytesConfig(load_in_8bit=True)], ids=["recipe", "dict", "other"])
+def test_what_is_no_configuration(call, config):
+    model = make()
+    with pytest.raises(ConfigError, match=r"no BinarizationConfig.*get_recipe\('w1a8'\)\.binarization\(\)"):
+        call(model, config)
+    assert state_of(model) == "float"
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0], ids=["nan", "zero row"])

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.activations import GELUActivation
 
 import proxbit
-from normed_block import D, Normed, affine
+from normed_block import D, Normed, OwnLayerNorm, ScaledLayerNorm, affine
 from proxbit.errors import ModelStateError
 from proxbit.nn import PackedLinear
 from proxbit.patching import FusedActivation, FusedLayerNorm, unfuse_layers
@@ -102,6 +102,8 @@ def test_what_is_left_alone(block):
     ("block", "fused"),
     [
         (lambda: Normed(affine()), True),
+        (lambda: Normed(affine(OwnLayerNorm)), True),
+        (lambda: Normed(affine(ScaledLayerNorm)), False),
         (lambda: Normed(nn.LayerNorm(D, bias=False)), False),
         (lambda: Normed(nn.LayerNorm(D, elementwise_affine=False)), False),
         (lambda: Normed(nn.RMSNorm(D)), False),
@@ -109,7 +111,17 @@ def test_what_is_left_alone(block):
         (lambda: Normed(affine(), give=True), False),
         (lambda: Normed(affine(), twice=True), False),
     ],
-    ids=["plain", "no bias", "no weight", "root mean square", "read elsewhere", "returned", "used twice"],
+    ids=[
+        "plain",
+        "class of its own",
+        "with a factor",
+        "no bias",
+        "no weight",
+        "root mean square",
+        "read elsewhere",
+        "returned",
+        "used twice",
+    ],
 )
 def test_layer_norms(block, fused):
     model = packed(block())
@@ -126,7 +138,7 @@ def test_layer_norms(block, fused):
         result = again(x)
         torch.testing.assert_close(torch.autograd.grad((result[0] if model.give else result).sum(), x)[0], gradient)
     unfuse_layers(model)
-    assert not isinstance(model.norm, FusedLayerNorm)
+    assert type(model.norm) is type(block().norm)
     assert torch.equal(model(x)[0], before[0])
 
 

@@ -147,8 +147,7 @@ def test_one_decision_for_every_linear_and_convolution(model):
         ("blocks__0__relative_position__mlp", nn.Linear(8, 8), "position encoding"),
         ("blocks__0__rel_pos_bias__mlp", nn.Linear(8, 8), "position encoding"),
         ("blocks__0__attn__meta_mlp__fc1", nn.Linear(8, 8), "position encoding"),
-        ("bbox_attention__k_proj", nn.Linear(8, 8), "its model reads its weight, or the dtype of it, by itself"),
-        ("encoder__layer__0__mlp__wo", nn.Linear(8, 8), "its model reads its weight, or the dtype of it, by itself"),
+        ("bbox_attention__k_proj", nn.Linear(8, 8), "head"),
         ("layers__0__self_attn__sampling_offsets", nn.Linear(8, 8), "where deformable attention looks"),
         ("text_model__layers__0__fc1", nn.Linear(8, 8), "text side"),
         ("conv_stem__conv", nn.Conv2d(8, 8, 3), "stem"),
@@ -181,6 +180,71 @@ def test_defaults_go_by_name_and_geometry(name, module, reason):
     model = tree(**{name: module, "body": nn.Linear(8, 8)})
     assert reasons(model).get(name.replace("__", ".")) == reason
     assert "body" in selected(model)
+
+
+BY_ITSELF = "its model reads its weight, or the dtype of it, by itself"
+
+
+class Reader(nn.Module):
+    """Multiplies by the weights of `own`, and of `inner.deep`, itself, and casts to the dtype of `cast`."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.cast, self.called, self.inner = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Module()
+        self.inner.deep, self.inner.called = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.filters = nn.Conv2d(8, 8, 1)  # packed, it has a weight of floats to read all the same
+
+    @torch.no_grad()
+    def start(self):
+        self.called.weight.zero_()
+
+    def forward(self, x):
+        x = self.cast(x.to(self.cast.weight.dtype)) + x.to(self.filters.weight.dtype)
+        return nn.functional.linear(x @ self.inner.deep.weight, weight=self.own.weight) + self.inner.called(x)
+
+
+@pytest.mark.parametrize("changes", [{}, {"include": ["*"]}], ids=["by default", "on request"])
+def test_layers_that_are_read_instead_of_called_are_left(changes):
+    model = nn.ModuleDict({"block": Reader()})
+    left = dict.fromkeys(["block.own", "block.cast", "block.inner.deep"], BY_ITSELF)
+    assert reasons(model, **changes) == left
+    assert selected(model, **changes) == ["block.called", "block.inner.called", "block.filters"]
+
+
+def test_the_mlp_of_pix2struct_is_read():
+    sizes = {"hidden_size": 16, "d_ff": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "d_kv": 8}
+    model = hf.Pix2StructVisionModel(hf.Pix2StructVisionConfig(patch_embed_hidden_size=12, **sizes))
+    assert [name for name, reason in reasons(model).items() if reason == BY_ITSELF] == ["encoder.layer.0.mlp.wo"]
+
+
+def test_without_the_source_of_a_model():
+    """As where a class was made in a session: nothing is known of it."""
+    names = {"nn": nn}
+    exec("class Block(nn.Module):\n    def forward(self, x):\n        return x @ self.own.weight", names)
+    model = names["Block"]()
+    model.own = nn.Linear(8, 8)
+    assert selected(model) == ["own"]
+
+
+class Switched(nn.Module):
+    """Attention as in timm's BEiT, which adds its biases itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.bias, self.qkv_bias_separate = nn.Linear(8, 24, bias=False), nn.Parameter(torch.ones(24)), False
+
+    def forward(self, x):
+        if self.qkv_bias_separate:
+            return self.qkv(x) + self.bias
+        return nn.functional.linear(x, weight=self.qkv.weight, bias=self.bias)
+
+
+def test_attention_of_timm_is_told_to_call_its_layer():
+    model, x = Switched(), torch.randn(3, 8)
+    expected = x @ (model.qkv.weight.sign() * model.qkv.weight.abs().mean(dim=1, keepdim=True)).T + 1
+    proxbit.binarize(model, BinarizationConfig(weights="bnn"))
+    torch.testing.assert_close(model.eval()(x), expected)
+    torch.testing.assert_close(proxbit.pack(model)(x), expected)
 
 
 @pytest.mark.parametrize("field", ["include", "modules_to_not_convert"])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from proxbit.config import BinarizationConfig
-from proxbit.errors import ModelStateError, ProxbitError
+from proxbit.errors import ConfigError, ModelStateError, ProxbitError
 from proxbit.hub.hf_quantizer import attach, detach
 from proxbit.patching import (
     PICTURE_ERRORS,
@@ -43,6 +43,15 @@ def _look(
         raise ModelStateError(f"{type(model).__name__} takes no picture alone ({error}): {hint}.") from error
 
 
+def _given(config: BinarizationConfig | None) -> BinarizationConfig | None:
+    if config is None or isinstance(config, BinarizationConfig):
+        return config
+    raise ConfigError(
+        f"config: {config!r} is no BinarizationConfig. Make one, proxbit.BinarizationConfig(...), or take that of a "
+        "recipe, proxbit.get_recipe('w1a8').binarization()."
+    )
+
+
 def equalize(model: Model, inputs: dict[str, Tensor] | None = None, config: BinarizationConfig | None = None) -> Model:
     r"""Make the signs of a model fit better: what the weights of one input have in common goes into the layer
     normalization before them, and what is left suits one scale a row. A start for training or packing.
@@ -69,7 +78,8 @@ def equalize(model: Model, inputs: dict[str, Tensor] | None = None, config: Bina
 
     Raises:
         ModelStateError: if the model is packed, or does not take a blank picture.
-        ConfigError: if the model is latent, which says itself what is binarized, and there is a configuration.
+        ConfigError: if the model is latent, which says itself what is binarized, and there is a configuration; or if
+            it is something else than a BinarizationConfig.
         PatternError: for a float model, as by `binarize`.
 
     Source:
@@ -77,7 +87,7 @@ def equalize(model: Model, inputs: dict[str, Tensor] | None = None, config: Bina
         multiplied in every forward pass, and learned. Scales that move between layers: Nagel, van Baalen, Blankevoort,
         Welling, Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019.
     """
-    _look("equalize", model, inputs, partial(equalize_layers, model, config=config))
+    _look("equalize", model, inputs, partial(equalize_layers, model, config=_given(config)))
     return model
 
 
@@ -92,11 +102,12 @@ def binarize(model: Model, config: BinarizationConfig | None = None) -> Model:
         The same model, with a `binarization_report`. It is simulated: one bit a weight comes with `pack`.
 
     Raises:
+        ConfigError: if the configuration is something else than a BinarizationConfig.
         ModelStateError: if the model is latent or packed already.
         PatternError: for patterns that match nothing, tied weights, or an empty selection.
         LatentError: for NaN or infinite weights, or rows that are all zero. The model is unchanged after an error.
     """
-    _, resolved = to_latent(model, (config or BinarizationConfig()).replace(state="latent"))
+    _, resolved = to_latent(model, (_given(config) or BinarizationConfig()).replace(state="latent"))
     if isinstance(model, PreTrainedModel):
         attach(model, resolved)
     return model

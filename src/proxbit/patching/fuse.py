@@ -29,7 +29,13 @@ class FusedActivation(nn.Module):
 
 
 class FusedLayerNorm(nn.LayerNorm):
-    """A layer normalization that the packed layers behind it compute now."""
+    """A layer normalization that the packed layers behind it compute now.
+
+    Attributes:
+        original: the class that it was of.
+    """
+
+    original: type[nn.LayerNorm]
 
     def forward(self, input: Tensor) -> Tensor:
         return input
@@ -103,6 +109,7 @@ def fuse_layers(model: nn.Module, inputs: dict[str, Tensor]) -> None:
         assert isinstance(module, nn.LayerNorm)
         # Its class alone changes: parameters, names and hooks stay.
         norm = partial(_norm_of, module)
+        module.original = type(module)  # type: ignore[assignment]
         module.__class__ = FusedLayerNorm
         for layer in layers:
             layer.norm = norm
@@ -122,6 +129,6 @@ def unfuse_layers(model: nn.Module) -> None:
         if isinstance(module, FusedActivation):
             swap(model, name, module.original)
         elif isinstance(module, FusedLayerNorm):
-            module.__class__ = nn.LayerNorm  # type: ignore[assignment]
+            module.__class__ = vars(module).pop("original")
         elif isinstance(module, PackedLinear):
             module.gelu, module.norm, module.shared = False, None, None

@@ -14,7 +14,8 @@ def blank_picture(model: nn.Module) -> dict[str, Tensor]:
     """One black picture of the size, dtype and device that the model takes, as keyword arguments of its forward."""
     config = getattr(model, "config", None)
     config = getattr(config, "vision_config", config)
-    side = getattr(config, "image_size", 224)
+    of_timm = getattr(config, "pretrained_cfg", None) or {}
+    side = getattr(config, "image_size", of_timm.get("input_size", 224))
     height, width = (side, side) if isinstance(side, int) else tuple(side)[-2:]
     floats = (p for p in model.parameters() if p.is_floating_point())
     like = next(floats, torch.empty(0))

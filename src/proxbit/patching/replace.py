@@ -14,7 +14,7 @@ from proxbit.patching.fuse import unfuse_layers
 from proxbit.patching.report import BinarizationReport, ModuleDecision
 from proxbit.patching.sites import surroundings
 from proxbit.patching.swap import swap
-from proxbit.patching.targets import CONVERTIBLE, explicit_patterns, select, state_of
+from proxbit.patching.targets import CONVERTIBLE, call_layers, explicit_patterns, select, state_of
 
 __all__ = [
     "beyond_float",
@@ -87,6 +87,7 @@ def to_latent(model: nn.Module, config: BinarizationConfig) -> tuple[Binarizatio
         replacements[decision.name] = latent
     for name, latent in replacements.items():
         swap(model, name, latent)
+    call_layers(model, replacements)
     learn_scales(model, attentions)
     report = BinarizationReport("binarized", tuple(decisions))
     report.attach(model)

@@ -1,10 +1,15 @@
 """Which modules of a model are binarized: patterns on in-memory names, and safe defaults."""
 
+import ast
 import difflib
 import glob
+import inspect
 import re
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -13,10 +18,21 @@ from proxbit.errors import PatternError
 from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear
 from proxbit.patching.report import ModuleDecision
 
-__all__ = ["CONVERTIBLE", "DEFAULT_SKIPS", "check_patterns", "explicit_patterns", "matches", "select"]
+__all__ = [
+    "CONVERTIBLE",
+    "DEFAULT_SKIPS",
+    "call_layers",
+    "check_patterns",
+    "explicit_patterns",
+    "matches",
+    "select",
+    "state_of",
+]
 
 CONVERTIBLE = (nn.Linear, nn.Conv2d)
 PIXEL_CHANNELS = 4
+# Attention of timm that has biases beside its layer multiplies by `qkv.weight` itself, unless this attribute is True.
+CALL_SWITCH = "qkv_bias_separate"
 
 # Segments of a module's name, and why a module below such a segment stays as it is.
 DEFAULT_SKIPS: tuple[tuple[str, str], ...] = (
@@ -25,10 +41,9 @@ DEFAULT_SKIPS: tuple[tuple[str, str], ...] = (
     (r"sampling_offsets|attention_weights", "where deformable attention looks"),
     (r"(text|language)_(model|encoder|decoder|backbone|transformer)", "text side"),
     (r"(.*_)?stem", "stem"),
-    (r"bbox_attention|wo", "its model reads its weight, or the dtype of it, by itself"),  # DETR panoptic; Pix2Struct
     (r"pooler|att(entio)?n_pool(ing)?", "pooler"),
     (
-        r"(.*_)?(head|heads|classifier|fc)|(head|classifier)_.*|(visual|text|mask)_projection|.+_predictor|logits",
+        r"(.*_)?(head|heads|classifier|fc)|(head|classifier)_.*|bbox_attention|(visual|text|mask)_projection|.+_predictor|logits",
         "head",
     ),
 )
@@ -38,6 +53,35 @@ def matches(name: str, pattern: str) -> bool:
     """Whether a pattern (fnmatch, case-sensitive) names the module or one of the modules it lies in."""
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(len(parts), 0, -1))
+
+
+@cache
+def _weights_read(forward: Callable[..., Any]) -> frozenset[str]:
+    """The modules, by name, of which the forward of a class names the weight: `self.wo.weight`."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):  # there is no source
+        return frozenset()
+    owners = [
+        ast.unparse(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "weight"
+    ]
+    return frozenset(owner.removeprefix("self.") for owner in owners if owner.startswith("self."))
+
+
+def _reads_weight(model: nn.Module, name: str) -> bool:
+    """Whether a module that a linear layer lies in reads its weight, or the dtype of it, beside calling the layer."""
+    parts = name.split(".")
+    owners = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
+    readers = [owner for end, owner in enumerate(owners) if ".".join(parts[end:]) in _weights_read(type(owner).forward)]
+    return any(not hasattr(reader, CALL_SWITCH) for reader in readers)
+
+
+def call_layers(model: nn.Module, names: Iterable[str]) -> None:
+    """Tell the modules that can be told to call these layers, instead of reading their weights."""
+    for name in names:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if hasattr(owner, CALL_SWITCH):
+            setattr(owner, CALL_SWITCH, True)
 
 
 def _default_reason(name: str, module: nn.Module, backbone: str) -> str | None:
@@ -103,6 +147,8 @@ def select(model: nn.Module, config: BinarizationConfig) -> list[ModuleDecision]
     decisions = []
     for name, module in candidates.items():
         reason, converted = _decide(name, module, config, backbone)
+        if converted and isinstance(module, nn.Linear) and _reads_weight(model, name):
+            reason, converted = "its model reads its weight, or the dtype of it, by itself", False
         decisions.append(ModuleDecision(name, type(module).__name__, module.weight.numel(), converted, reason))
     if not any(decision.converted for decision in decisions):
         left = "\n".join(f"  {decision.name}: {decision.reason}" for decision in decisions[:10])

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,16 @@ def watch(model: nn.Module, inputs: dict[str, Tensor]) -> Seen:
     return mode.seen
 
 
+def _is_layer_norm(norm: nn.Module, call: Call) -> TypeGuard[nn.LayerNorm]:
+    """Whether a call is a layer normalization of the last dimension, with a weight and a bias; also by a class that
+    only computes it in its own way, as timm's does."""
+    if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+        return False
+    if call.input.shape[-1:] != norm.normalized_shape:
+        return False
+    return type(norm) is nn.LayerNorm or torch.equal(nn.LayerNorm.forward(norm, call.input), call.output)
+
+
 def norms_before(seen: Seen, layers: Iterable[Layer]) -> dict[str, list[Layer]]:
     """The layer normalizations whose results go into some of the layers and nowhere else.
 
@@ -129,7 +139,7 @@ def norms_before(seen: Seen, layers: Iterable[Layer]) -> dict[str, list[Layer]]:
     found: dict[str, list[Layer]] = {}
     for call in seen.calls:
         norm = call.module
-        if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None or len(norm.normalized_shape) > 1:
+        if not _is_layer_norm(norm, call):
             continue
         read = [among[id(each.module)] for each in seen.calls if each.input is call.output and id(each.module) in among]
         elsewhere = {id(use.within) for use in seen.uses_of(call.output)} - {id(layer) for layer in read}
