@@ -33,9 +33,10 @@ FOOT = """
 of its float weights. `DetrForObjectDetection` freezes a ResNet backbone; after `model.model.unfreeze_backbone()` it is
 1-bit too.
 
-*nn.MultiheadAttention* multiplies with its weights in its own way, past its linear layer. So does a model whose `forward`
-names the weight of a layer, `self.wo.weight`, instead of calling it: `proxbit` reads the source and leaves that layer float. The
-attention of BEiT, EVA-02 and Swin V2 in `timm` multiplies so too, but can be told to call its layer, and is told.
+*nn.MultiheadAttention* multiplies with its weights in its own way, past its linear layer. So does a model whose
+`forward` names the weight of a layer, `self.wo.weight`, instead of calling it alone: `proxbit` reads the source and
+leaves that layer float. The attention of BEiT, EVA-02 and Swin V2 in `timm` multiplies so too, but can be told to call
+its layer, and is told.
 
 In DETR and MaskFormer the values of the first self-attention of the decoder are 1-bit and get no gradient: they read
 zeros, whatever their bits are.

@@ -112,7 +112,9 @@ def test_calls_in_the_wrong_state(path, call, message, build):
 
 
 @pytest.mark.parametrize("call", [proxbit.binarize, lambda model, config: proxbit.equalize(model, config=config)])
-@pytest.mark.parametrize("config", ["w1a8", {"weights": "bnn"}, hf.BitsAndBytesConfig(load_in_8bit=True)], ids=["recipe", "dict", "other"])
+@pytest.mark.parametrize(
+    "config", ["w1a8", {"weights": "bnn"}, hf.BitsAndBytesConfig(load_in_8bit=True)], ids=["recipe", "dict", "other"]
+)
 def test_what_is_no_configuration(call, config):
     model = make()
     with pytest.raises(ConfigError, match=r"no BinarizationConfig.*get_recipe\('w1a8'\)\.binarization\(\)"):

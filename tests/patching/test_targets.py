@@ -186,11 +186,12 @@ BY_ITSELF = "its model reads its weight, or the dtype of it, by itself"
 
 
 class Reader(nn.Module):
-    """Multiplies by the weights of `own`, and of `inner.deep`, itself, and casts to the dtype of `cast`."""
+    """Multiplies by the weights of `own` and `inner.deep` itself, and goes by the dtypes of `cast` and `table`."""
 
     def __init__(self):
         super().__init__()
-        self.own, self.cast, self.called, self.inner = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Module()
+        self.own, self.cast, self.table, self.called = (nn.Linear(8, 8) for _ in range(4))
+        self.inner = nn.Module()
         self.inner.deep, self.inner.called = nn.Linear(8, 8), nn.Linear(8, 8)
         self.filters = nn.Conv2d(8, 8, 1)  # packed, it has a weight of floats to read all the same
 
@@ -198,15 +199,22 @@ class Reader(nn.Module):
     def start(self):
         self.called.weight.zero_()
 
+    def init_non_persistent_buffers(self):
+        self.steps = torch.arange(8, dtype=self.table.weight.dtype)
+
+    def prepared(self, x):
+        x = x.to(self.called.weight.device)
+        return x.to(self.cast.weight.dtype) if x.is_floating_point() else self.prepared(x.float())
+
     def forward(self, x):
-        x = self.cast(x.to(self.cast.weight.dtype)) + x.to(self.filters.weight.dtype)
+        x = self.cast(self.prepared(x)) + x.to(self.filters.weight.dtype)
         return nn.functional.linear(x @ self.inner.deep.weight, weight=self.own.weight) + self.inner.called(x)
 
 
 @pytest.mark.parametrize("changes", [{}, {"include": ["*"]}], ids=["by default", "on request"])
 def test_layers_that_are_read_instead_of_called_are_left(changes):
     model = nn.ModuleDict({"block": Reader()})
-    left = dict.fromkeys(["block.own", "block.cast", "block.inner.deep"], BY_ITSELF)
+    left = dict.fromkeys(["block.own", "block.cast", "block.table", "block.inner.deep"], BY_ITSELF)
     assert reasons(model, **changes) == left
     assert selected(model, **changes) == ["block.called", "block.inner.called", "block.filters"]
 

@@ -6,10 +6,9 @@ import glob
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Hashable, Iterable
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any
 
 from torch import nn
 
@@ -31,8 +30,11 @@ __all__ = [
 
 CONVERTIBLE = (nn.Linear, nn.Conv2d)
 PIXEL_CHANNELS = 4
-# Attention of timm that has biases beside its layer multiplies by `qkv.weight` itself, unless this attribute is True.
-CALL_SWITCH = "qkv_bias_separate"
+# Where a model computes: in a forward pass, and, in timm, what is not in a checkpoint when it is loaded.
+STARTS = ("forward", "init_non_persistent_buffers")
+# Layers whose weight their owner reads unless it is told to call them, and the attribute that tells it: in timm,
+# attention that has biases beside its layer.
+SWITCHES = {"qkv": "qkv_bias_separate"}
 
 # Segments of a module's name, and why a module below such a segment stays as it is.
 DEFAULT_SKIPS: tuple[tuple[str, str], ...] = (
@@ -56,32 +58,46 @@ def matches(name: str, pattern: str) -> bool:
 
 
 @cache
-def _weights_read(forward: Callable[..., Any]) -> frozenset[str]:
-    """The modules, by name, of which the forward of a class names the weight: `self.wo.weight`."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError, SyntaxError):  # there is no source
-        return frozenset()
-    owners = [
-        ast.unparse(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "weight"
-    ]
-    return frozenset(owner.removeprefix("self.") for owner in owners if owner.startswith("self."))
+def _weights_read(kind: Hashable) -> frozenset[str]:
+    """The modules, by name, of which a class names the weight, `self.wo.weight`, where it computes: in `STARTS`, and in
+    methods called there. To name the device of it does no harm. Of methods without a source nothing is known.
+    """
+    found, methods = set(), list(STARTS)
+    for method in methods:
+        try:
+            nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(getattr(kind, method))))))
+        except (AttributeError, OSError, TypeError, SyntaxError):
+            continue
+        attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+        harmless = [node.value for node in attributes if node.attr == "device"]
+        for node in attributes:
+            owner, _, name = ast.unparse(node.value).partition(".")
+            if owner == "self" and name and node.attr == "weight" and node not in harmless:
+                found.add(name)
+            elif owner == "self" and not name and node.attr not in methods:
+                if inspect.isfunction(getattr(kind, node.attr, None)):
+                    methods.append(node.attr)
+    return frozenset(found)
 
 
 def _reads_weight(model: nn.Module, name: str) -> bool:
     """Whether a module that a linear layer lies in reads its weight, or the dtype of it, beside calling the layer."""
     parts = name.split(".")
-    owners = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
-    readers = [owner for end, owner in enumerate(owners) if ".".join(parts[end:]) in _weights_read(type(owner).forward)]
-    return any(not hasattr(reader, CALL_SWITCH) for reader in readers)
+    for end in range(len(parts)):
+        owner, inside = model.get_submodule(".".join(parts[:end])), ".".join(parts[end:])
+        read: frozenset[str] = _weights_read(type(owner))  # type: ignore[arg-type]
+        if inside in read and not hasattr(owner, SWITCHES.get(inside, "")):
+            return True
+    return False
 
 
 def call_layers(model: nn.Module, names: Iterable[str]) -> None:
     """Tell the modules that can be told to call these layers, instead of reading their weights."""
     for name in names:
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if hasattr(owner, CALL_SWITCH):
-            setattr(owner, CALL_SWITCH, True)
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        if hasattr(owner, SWITCHES.get(child, "")):
+            setattr(owner, SWITCHES[child], True)
 
 
 def _default_reason(name: str, module: nn.Module, backbone: str) -> str | None:
