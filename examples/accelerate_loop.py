@@ -44,6 +44,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     schedule = MuSchedule("log", 0.3, 30.0, steps=args.steps, hard_fraction=0.1)
 
+    if not len(loader):
+        raise SystemExit(
+            f"--batch {args.batch}: the processes together have no batch that is full; take a smaller one."
+        )
     step, losses = 0, []
     model.train()
     while step < args.steps:

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from proxbit.analysis.run_log import RUN_LOG, append_event, read_log, replace_event, start_log
@@ -77,6 +78,16 @@ def test_events_of_other_kinds_are_passed_over(tmp_path):
     assert len(read_log(tmp_path).logs) == 8
 
 
+def test_so_is_what_is_none_inside_of_lists(tmp_path):
+    """As the metrics of segmentation, a number a class, where a class is in no picture."""
+    start_log(tmp_path, RUN)
+    metrics = {"iou": [0.5, math.nan], "by": {"a": math.inf}, "array": np.array([[1.0, np.nan]]), "one": np.float32(2)}
+    append_event(tmp_path, {"event": "log", "step": 1, **metrics})
+    (row,) = read_log(tmp_path).logs
+    found = [row[key] for key in metrics]
+    assert found == [[0.5, None], {"a": None}, [[1.0, None]], 2.0]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -92,6 +103,12 @@ def test_events_of_other_kinds_are_passed_over(tmp_path):
 def test_a_damaged_file_is_refused(tmp_path, text, words):
     (tmp_path / RUN_LOG).write_text(text)
     with pytest.raises(CheckpointError, match=words):
+        read_log(tmp_path)
+
+
+def test_what_is_no_text_is_refused(tmp_path):
+    (tmp_path / RUN_LOG).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CheckpointError, match="is damaged: it is no text"):
         read_log(tmp_path)
 
 

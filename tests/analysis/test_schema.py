@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from proxbit.analysis.schema import KINDS, Field, cell, field_table, problems
+from proxbit.analysis.schema import KINDS, Field, cell, field_table, line, problems
 
 GOOD = {
     "text": ["a"],
@@ -80,3 +80,7 @@ def test_markdown():
     assert cell("a | b\n c") == r"a \| b c"
     lines = field_table([Field("a", "text", "x|y")]).splitlines()
     assert lines == ["| field | kind | meaning |", "|---|---|---|", r"| `a` | text | x\|y |"]
+
+
+def test_a_backslash_undoes_nothing():
+    assert line(r"\[click](https://example.org)") == r"\\\[click](https://example.org)"

@@ -66,8 +66,11 @@ def test_offsets_take_a_number_a_row(model):
 def test_a_latent_model_tells_its_size_once_packed(model, pair):
     before = proxbit.summary(proxbit.binarize(model, proxbit.BinarizationConfig(weights=pair)))
     after = proxbit.summary(proxbit.pack(model))
-    tensors = [table.packed_bytes - table.header_bytes for table in (before, after)]
+    tensors = [table.packed_bytes - table.packed_header_bytes for table in (before, after)]
     assert tensors[0] == tensors[1] == after.file_bytes - after.header_bytes
+    # The header too, but for the digits of shapes.
+    assert before.header_bytes + 50 * LAYERS * 6 < before.packed_header_bytes
+    assert abs(before.packed_header_bytes - after.header_bytes) <= 2 * LAYERS * 6
     assert before.float32_bytes - before.header_bytes == after.float32_bytes - after.header_bytes
 
 

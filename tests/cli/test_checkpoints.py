@@ -39,6 +39,18 @@ def test_every_state_is_loaded_ready_to_be_used(tmp_path, folder, state, capsys)
     assert isinstance(load_processor(str(tmp_path / state)), hf.ViTImageProcessorPil)
 
 
+def test_a_file_is_not_the_folder_that_it_lies_in(folder):
+    with pytest.raises(CheckpointError, match=r"it is a file\. Name the folder"):
+        load_model(str(folder / "config.json"))
+
+
+def test_a_damaged_image_processor_is_not_passed_over(folder, tmp_path):
+    (folder / "preprocessor_config.json").write_text('{"size": ')
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json cannot be read"):
+        load_processor(str(folder))
+    assert load_processor(str(tmp_path)) is None
+
+
 @pytest.mark.parametrize("harm", ["nowhere", "no weights", "cut off", "pickled"])
 def test_what_is_no_model_is_refused(folder, harm):
     weights = folder / "model.safetensors"

@@ -41,6 +41,8 @@ def test_pictures_make_a_packed_model(place, tmp_path):
     states = {name: hf.AutoModelForImageClassification.from_pretrained(out / name) for name in ("latent", "packed")}
     assert {name: state_of(model) for name, model in states.items()} == {"latent": "latent", "packed": "packed"}
     assert (out / "packed" / "preprocessor_config.json").is_file()
+    card = json.loads((out / "packed" / "quantization_card.json").read_text())
+    assert card["split"] == "25% of train, held out"
     assert states["packed"].config.label2id == {"flower": 0, "other": 1, "temple": 2}
     start = hf.AutoModelForImageClassification.from_pretrained(place / "float")
     assert not torch.equal(states["latent"].classifier.weight, start.classifier.weight)

@@ -128,6 +128,18 @@ def test_a_whole_folder(plain):
         check_folder(plain, config)
 
 
+def test_names_of_classes_and_numbers_of_others_are_no_sizes(tmp_path):
+    """What `save_pretrained` wrote is loaded again, whatever the labels are called, with all that somebody noted."""
+    names = ["heads", "tails", "basketball players", "hidden_size"]
+    config, labels = vit(num_labels=4), {name: i + 100 * (i == 2) for i, name in enumerate(names)}
+    config.label2id, config.id2label = labels, {i: name for name, i in labels.items()}
+    config.trained_at, config.flops, config.most_layers = 1_795_410_249, 17_600_000_000, 10**6
+    model = proxbit.pack(proxbit.binarize(ViTForImageClassification(config)))
+    model.save_pretrained(tmp_path)
+    again = ViTForImageClassification.from_pretrained(tmp_path).config
+    assert again.label2id == labels and again.trained_at == config.trained_at
+
+
 def test_of_a_float_checkpoint_nothing_is_asked(tmp_path):
     """It is transformers' own."""
     model = ViTForImageClassification(vit())

@@ -199,6 +199,11 @@ def test_the_snippet_has_the_attention_of_the_model(tmp_path, photographs, proce
     assert loaded.config._attn_implementation == "proxbit_binary"
 
 
+def test_what_somebody_else_wrote_is_not_renamed():
+    text = "---\nlicense: mit\n---\n\n# Beautiful digits, by Ada\n\nMy text.\n"
+    assert rename(text, None, "me/tiny") == text
+
+
 def test_the_snippet_of_a_model_that_takes_no_picture_alone_loads_it(tmp_path, monkeypatch):
     folder = write_release(proxbit.pack(proxbit.binarize(FAMILIES["clip with text"]())), tmp_path / "two")
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]

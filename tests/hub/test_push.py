@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import proxbit
 from proxbit.analysis.card import QuantizationCard
-from proxbit.errors import CheckpointError, ModelStateError, PackedFormatError
+from proxbit.errors import CheckpointError, HubError, ModelStateError, PackedFormatError
+from proxbit.hub.client import client
 from proxbit.hub.files import CARD_NAME
 from proxbit.hub.push import prepare_upload, upload
 from tiny_models import vit
@@ -231,3 +233,38 @@ def test_the_card_says_what_the_folder_holds(hub, release):
     for name, data in on_the_hub(hub).items():
         (release / name).write_bytes(data)
     assert QuantizationCard.load(release)["state"] == "packed"
+
+
+# --- what is on the Hub already
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_text_that_somebody_wrote_stays(hub, release, ours):
+    """An older card of proxbit is replaced; and a text beside the model goes up whatever is there."""
+    written = b"---\nlicense: mit\n---\n# Months of work\n" + (b"made with proxbit (ProxConnect++)" if ours else b"")
+    api = client()
+    api.create_repo("me/tiny")
+    api.upload_file(path_or_fileobj=written, path_in_repo="README.md", repo_id="me/tiny")
+    with nullcontext() if ours else pytest.warns(UserWarning, match="README.md of me/tiny is no model card"):
+        proxbit.push(release, "me/tiny")
+    files = on_the_hub(hub)
+    assert (files["README.md"] == written) is not ours and set(files) == RELEASE
+    (release / "README.md").write_text("# By hand")
+    proxbit.push(release, "me/tiny")
+    assert on_the_hub(hub)["README.md"] == b"# By hand"
+
+
+def test_a_commit_to_a_pull_request_makes_no_branch(hub, release):
+    """The Hub refuses to make one of that name."""
+    proxbit.push(release, "me/tiny")
+    hub.hub.repositories["me/tiny"].branches["refs/pr/1"] = hub.hub.repositories["me/tiny"].branches["main"]
+    hub.log.clear()
+    proxbit.push(release, "me/tiny", revision="refs/pr/1", message="once more")
+    assert not any("/branch/" in str(line) for line in hub.log)
+
+
+@pytest.mark.parametrize("name", ["me/", "me/..", "a/b/c", ""])
+def test_what_is_no_name_is_refused(hub, release, name):
+    with pytest.raises(HubError, match="was not uploaded: Repo id must"):
+        proxbit.push(release, name)
+    assert hub.log == []

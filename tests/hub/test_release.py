@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 
 import proxbit
 from proxbit.analysis.card import CARD_NAME, QuantizationCard
@@ -141,3 +142,12 @@ def test_a_place_that_cannot_be_taken_gives_the_old_release_back(tmp_path, monke
     with pytest.raises(PermissionError):
         write_release(make(num_labels=5), folder)
     assert (folder / "model.safetensors").read_bytes() == before and names(tmp_path) == ["vit"]
+
+
+def test_a_model_with_an_adapter_is_refused(tmp_path):
+    """Of such a model transformers saves the adapter alone."""
+    model = make()
+    model.add_adapter(proxbit.packed_lora(LoraConfig(r=2, target_modules=["q_proj"])))
+    with pytest.raises(ModelStateError, match="carries an adapter"):
+        write_release(model, tmp_path / "vit")
+    assert names(tmp_path) == []

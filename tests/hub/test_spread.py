@@ -1,6 +1,9 @@
 """A packed copy of a latent model: that of `pack`, and the model stays as it is."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -30,6 +33,20 @@ def test_it_is_what_pack_makes(family, center, crops):
     with torch.inference_mode():
         torch.testing.assert_close(made(pictures)[0], packed(pictures)[0], rtol=0, atol=0)
     assert made.config.quantization_config.state == "packed" and model.config.quantization_config.state == "latent"
+
+
+def test_nothing_is_printed_where_deepspeed_is_installed(tmp_path):
+    """It prints when it is imported, and what a command prints may be JSON."""
+    (tmp_path / "deepspeed").mkdir()
+    (tmp_path / "deepspeed" / "__init__.py").write_text("print('hello')")
+    (tmp_path / "deepspeed-0.19.8.dist-info").mkdir()
+    (tmp_path / "deepspeed-0.19.8.dist-info" / "METADATA").write_text("Name: deepspeed\nVersion: 0.19.8\n")
+    where = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    code = "from transformers.integrations import is_deepspeed_available as a; import proxbit.hub.spread; print(a())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": where}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True\n"
 
 
 def test_it_takes_a_latent_model():

@@ -1,9 +1,11 @@
 """Folders that are written whole or not at all."""
 
 import os
+from pathlib import Path
 
 import pytest
 
+from proxbit.errors import CheckpointError
 from proxbit.hub.staging import put, staged, sync
 
 
@@ -93,3 +95,22 @@ def test_a_place_that_cannot_be_taken_gives_the_old_one_back(tmp_path, monkeypat
 def test_a_folder_that_is_not_there_cannot_be_synced(tmp_path):
     with pytest.raises(FileNotFoundError):
         sync(tmp_path / "nothing")
+
+
+def test_the_folder_that_this_is_run_in_is_refused(tmp_path, monkeypatch):
+    """It would be another one, and the shell be in none."""
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for folder in (Path("."), tmp_path / "here"):
+        with pytest.raises(CheckpointError, match="is the folder that this is run in"), staged(folder):
+            raise AssertionError
+    assert names(tmp_path) == ["here"] and names(tmp_path / "here") == ["below"]
+
+
+def test_a_link_stays_and_the_folder_that_it_leads_to_is_replaced(tmp_path):
+    write(tmp_path / "disk" / "place", "first")
+    (tmp_path / "place").symlink_to(tmp_path / "disk" / "place")
+    write(tmp_path / "place", "second")
+    assert (tmp_path / "place").is_symlink() and names(tmp_path) == ["disk", "place"]
+    assert (tmp_path / "disk" / "place" / "sub" / "file").read_text() == "second"
+    assert names(tmp_path / "disk") == ["place"]

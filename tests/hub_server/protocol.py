@@ -82,6 +82,8 @@ class Protocol(Transport):
 
     def branch(self, body: bytes, name: str, branch: str) -> None:
         repository = self.repository(name, write=True)
+        if branch.startswith("refs/"):
+            raise Refusal(400, f"Invalid reference for a branch: {branch}")
         if branch in repository.branches:
             raise Refusal(409, "Reference already exists")
         start, _ = self.revision(name, json.loads(body or b"{}").get("startingPoint", "main"))

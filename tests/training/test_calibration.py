@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import proxbit
+from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, ModelStateError
-from proxbit.nn import BinaryLinear
+from proxbit.nn import BinaryLinear, learned_modules
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer
 from tiny_models import FAMILIES, LABELS, SIDE
 
@@ -96,6 +97,9 @@ def test_what_is_refused(crops):
         proxbit.calibrate(model, [], batches=0)
     with pytest.raises(ConfigError, match="the data is empty"):
         proxbit.calibrate(model, [])
+    pairs = DataLoader(TensorDataset(torch.zeros(4, 3, SIDE, SIDE)))
+    with pytest.raises(ConfigError, match=r"a batch is a dictionary .* or a tensor of pictures, not a list"):
+        proxbit.calibrate(model, pairs)
     with pytest.raises(ConfigError, match=r"vit.layers.0.*NaN or infinite activations"):
         proxbit.calibrate(model, [torch.full((1, 3, SIDE, SIDE), torch.nan)])
     assert type(model.vit.layers[0].mlp.fc1.activation).__name__ == "SignActivation"
@@ -120,6 +124,13 @@ def test_the_trainer_calibrates_what_nobody_has(crops, tmp_path):
     mine = parameters(model)
     trainer(model, crops, tmp_path, learning_rate=1e-12).train()
     assert all(torch.allclose(value, mine[name], atol=1e-6) for name, value in parameters(model).items())
+
+
+def test_the_trainer_calibrates_under_its_autocast(crops, tmp_path):
+    """BEiT does not cast the pixels itself: weights in bf16 take them as the context of the training does."""
+    model = proxbit.binarize(FAMILIES["beit"]().bfloat16(), BinarizationConfig(activations="sign"))
+    trainer(model, crops, tmp_path, bf16=True, use_cpu=True).train()
+    assert all(module.calibrated for _, module in learned_modules(model))
 
 
 def test_what_is_learned_does_not_decay(crops, tmp_path):

@@ -38,6 +38,15 @@ def test_what_cannot_be_read_is_left_out_with_a_reason(folder, pictures):
     assert found[str(folder / "flower" / "text.jpg")] == "not a picture"
 
 
+def test_a_picture_without_a_label_is_left_out(photographs):
+    """`ClassLabel` knows such."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"image": [Image.fromarray(each) for each in photographs[:2]] * 2, "label": [1, None, 0, 1]}
+    found = read_pictures(datasets.Dataset.from_dict(rows, features))
+    assert found.dataset["label"] == [1, 0, 1]
+    assert [(each.picture, each.reason) for each in found.left_out] == [("picture 1", "no label")]
+
+
 def test_every_picture_is_in_rgb_and_upright(folder, pictures):
     """The turned ones have their sides swapped, and every pixel is where a viewer shows it."""
     modes = {picture.mode for picture in pictures.dataset["image"]}

@@ -1,6 +1,7 @@
 """What a training leaves for its report: layers against direct counts, where it goes on, what it leaves alone."""
 
 import os
+import shutil
 import struct
 
 import numpy as np
@@ -125,6 +126,14 @@ def test_evaluations_after_the_training_take_the_place_of_the_pictures(tmp_path,
     assert read_log(tmp_path).predictions["total"] == 5
     assert (tmp_path / RUN_LOG).read_text().count('"event":"predictions"') == 1
     assert read_log(tmp_path).logs[-1]["eval_accuracy"] == trainer.state.log_history[-1]["eval_accuracy"]
+
+
+def test_an_evaluation_once_the_folder_is_gone(tmp_path, crops):
+    trainer = prepare(tmp_path / "out", crops)
+    trainer.train()
+    shutil.rmtree(tmp_path / "out")
+    assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_recording_does_not_disturb(tmp_path, crops):

@@ -113,6 +113,21 @@ def test_metrics_of_the_best_model(tmp_path, crops):
     assert trainer.run_record()["metrics"]["hard"]["loss"] == entry["eval_loss"]
 
 
+def test_one_part_of_a_split_has_no_name(tmp_path, crops):
+    """The pictures that were held out are not those that were trained on."""
+    pictures = {"pixel_values": [p.tolist() for p in crops(6, SIDE)], "labels": [0, 1, 2, 0, 1, 2]}
+    parts = datasets.Dataset.from_dict(pictures, split="train").train_test_split(test_size=2, seed=0)
+    trainer = make(tmp_path, crops, data=parts["train"])
+    trainer.eval_dataset = parts["test"]
+    found = trainer.run_record()
+    assert (found["train_split"], found["train_samples"], found["split"], found["eval_samples"]) == (
+        "train",
+        4,
+        None,
+        2,
+    )
+
+
 def test_data_sets_tell_their_names(tmp_path, crops):
     pictures = {"pixel_values": [p.tolist() for p in crops(4, SIDE)], "labels": [0, 1, 2, 0]}
     data = datasets.Dataset.from_dict(pictures, split="validation")

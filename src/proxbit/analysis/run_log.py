@@ -91,17 +91,26 @@ def read_log(folder: str | Path) -> RunLog:
 
 
 def _line(event: dict[str, Any]) -> str:
-    plain = {key: _finite(value) for key, value in event.items()}
-    return json.dumps(plain, allow_nan=False, separators=(",", ":"), default=float) + "\n"
+    return json.dumps(_finite(event), allow_nan=False, separators=(",", ":"), default=float) + "\n"
 
 
 def _finite(value: Any) -> Any:
+    """A value with None for what JSON has no number for, and lists for arrays."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
     """The lines of the file. A last one without its end is what a killed process leaves behind: it is passed over."""
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    try:
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: it is no text ({error}).") from error
     events = []
     for number, line in enumerate(lines, 1):
         try:

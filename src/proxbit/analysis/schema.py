@@ -147,7 +147,7 @@ def problems(fields: Sequence[Field], values: Mapping[str, Any], *, complete: bo
 
 def line(text: str) -> str:
     """Text as a line of Markdown: no tags, links or pictures, whatever a name or a label is."""
-    return " ".join(text.split()).replace("[", r"\[").replace("<", "&lt;")
+    return " ".join(text.split()).replace("\\", r"\\").replace("[", r"\[").replace("<", "&lt;")
 
 
 def cell(text: str) -> str:

@@ -75,6 +75,7 @@ class ModelSummary:
         model: class of the model.
         layers: the lines of the table.
         header_bytes: of the header of a checkpoint, which holds names and shapes (from the names in memory).
+        packed_header_bytes: the same once the model is packed, with the names of the scales.
         total_macs: multiply-accumulates for one picture, attention included; None if not counted.
         note: what the multiply-accumulates stand for, or why they were not counted.
     """
@@ -82,6 +83,7 @@ class ModelSummary:
     model: str
     layers: tuple[LayerSummary, ...]
     header_bytes: int
+    packed_header_bytes: int
     total_macs: int | None
     note: str
 
@@ -111,7 +113,7 @@ class ModelSummary:
     @property
     def packed_bytes(self) -> int:
         """Bytes of the checkpoint once the model is packed: tensors and header."""
-        return self._sum("packed_bytes") + self.header_bytes
+        return self._sum("packed_bytes") + self.packed_header_bytes
 
     @property
     def float32_bytes(self) -> int:
@@ -249,6 +251,7 @@ def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None, *, count_
     macs, total, note = _count_macs(model, inputs) if count_macs else (None, None, "not asked for")
     seen: set[int] = set()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    of_packed: dict[str, Any] = {}
     layers = []
     for name, module in model.named_modules():
         tensors = {}
@@ -256,12 +259,19 @@ def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None, *, count_
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 tensors[key] = tensor
-                full = f"{name}.{key}"
-                header[full] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [10**7, 10**7]}
+                header[f"{name}.{key}"] = _entry(list(tensor.shape))
+        if isinstance(module, LatentWeight):
+            parts = ("weight_scale", "weight_offset") if module.center == "restore" else ("weight_scale",)
+            of_packed |= {f"{name}.{part}": _entry([len(module.weight)]) for part in parts}
         if tensors:
             layers.append(_describe(name, module, tensors, None if macs is None else macs.get(name, 0)))
-    size = 8 + len(json.dumps(header, separators=(",", ":")))
-    return ModelSummary(type(model).__name__, tuple(_fold(layers)), size, total, note)
+    sizes = [8 + len(json.dumps(each, separators=(",", ":"))) for each in (header, header | of_packed)]
+    return ModelSummary(type(model).__name__, tuple(_fold(layers)), sizes[0], sizes[1], total, note)
+
+
+def _entry(shape: list[int]) -> dict[str, Any]:
+    """Of a tensor in the header, with as many digits as places in a file have."""
+    return {"dtype": "F32", "shape": shape, "data_offsets": [10**7, 10**7]}
 
 
 def _stored(module: nn.Module) -> dict[str, Tensor]:

@@ -31,6 +31,8 @@ def architecture(name: str) -> tuple[transformers.PreTrainedConfig, Any | None]:
     Raises:
         CheckpointError: if there is no such model.
     """
+    if Path(name).is_file():
+        raise CheckpointError(f"There is no model in {name!r}: it is a file. Name the folder that it lies in.")
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except (*MISTAKES, OSError, ValueError) as error:
@@ -78,10 +80,16 @@ def load_model(name: str, dtype: torch.dtype | str = "auto", **changes: Any) -> 
 
 
 def load_processor(name: str) -> Any | None:
-    """The image processor that lies beside a model, or None."""
+    """The image processor that lies beside a model, or None.
+
+    Raises:
+        CheckpointError: if there is one in the folder, which cannot be read.
+    """
     try:
         return transformers.AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        for file in Path(name).glob("preprocessor_config.json"):
+            raise CheckpointError(f"{file} cannot be read: {first_line(error)}.") from error
         return None
 
 

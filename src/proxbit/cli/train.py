@@ -257,6 +257,8 @@ def train(context: typer.Context) -> None:
             table.add_row(name.removeprefix("eval_").replace("_", " "), f"{value:.2%}")
     Console().print(table)
     run = trainer.run_record() | {"dataset": given.data, "latency": measure_latency(pack(model))}
+    if run["split"] is None:
+        run["split"] = f"{given.eval_fraction:.0%} of {run['train_split']}, held out"
     save(model, processor, out / "packed", run)
 
 

@@ -16,11 +16,12 @@ from proxbit.analysis.schema import KINDS, cell, line
 from proxbit.nn.attention import ATTENTIONS
 from proxbit.patching import blank_picture
 
-__all__ = ["README", "model_card", "pipeline_tag", "rename"]
+__all__ = ["README", "is_card", "model_card", "pipeline_tag", "rename"]
 
 README = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 SHOWN_LABELS = 20
+MADE = "made with proxbit (ProxConnect++)"
 # Facts of a run that have a place of their own.
 _ELSEWHERE = {"model_id", "calibration_samples", "metrics", "latency", "std", "split", "eval_samples"}
 _LABELLED = {"image-classification", "object-detection", "image-segmentation"}
@@ -118,15 +119,24 @@ def model_card(
     return made
 
 
+def is_card(text: str) -> bool:
+    """Whether `model_card` wrote a text, if only most of it."""
+    return MADE in text
+
+
 def rename(text: str, model_id: str | None, repo: str) -> str:
     """Give a model card that was written before the place on the Hub was known that place: in its title, in the name of
-    its results, in the code that loads the model, and in the table. Every other line stays, as does the text of others.
+    its results, in the code that loads the model, and in the table. Every other line stays, as does a card without that
+    table, which somebody else wrote.
 
     Args:
         text: of the card.
         model_id: the name that the quantization card beside it has.
         repo: owner/name.
     """
+    own = f"`model_id` | {cell(model_id or 'unknown')} | name on the Hub |"
+    if own not in text:  # Somebody wrote it.
+        return text
     found = re.search(r"^# (.+)$", text, re.MULTILINE)
     title, name = found[1] if found else "", repo.rpartition("/")[2]
     old, new = json.dumps(model_id or title), json.dumps(repo)
@@ -135,7 +145,7 @@ def rename(text: str, model_id: str | None, repo: str) -> str:
         f"\n- name: {title}": f"\n- name: {name}",
         f"model={old})": f"model={new})",
         f".from_pretrained({old})": f".from_pretrained({new})",
-        f"`model_id` | {cell(model_id or 'unknown')} | name on the Hub |": f"`model_id` | {repo} | name on the Hub |",
+        own: f"`model_id` | {repo} | name on the Hub |",
     }
     for before, after in ends.items():
         text = text.replace(f"{before}\n", f"{after}\n")
@@ -195,15 +205,14 @@ def _eval_results(run: Mapping[str, Any], tag: str | None) -> Iterator[EvalResul
 
 def _summary(card: QuantizationCard) -> str:
     share = card["binary_parameters"] / max(1, card["total_parameters"])
-    made = "made with proxbit (ProxConnect++)"
     if card["state"] == "packed":
         return (
-            f"A 1-bit `{card['model_class']}`, {made}: {share:.1%} of its {card['total_parameters']:,} parameters are "
+            f"A 1-bit `{card['model_class']}`, {MADE}: {share:.1%} of its {card['total_parameters']:,} parameters are "
             f"one bit each. Its weights take {card['model_bytes']:,} bytes, {card['compression_ratio']:.1f}x smaller "
             "than in float32."
         )
     return (
-        f"A latent checkpoint of a `{card['model_class']}`, {made}: to be trained on, or to be packed by "
+        f"A latent checkpoint of a `{card['model_class']}`, {MADE}: to be trained on, or to be packed by "
         f"`proxbit.pack(model)`. It is simulated, and as large as a float model; once packed, {share:.1%} of its "
         f"{card['total_parameters']:,} parameters are one bit each."
     )

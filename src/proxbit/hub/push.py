@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from typing import Any
 from urllib.parse import quote
 
 import transformers
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import AutoConfig, PreTrainedModel
 
 from proxbit.analysis.card import QuantizationCard, quantization_card
@@ -20,7 +23,7 @@ from proxbit.hub.checkpoint import tensor_headers
 from proxbit.hub.client import client, first_line, one_line
 from proxbit.hub.files import CARD_NAME, check_files, read_json, weight_files
 from proxbit.hub.folders import folder_files
-from proxbit.hub.model_card import README, model_card, rename
+from proxbit.hub.model_card import README, is_card, model_card, rename
 from proxbit.hub.release import write_release
 from proxbit.patching import state_of
 
@@ -104,8 +107,9 @@ def prepare_upload(
             "This model is latent, as large as a float one. Pack it first, proxbit.pack(model); or, if the latent "
             "weights are to be uploaded, say so: --latent, latent=True."
         )
-    if "/" not in repo:
-        with one_line(repo):
+    with one_line(repo):
+        validate_repo_id(repo)
+        if "/" not in repo:
             repo = f"{client(token).whoami()['name']}/{repo}"
     run = {**(run or {}), "model_id": repo}
     with tempfile.TemporaryDirectory() as place:
@@ -129,7 +133,8 @@ def upload(
     description: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload, in one commit. What is on the Hub already is not sent again, so an interrupted upload goes on.
+    """Upload, in one commit. What is on the Hub already is not sent again, so an interrupted upload goes on. A model
+    card that somebody wrote there stays, and a warning says so, where the new one is made by proxbit.
 
     Args:
         planned: what to upload, and where to.
@@ -147,12 +152,18 @@ def upload(
     api = client(token)
     with one_line(planned.repo):
         api.create_repo(planned.repo, private=private, exist_ok=True)
-        if planned.revision is not None:
+        if planned.revision is not None and not planned.revision.startswith("refs/"):  # of a pull request
             api.create_branch(planned.repo, branch=planned.revision, exist_ok=True)
+        names = [name for name in planned.files if name != README or not _would_replace(api, planned)]
+        if README not in names and README in planned.files:
+            stays = (
+                f"The {README} of {planned.repo} is no model card of proxbit, and stays: delete it there for a new one."
+            )
+            warnings.warn(stays, stacklevel=3)
         commit = api.upload_folder(
             repo_id=planned.repo,
             folder_path=planned.folder,
-            allow_patterns=list(planned.files),
+            allow_patterns=names,
             delete_patterns=REPLACED,
             revision=planned.revision,
             commit_message=message or f"Upload a {planned.state} model",
@@ -160,6 +171,17 @@ def upload(
             create_pr=create_pr,
         )
     return commit.commit_url
+
+
+def _would_replace(api: HfApi, planned: Upload) -> bool:
+    """Whether a model card of proxbit would take the place of a text on the Hub that somebody wrote."""
+    if not is_card((planned.folder / README).read_text(encoding="utf-8")):
+        return False
+    try:
+        there = api.hf_hub_download(planned.repo, README, revision=planned.revision)
+    except EntryNotFoundError:
+        return False
+    return not is_card(Path(there).read_text(encoding="utf-8", errors="replace"))
 
 
 def push(

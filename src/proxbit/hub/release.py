@@ -66,8 +66,9 @@ def write_release(
         The folder.
 
     Raises:
-        ModelStateError: if the model is float, or no model of transformers.
-        CheckpointError: if the folder holds something else than a release; it is left as it is.
+        ModelStateError: if the model is float, carries an adapter, or is no model of transformers.
+        CheckpointError: if the folder holds something else than a release, or is the one that this is run in; it is
+            left as it is.
         CardError: if the record of the run is not valid.
     """
     folder = Path(folder).absolute()
@@ -75,6 +76,11 @@ def write_release(
         raise ModelStateError(f"A release is loaded with from_pretrained, so a {type(model).__name__} cannot be one.")
     if state_of(model) == "float":
         raise ModelStateError("A release is packed or latent, this model is float: save it with save_pretrained.")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelStateError(
+            "This model carries an adapter, which transformers would save in its place. Save that by itself, "
+            "model.save_pretrained(...), or take it off first, model.delete_adapter(...)."
+        )
     _check_place(folder)
     with staged(folder) as made:
         if processing_class is not None:

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_available
 
 from proxbit.errors import ModelStateError
 from proxbit.hub.hf_quantizer import attach
@@ -16,9 +16,6 @@ from proxbit.nn import LatentWeight, latent_layers
 from proxbit.packing import pack_signs
 from proxbit.patching import state_of, to_latent, to_packed
 from proxbit.shards import gathered
-
-if is_deepspeed_available():
-    import deepspeed
 
 __all__ = ["is_spread", "packed_copy", "whole_latents", "whole_weights"]
 
@@ -42,6 +39,7 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
     if not parameters:
         yield
         return
+    deepspeed = import_module("deepspeed")  # Not above: it prints when it is imported.
     with deepspeed.zero.GatheredParameters(parameters):
         yield
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
+from proxbit.errors import CheckpointError
+
 __all__ = ["put", "staged", "sync"]
 
 
@@ -57,8 +59,14 @@ def staged(folder: Path) -> Iterator[Path]:
     back first.
 
     Args:
-        folder: where to; parents are made, and what is there is replaced.
+        folder: where to; parents are made, and what is there is replaced. Of a link, where it leads.
+
+    Raises:
+        CheckpointError: if this process works in the folder, which would be gone with the one that is replaced.
     """
+    folder = folder.resolve()
+    if Path.cwd().is_relative_to(folder):
+        raise CheckpointError(f"{folder} is the folder that this is run in, which cannot be replaced. Name a new one.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".{escape(folder.name)}.old.*"):
         if not folder.exists():

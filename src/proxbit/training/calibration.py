@@ -1,6 +1,6 @@
 """Calibration: where the quantizers of activations and attention of a latent model start, seen from a few batches."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
@@ -93,6 +93,11 @@ def _batches(data: Iterable[Any], batch_size: int) -> Iterator[dict[str, Any]]:
     if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not isinstance(data, list | tuple)):
         data = DataLoader(data, batch_size=batch_size, collate_fn=default_data_collator)  # type: ignore[arg-type]
     for batch in data:
+        if not isinstance(batch, Tensor | Mapping):
+            raise ConfigError(
+                "calibrate: a batch is a dictionary of what the model takes, as {'pixel_values': ...}, or a tensor of "
+                f"pictures, not a {type(batch).__name__}."
+            )
         yield {"pixel_values": batch} if isinstance(batch, Tensor) else dict(batch)
 
 

@@ -99,9 +99,10 @@ def read_pictures(dataset: datasets.Dataset, watch: Watch = lambda items, total:
     """
     image, label = _columns(dataset)
     raw = dataset.cast_column(image, datasets.Image(decode=False))
+    numbers = raw[label]
     kept, left_out = [], []
     for i, stored in enumerate(watch((raw[i][image] for i in range(len(raw))), len(raw))):
-        reason = _why_unreadable(stored)
+        reason = "no label" if numbers[i] is None else _why_unreadable(stored)
         if reason is None:
             kept.append(i)
         else:
@@ -109,7 +110,7 @@ def read_pictures(dataset: datasets.Dataset, watch: Watch = lambda items, total:
     if not kept:
         first = "".join(f" {each.picture}: {each.reason}." for each in left_out[:1])
         raise DataError(f"None of {len(raw)} pictures can be read.{first}")
-    labels = [int(number) for number in raw.select(kept)[label]]
+    labels = [int(numbers[i]) for i in kept]
     chosen = dataset.select(kept).select_columns([image]).cast_column(image, datasets.Image(mode="RGB"))
     if image != IMAGE:
         chosen = chosen.rename_column(image, IMAGE)

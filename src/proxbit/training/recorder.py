@@ -1,6 +1,7 @@
 """The callback that keeps what `proxbit report` shows and the Trainer's own log does not."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -8,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from proxbit.analysis.environment import environment
-from proxbit.analysis.run_log import append_event, replace_event, start_log
+from proxbit.analysis.run_log import RUN_LOG, append_event, replace_event, start_log
 from proxbit.analysis.summary import summary
 from proxbit.errors import UnknownNameError
 from proxbit.hub.spread import whole_latents
@@ -114,7 +115,7 @@ class RunRecorder(TrainerCallback):
     def _add_predictions(self, args: TrainingArguments, state: TrainerState, processor: Any) -> None:
         pictures = self.found.to_dict(processor) if self.writes and self.found is not None else {}
         self.found = None
-        if pictures:
+        if pictures and self._kept(args):
             when = {"event": "predictions", "step": state.global_step, "epoch": state.epoch}
             replace_event(args.output_dir, when | pictures)
 
@@ -131,8 +132,12 @@ class RunRecorder(TrainerCallback):
         self._write(args, event)
 
     def _write(self, args: TrainingArguments, event: dict[str, Any]) -> None:
-        if self.writes:
+        if self.writes and self._kept(args):
             append_event(args.output_dir, event)
+
+    def _kept(self, args: TrainingArguments) -> bool:
+        """Whether the file is still there: once the training has ended, its folder may go."""
+        return self.training or (Path(args.output_dir) / RUN_LOG).exists()
 
     def _run(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         return self.about | {

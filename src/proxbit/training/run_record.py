@@ -96,6 +96,8 @@ def _data(train: Any, evaluation: Any) -> dict[str, Any]:
     one = next((data for data in (evaluation, train) if isinstance(data, datasets.Dataset)), None)
     found: dict[str, Any] = {"train_samples": _size(train), "eval_samples": _size(evaluation)}
     found |= {"train_split": _split(train), "split": _split(evaluation)}
+    if found["split"] == found["train_split"] and evaluation is not train:
+        found["split"] = None  # One part of it, as of `train_test_split`: which, nobody knows.
     if one is not None:
         known = _id_on_hub(one)
         # Data read from files have the name of their format.

@@ -171,7 +171,7 @@ class ProxConnectTrainer(SavingTrainer):
 
     def _training_loss(self, batch: Any) -> Tensor:
         try:
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():
                 return self.compute_loss(self.model, self._prepare_inputs(batch))  # type: ignore[return-value]
         except ProxbitError:
             raise
@@ -186,7 +186,7 @@ class ProxConnectTrainer(SavingTrainer):
         if self.train_dataset is None or all(module.calibrated for _, module in learned_modules(self.model)):
             return
         self.model.to(self.args.device)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), self.accelerator.autocast():
             calibrate(self.model, self._first_batches())
         seen = BATCHES * self.args.per_device_train_batch_size
         self._calibration_samples = min(len(self.train_dataset), seen) if has_length(self.train_dataset) else seen
