@@ -19,6 +19,7 @@ from transformers import (
 import proxbit
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError
+from proxbit.hub.compat import load_weights
 from proxbit.nn import latent_layers
 from proxbit.patching import state_of
 from proxbit.training import (
@@ -256,6 +257,40 @@ def test_the_best_model_is_that_with_the_best_hard_value(tmp_path, crops, family
     evaluations = [entry for entry in trainer.state.log_history if "eval_score" in entry]
     assert [entry["eval_score"] for entry in evaluations] == [0.1, 0.9, 0.3]
     assert [entry["eval_soft_score"] for entry in evaluations] == [0.8, 0.2, 0.95]
+
+
+def with_a_head(seed):
+    """A head of its own, and fewer blocks than the configuration says."""
+    torch.manual_seed(seed)
+    model = vit_with_dropout()
+    model.classifier = nn.Sequential(nn.LayerNorm(36), nn.Linear(36, LABELS))
+    model.vit.layers = model.vit.layers[:1]
+    return proxbit.binarize(model)
+
+
+def test_a_model_that_its_configuration_does_not_describe_resumes_and_ends_with_its_best(tmp_path, crops):
+    """Scripted scores, hard and soft in turn: the first evaluation is the best one."""
+    data = examples(crops, 8)
+    whole = proxconnect(tmp_path / "whole", with_a_head(1), data)
+    whole.train()
+    proxconnect(tmp_path / "parts", with_a_head(1), data, callbacks=[Stop()]).train()
+    rest = proxconnect(tmp_path / "parts", with_a_head(2), data)
+    rest.train(resume_from_checkpoint=True)
+    assert same(rest.model, whole.model)
+
+    scores = iter([0.9, 0.9, 0.1, 0.1])
+    changes = dict(eval_strategy="steps", eval_steps=HALF, load_best_model_at_end=True, metric_for_best_model="score")
+    trainer = ProxConnectTrainer(
+        model=with_a_head(1),
+        args=ProxConnectArguments(**settings(tmp_path / "best", hard_fraction=0.3, weight_decay=0.1, **changes)),
+        train_dataset=data,
+        eval_dataset=data,
+        compute_metrics=lambda prediction: {"score": next(scores)},
+    )
+    trainer.train()
+    first = with_a_head(3)
+    load_weights(first, tmp_path / "parts" / f"checkpoint-{HALF}")
+    assert same(trainer.model, first) and not same(trainer.model, whole.model)
 
 
 def test_the_stock_trainer_trains_a_latent_model(tmp_path, crops):
