@@ -7,6 +7,7 @@ import torch
 
 import proxbit
 from proxbit.nn import BinaryProbabilities, RPReLU, learned_modules
+from proxbit.nn.activations import make_activation
 from proxbit.nn.learned import lsq_scale
 
 
@@ -28,3 +29,14 @@ def test_everything_that_is_learned_is_found():
     found = dict(learned_modules(model))
     assert list(found) == ["0.rprelu", "0.activation", "1.rprelu", "2.activation", "3"]
     assert [module.calibrated for module in found.values()] == [isinstance(m, RPReLU) for m in found.values()]
+
+
+def test_what_was_loaded_counts_as_calibrated():
+    """Of a state without its numbers nothing was."""
+    made = {"scale": BinaryProbabilities(), "step": make_activation("int4", 8), "sign": make_activation("sign", 8)}
+    model = torch.nn.ModuleDict(made)
+    state = model.state_dict()
+    model.load_state_dict({name: value for name, value in state.items() if name.startswith("step.")}, strict=False)
+    assert {name: module.calibrated for name, module in made.items()} == {"scale": False, "step": True, "sign": False}
+    model.load_state_dict(state)
+    assert all(module.calibrated for module in made.values())

@@ -181,6 +181,26 @@ def test_a_resumed_run_keeps_the_order_it_began_with(tmp_path, crops):
         progressive(tmp_path, make(2), data).train(resume_from_checkpoint=str(file.parent))
 
 
+def test_what_a_resumed_run_has_learned_is_not_calibrated_over(tmp_path, crops):
+    """By the next training of the same model: it begins with the weights that the last one ended with."""
+    data, ends = examples(crops, 8), []
+
+    class Keep(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            ends.append(copy.deepcopy(model))
+
+    def signs(seed, callback):
+        model = proxbit.binarize(make(seed, latent=False), BinarizationConfig(activations="sign"))
+        return proxconnect(tmp_path, model, data, callbacks=[callback])
+
+    signs(1, Stop()).train()
+    trainer = signs(2, Keep())
+    trainer.train(resume_from_checkpoint=True)
+    ends.append(copy.deepcopy(trainer.model))
+    trainer.train()
+    assert not same(ends[0], ends[1]) and same(ends[1], ends[2])
+
+
 def test_a_resumed_run_has_the_mu_of_its_step(tmp_path, crops):
     data = examples(crops, 8)
     proxconnect(tmp_path, make(1), data, callbacks=[Stop()]).train()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,6 +24,12 @@ class Learned(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set the parameters to where they start without data."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As `nn.Module`; what was loaded is not calibrated over."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if any(prefix + name in state_dict for name, _ in self.named_parameters()):
+            self.calibrated = True
 
 
 def learned_modules(model: nn.Module) -> Iterator[tuple[str, Learned]]:
