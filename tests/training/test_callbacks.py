@@ -194,11 +194,21 @@ def test_a_run_that_ends_soft_is_told(model, recwarn):
     assert not list(recwarn)
 
 
-@pytest.mark.parametrize(("pair", "larger"), [("bnn++", True), ("proxquant", False), ("rpc", False)])
-def test_a_larger_mu_is_advised_where_it_does_no_harm(pair, larger, recwarn):
-    """`proxquant` and `rpc` pull weights by up to mu at every step, whatever the learning rate."""
+@pytest.mark.parametrize(
+    ("pair", "kind", "larger"),
+    [
+        ("bnn++", "linear", True),
+        ("bnn++", "constant", False),
+        ("proxquant", "linear", False),
+        ("rpc", "linear", False),
+    ],
+)
+def test_a_larger_mu_is_advised_where_it_does_no_harm(pair, kind, larger, recwarn):
+    """`proxquant` and `rpc` pull weights by up to mu at every step, whatever the learning rate. A constant mu has no
+    other end.
+    """
     latent = proxbit.binarize(nn.Sequential(nn.Linear(5, 4)), BinarizationConfig(weights=pair, include=["*"]))
-    callback = MuCallback(latent, lambda steps: MuSchedule("constant", 0.01, 0.01, steps=steps))
+    callback = MuCallback(latent, lambda steps: MuSchedule(kind, 0.01, 0.01, steps=steps))
     callback.on_train_begin(None, state(2), TrainerControl())
     arguments = ProxConnectArguments("unused", hard_fraction=0.0, use_cpu=True, report_to="none")
     callback.on_train_end(arguments, state(2), TrainerControl())

@@ -146,6 +146,31 @@ def test_aggregate_is_refused_for_pairs_that_apply_their_map_anew(tmp_path, crop
     assert all(torch.equal(before[name], weight) for name, weight in latents(model).items())
 
 
+@pytest.mark.parametrize(
+    ("pair", "changes", "words"),
+    [
+        ("bireal", dict(mu_end=30.0), r"'constant' .* stays at 1: mu_end=30 would do nothing"),
+        ("bnn++", dict(mu_schedule="constant", mu_start=2.0, mu_end=30.0), "stays at 2: mu_end=30 would do nothing"),
+        ("parq", dict(mu_schedule="aggregate", mu_start=2.0), "'aggregate' .* mu_start and mu_end would do nothing"),
+        ("parq", dict(mu_schedule="aggregate", mu_end=2.0), "'aggregate' .* mu_start and mu_end would do nothing"),
+    ],
+)
+def test_a_mu_that_would_do_nothing_is_refused(tmp_path, crops, pair, changes, words):
+    model, recorder = make(pair), Recorder()
+    with pytest.raises(ConfigError, match=f"{words}. .* set mu_schedule to linear, log or sigmoid"):
+        prepare(tmp_path, model, crops, [recorder], **changes).train()
+    assert recorder.mu == []
+
+
+@pytest.mark.parametrize("end", [None, 2.0])
+def test_a_constant_mu_ends_where_it_starts(tmp_path, crops, end):
+    """In the record of the run too, whatever the end that the pair has."""
+    trainer = prepare(tmp_path, make(), crops, max_steps=1, mu_schedule="constant", mu_start=2.0, mu_end=end)
+    trainer.train()
+    told = trainer.run_record()["arguments"]
+    assert (told["mu_schedule"], told["mu_start"], told["mu_end"]) == ("constant", 2.0, 2.0)
+
+
 # --- parameter groups
 
 
@@ -200,7 +225,8 @@ def test_the_head_decays_and_latents_do_not(tmp_path, crops):
 def test_mu_follows_its_schedule(tmp_path, crops, schedule, expected):
     """Ten steps, the last three hard: the first seven go from the start to the end, the others stay there."""
     recorder, model = Recorder(), make()
-    changes = dict(mu_schedule=schedule, mu_start=0.5, mu_end=8.0, hard_fraction=0.3)
+    end = None if schedule == "constant" else 8.0
+    changes = dict(mu_schedule=schedule, mu_start=0.5, mu_end=end, hard_fraction=0.3)
     prepare(tmp_path, model, crops, [recorder], **changes).train()
     assert recorder.mu == pytest.approx([expected(min(1, step / 6)) for step in range(10)])
     assert recorder.hard == [False] * 7 + [True] * 3

@@ -9,12 +9,13 @@ from proxbit.quantizers.enhancement import enhance
 from proxbit.quantizers.pairs import BINARY, ROW_LEAST_SQUARES, QuantizerPair, Surrogate, compose, heuristic
 from proxbit.quantizers.proximal import ProximalMap, linear_quantizer
 from proxbit.quantizers.scaling import check_rows, check_scaling
-from proxbit.quantizers.schedules import AGGREGATE, SCHEDULES, MuSchedule
+from proxbit.quantizers.schedules import AGGREGATE, CONSTANT, SCHEDULES, MuSchedule
 from proxbit.quantizers.transforms import Transform
 
 __all__ = [
     "AGGREGATE",
     "BINARY",
+    "CONSTANT",
     "PAIRS",
     "ROW_LEAST_SQUARES",
     "SCHEDULES",

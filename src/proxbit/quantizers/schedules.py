@@ -8,9 +8,10 @@ from itertools import accumulate
 from proxbit.errors import MuRangeError
 from proxbit.registry import Registry
 
-__all__ = ["AGGREGATE", "SCHEDULES", "MuSchedule"]
+__all__ = ["AGGREGATE", "CONSTANT", "SCHEDULES", "MuSchedule"]
 
 AGGREGATE = "aggregate"
+CONSTANT = "constant"
 STEEPNESS = 10.0
 
 
@@ -37,7 +38,7 @@ def _sigmoid(progress: float, start: float, end: float) -> float:
 Curve = Callable[[float, float, float], float]
 # `aggregate` is no curve of the progress: it sums what the optimizer does.
 SCHEDULES: Registry[Curve | None] = Registry("mu schedule")
-SCHEDULES.register("constant", _constant)
+SCHEDULES.register(CONSTANT, _constant)
 SCHEDULES.register("linear", _linear)
 SCHEDULES.register("log", _log)
 SCHEDULES.register("sigmoid", _sigmoid)
@@ -98,6 +99,11 @@ class MuSchedule:
             raise MuRangeError(f"mu must be finite, not {self.start} to {self.end}; the hard part stands for infinity.")
         if self.kind in ("log", "sigmoid") and min(self.start, self.end) <= 0:
             raise MuRangeError(f"The schedule {self.kind!r} needs mu > 0, not {self.start} to {self.end}.")
+
+    @property
+    def goes_to_end(self) -> bool:
+        """Whether `end` has a say in mu."""
+        return self.kind not in (CONSTANT, AGGREGATE)
 
     @property
     def soft_steps(self) -> int:

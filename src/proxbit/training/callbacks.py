@@ -81,7 +81,8 @@ class MuCallback(TrainerCallback):
         if gap > SOFT and state.is_world_process_zero:
             layer = next(layer for _, layer in latent_layers(self.model))
             # The steps must outweigh the pull of a pair that updates from P(w*): there a larger mu learns nothing.
-            sharper = ", or a larger mu_end" if layer.pair.update_from is None else ""
+            goes = self.schedule is not None and self.schedule.goes_to_end
+            sharper = ", or a larger mu_end" if goes and layer.pair.update_from is None else ""
             warnings.warn(
                 f"Training ended soft, at mu = {float(layer.mu):.3g}: the hardening gap |soft - hard| / |hard| of the "
                 f"weights is {gap:.3f}, so the packed model is not the one that was trained. Give the training a hard "

@@ -19,7 +19,7 @@ from proxbit.hub import binarize
 from proxbit.hub.model_card import README, model_card
 from proxbit.nn import latent_layers, learned_modules, soft_evaluation
 from proxbit.patching import check_latents, state_of
-from proxbit.quantizers import AGGREGATE, MuSchedule
+from proxbit.quantizers import AGGREGATE, CONSTANT, MuSchedule
 from proxbit.training.anomalies import watch_activations
 from proxbit.training.arguments import ProxConnectArguments
 from proxbit.training.calibration import BATCHES, calibrate
@@ -63,7 +63,8 @@ class ProxConnectTrainer(SavingTrainer):
     Raises:
         ModelStateError: if the model is packed, or float and there is no recipe.
         ConfigError: if the teacher has another number of labels; by `train`, for the schedule "aggregate" and a pair
-            with `update_from`, and for a progression that goes by the loss where there is none.
+            with `update_from`, for a `mu_start` or `mu_end` that the schedule of mu does not heed, and for a
+            progression that goes by the loss where there is none.
         LatentError: if a latent weight cannot be binarized.
     """
 
@@ -118,10 +119,11 @@ class ProxConnectTrainer(SavingTrainer):
         kind = self.args.mu_schedule or kind
         if any(layer.pair.update_from is not None for layer in layers):
             self._check_updates(kind)
+        start, end = self._check_ends(kind, start, end)
         schedule = MuSchedule(
             kind=kind,
-            start=start if self.args.mu_start is None else self.args.mu_start,
-            end=end if self.args.mu_end is None else self.args.mu_end,
+            start=start,
+            end=end,
             steps=steps,
             hard_fraction=self.args.hard_fraction,
             learning_rates=self._learning_rates(steps) if kind == AGGREGATE else (),
@@ -130,6 +132,22 @@ class ProxConnectTrainer(SavingTrainer):
             for step in (0, steps):
                 layer.pair.check_mu(schedule.mu(step))
         return schedule
+
+    def _check_ends(self, kind: str, start: float, end: float) -> tuple[float, float]:
+        """Where mu starts and ends: what the arguments say, or else the pair. They say nothing that does nothing."""
+        given = self.args.mu_start, self.args.mu_end
+        start, end = (own if value is None else value for own, value in zip((start, end), given, strict=True))
+        if kind == AGGREGATE and given != (None, None):
+            raise ConfigError(
+                "mu_schedule 'aggregate' starts at 1 and adds the learning rates up: mu_start and mu_end would do "
+                "nothing. Leave them at None, or set mu_schedule to linear, log or sigmoid."
+            )
+        if kind == CONSTANT and given[1] not in (None, start):
+            raise ConfigError(
+                f"mu_schedule 'constant' (None stands for that of the pair) stays at {start:g}: mu_end={end:g} would "
+                "do nothing. Leave it at None, or set mu_schedule to linear, log or sigmoid."
+            )
+        return start, start if kind == CONSTANT else end
 
     def _check_updates(self, kind: str) -> None:
         if kind == AGGREGATE:
