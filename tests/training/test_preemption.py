@@ -26,6 +26,7 @@ def step(callback, args, save=True):
     callback.on_step_end(args, state, control)
     if save and control.should_save:
         callback.on_save(args, state, control)
+    callback.leave_once_saved(state)
     return control.should_save
 
 
@@ -49,6 +50,7 @@ def test_a_save_that_something_else_prevents_is_asked_for_again(callback, args):
 def test_a_save_without_sigterm_ends_nothing(callback, args):
     with callback.listening():
         callback.on_save(args, TrainerState(), TrainerControl())
+        callback.leave_once_saved(TrainerState())
 
 
 def test_a_signal_that_no_step_answered_goes_to_whom_it_went_before(callback):

@@ -184,6 +184,22 @@ def test_a_weight_that_is_no_number_is_not_saved(tmp_path, make):
     assert names(tmp_path / "out") - {"proxbit_run.jsonl"} == {"checkpoint-2"}
 
 
+def test_at_sigterm_every_callback_hears_of_the_checkpoint(make, tmp_path):
+    """One that is added to the trainer comes after the one that ends the process."""
+
+    class Terminate(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    trainer, saves = make([Terminate()], enable_jit_checkpoint=True), Saves(tmp_path / "out")
+    trainer.add_callback(saves)
+    with pytest.raises(SystemExit) as ended:
+        trainer.train()
+    assert ended.value.code == 143
+    assert saves.seen == [["checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
+
+
 def test_sigterm_is_taken_during_training_only(make):
     """The callback of transformers would save in the middle of a step, and takes the signal from the start."""
     taken = []

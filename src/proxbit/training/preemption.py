@@ -4,7 +4,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -29,12 +29,12 @@ class SaveAtSigterm(TrainerCallback):
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.asked = self.leaving = False
+        self.asked = self.leaving = self.saved = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take SIGTERM in this block. One that no step has answered is sent again at its end."""
-        self.asked = self.leaving = False
+        self.asked = self.leaving = self.saved = False
         before = signal.signal(signal.SIGTERM, self._ask)
         try:
             yield
@@ -60,12 +60,14 @@ class SaveAtSigterm(TrainerCallback):
             self.accelerator.set_trigger()
         return bool(self.accelerator.check_trigger())
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None | NoReturn:
-        """Leave, once it is saved."""
-        if not self.leaving:
-            return None
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remember that the step is saved: other callbacks may have to hear of it yet."""
+        self.saved = self.leaving
+
+    def leave_once_saved(self, state: TrainerState) -> None:
+        """End the process if it was asked to, and every callback has heard of the checkpoint."""
+        if not self.saved:
+            return
         if state.is_local_process_zero:
             logger.warning(
                 "SIGTERM: saved checkpoint-%d, and stopped at step %d of %d. "

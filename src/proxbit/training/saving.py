@@ -123,6 +123,11 @@ class SavingTrainer(PushingTrainer):
             self._finite.check(self.state.global_step)
         super().log(logs, start_time)
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; then ends the process, if SIGTERM asked for what was saved."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._sigterm.leave_once_saved(self.state)
+
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)
         return str(Path(folder) / STAGING) if self._staging else folder
