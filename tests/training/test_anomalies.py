@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import proxbit
 from proxbit.errors import ActivationError, LossError
+from proxbit.nn import latent_layers
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer, watch_activations
 from tiny_models import FAMILIES, SIDE
 
@@ -46,3 +48,24 @@ def test_as_an_argument_of_the_trainer(model, detect, crops, tmp_path):
     )
     with pytest.raises(expected[0], match=expected[1]):
         trainer.train()
+    model(torch.full((2, 3, SIDE, SIDE), torch.nan))  # Nobody watches any more.
+
+
+def test_the_watch_ends_with_the_training(model, crops, tmp_path):
+    """A second one does not watch twice."""
+    layers = [layer for _, layer in latent_layers(model)]
+    hooks = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            hooks.append([len(layer._forward_pre_hooks) for layer in layers])
+
+    arguments = ProxConnectArguments(
+        str(tmp_path), max_steps=1, report_to="none", save_strategy="no", detect_anomalies=True
+    )
+    data = [{"pixel_values": picture, "labels": 0} for picture in crops(4, SIDE)]
+    before = [len(layer._forward_pre_hooks) for layer in layers]
+    for _ in range(2):
+        ProxConnectTrainer(model=model, args=arguments, train_dataset=data, callbacks=[Count()]).train()
+        assert [len(layer._forward_pre_hooks) for layer in layers] == before
+    assert hooks == [[count + 1 for count in before]] * 2

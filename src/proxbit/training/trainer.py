@@ -1,6 +1,7 @@
 """`ProxConnectTrainer`: the ProxConnect++ step inside the ordinary Trainer of transformers."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from proxbit.analysis.card import quantization_card
 from proxbit.errors import ConfigError, ModelStateError, MuRangeError, ProxbitError
@@ -101,8 +102,13 @@ class ProxConnectTrainer(SavingTrainer):
         self._calibration_samples: int | None = None
         self._recorder = RunRecorder(self.model, lambda: self._flips)
         self.add_callback(self._recorder)
-        if self.args.detect_anomalies:
-            watch_activations(self.model)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the parent's; meanwhile, with `args.detect_anomalies`, the inputs of layers are watched."""
+        with ExitStack() as stack:
+            if self.args.detect_anomalies:
+                stack.callback(watch_activations(self.model))
+            return super().train(*args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Look at the first examples while each process still has the whole model, before an engine takes it apart."""
