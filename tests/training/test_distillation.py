@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, ViTForImageClassification
+from transformers import Trainer, ViTForImageClassification, YolosForObjectDetection
 
 import proxbit
 from proxbit.config import BinarizationConfig
@@ -112,6 +112,44 @@ def test_other_labels_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="The teacher has 5 labels, the model 3: distillation needs the same labels"):
         DistillationTrainer(model=sharp(1), args=arguments(tmp_path / "out"), teacher=teacher)
     assert list(tmp_path.iterdir()) == []
+
+
+REGRESSION = vit(num_labels=1)
+MULTI_LABEL = vit(problem_type="multi_label_classification")
+
+
+@pytest.mark.parametrize(
+    ("student", "taught", "words"),
+    [
+        (REGRESSION, REGRESSION, "The model is one of a single label"),
+        (vit(problem_type="regression"), vit(), "The model is one of regression"),
+        (MULTI_LABEL, MULTI_LABEL, "The model is one of multi_label_classification"),
+        (vit(), MULTI_LABEL, "The teacher is one of multi_label_classification"),
+    ],
+)
+def test_what_is_no_choice_among_classes_is_not_distilled(tmp_path, crops, student, taught, words):
+    """Its tokens may be."""
+    model, teacher = ViTForImageClassification(student), ViTForImageClassification(taught)
+    with pytest.raises(ConfigError, match=f"{words}: .* Set distillation_weight to 0, not 0.5; distillation_tokens"):
+        DistillationTrainer(model=model, args=arguments(tmp_path / "out"), teacher=teacher)
+    assert list(tmp_path.iterdir()) == []
+    inputs = {"pixel_values": crops(4, SIDE), "labels": torch.randn(4, student.num_labels)}
+    if student.problem_type is None and student.num_labels > 1:
+        inputs["labels"] = torch.arange(4) % LABELS
+    losses = []
+    for tokens in (0.0, 1.0):
+        args = arguments(tmp_path, distillation_weight=0.0, distillation_tokens=tokens)
+        trainer = DistillationTrainer(model=model, args=args, teacher=teacher)
+        losses.append(trainer.compute_loss(model.train(), dict(inputs)).item())
+    assert losses[1] > losses[0]
+
+
+def test_one_kind_of_object_is_distilled():
+    """A detection has a class more than labels."""
+    config = FAMILIES["yolos"]().config
+    config.num_labels = 1
+    model = YolosForObjectDetection(config)
+    DistillationTrainer._check_teacher(model, model, weight=0.5)
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["float", "latent"])

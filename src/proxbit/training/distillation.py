@@ -28,7 +28,8 @@ class DistillationTrainer(Trainer):
         **kwargs: as in `transformers.Trainer`.
 
     Raises:
-        ConfigError: if the teacher has another number of labels.
+        ConfigError: if the teacher has another number of labels; if `distillation_weight` is not 0, and one of the
+            models gives numbers, or labels that do not exclude each other: distillation is of one class among several.
     """
 
     args: DistillationArguments
@@ -41,8 +42,9 @@ class DistillationTrainer(Trainer):
         teacher: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        self._check_teacher(model, teacher)
-        super().__init__(model=model, args=args or DistillationArguments(), **kwargs)
+        args = args or DistillationArguments()
+        self._check_teacher(model, teacher, args.distillation_weight)
+        super().__init__(model=model, args=args, **kwargs)
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
         self._step_samples = 0
         self._share = 1.0
@@ -79,7 +81,7 @@ class DistillationTrainer(Trainer):
             quantizer.gathered_state = None
 
     @staticmethod
-    def _check_teacher(model: nn.Module | None, teacher: nn.Module | None) -> None:
+    def _check_teacher(model: nn.Module | None, teacher: nn.Module | None, weight: float) -> None:
         if not isinstance(model, PreTrainedModel) or not isinstance(teacher, PreTrainedModel):
             return
         if model.config.num_labels != teacher.config.num_labels:
@@ -87,6 +89,14 @@ class DistillationTrainer(Trainer):
                 f"The teacher has {teacher.config.num_labels} labels, the model {model.config.num_labels}: "
                 "distillation needs the same labels."
             )
+        for who, each in {"model": model, "teacher": teacher}.items():
+            other = _other_problem(each)
+            if weight and other is not None:
+                raise ConfigError(
+                    f"The {who} is one of {other}: distillation compares the probabilities of classes that exclude "
+                    f"each other, and says nothing there. Set distillation_weight to 0, not {weight:g}; "
+                    "distillation_tokens and distillation_gram work for such models too."
+                )
 
     def penalty(self) -> Tensor | None:
         """What the last forward pass adds to the loss beside task and teacher, as a mean over its batch."""
@@ -142,3 +152,14 @@ class DistillationTrainer(Trainer):
         if penalty is not None:
             loss = loss + self._share * penalty
         return (loss, outputs) if return_outputs else loss
+
+
+def _other_problem(model: PreTrainedModel) -> str | None:
+    """What a model does in the place of choosing one class among several; None where it does that."""
+    problem: str | None = getattr(model.config, "problem_type", None)
+    if problem in ("regression", "multi_label_classification"):
+        return problem
+    # Of a single label a classification makes a regression, and a segmentation a yes or no; a detection adds "nothing".
+    single = model.config.num_labels == 1
+    heads = ("Classification", "SemanticSegmentation")
+    return "a single label" if single and any(head in type(model).__name__ for head in heads) else None

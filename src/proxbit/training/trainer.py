@@ -63,9 +63,9 @@ class ProxConnectTrainer(SavingTrainer):
 
     Raises:
         ModelStateError: if the model is packed, or float and there is no recipe.
-        ConfigError: if the teacher has another number of labels; by `train`, for the schedule "aggregate" and a pair
-            with `update_from`, for a `mu_start` or `mu_end` that the schedule of mu does not heed, and for a
-            progression that goes by the loss where there is none.
+        ConfigError: if the teacher is not one for the model, see `DistillationTrainer`; by `train`, for the schedule
+            "aggregate" and a pair with `update_from`, for a `mu_start` or `mu_end` that the schedule of mu does not
+            heed, and for a progression that goes by the loss where there is none.
         LatentError: if a latent weight cannot be binarized.
     """
 
