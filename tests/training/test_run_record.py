@@ -128,6 +128,46 @@ def test_one_part_of_a_split_has_no_name(tmp_path, crops):
     )
 
 
+def test_metrics_of_several_data_sets(tmp_path, crops):
+    """Each has its own, hard and soft; a name may look like a variant."""
+    trainer = make(tmp_path, crops)
+    trainer.eval_dataset = {"near": examples(crops, 4), "soft": examples(crops, 6)}
+    trainer.train()
+    trainer.evaluate()
+    near, soft = trainer.state.log_history[-2:]
+    metrics = trainer.run_record()["metrics"]
+    names = {f"{data}_{name}" for data in ("near", "soft") for name in ("accuracy", "balanced_accuracy", "loss")}
+    assert set(metrics["hard"]) == set(metrics["soft"]) == names
+    hard = (near["eval_near_loss"], soft["eval_soft_loss"])
+    assert (metrics["hard"]["near_loss"], metrics["hard"]["soft_loss"]) == hard
+    assert metrics["soft"]["near_loss"] == near["eval_near_soft_loss"] != near["eval_near_loss"]
+    assert metrics["soft"]["soft_loss"] == soft["eval_soft_soft_loss"]
+
+
+def test_metrics_of_other_data_are_not_told(tmp_path, crops):
+    """Before its own and after it; its own may be named."""
+    trainer = make(tmp_path, crops)
+    trainer.train()
+    trainer.evaluate(examples(crops, 2))
+    trainer.evaluate({"a": examples(crops, 2), "b": examples(crops, 3)})
+    assert trainer.run_record()["metrics"] is None
+    trainer.evaluate(trainer.eval_dataset)
+    told = trainer.run_record()["metrics"]
+    assert told["hard"]["loss"] == trainer.state.log_history[-1]["eval_loss"]
+    trainer.evaluate(trainer.train_dataset)
+    assert trainer.run_record()["metrics"] == told
+
+
+def test_the_seconds_of_a_resumed_run_are_unknown(tmp_path, crops):
+    """Those before the checkpoint are in no record; a new training counts them anew."""
+    make(tmp_path, crops, save_strategy="steps", save_steps=1).train()
+    trainer = make(tmp_path, crops)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert trainer.run_record()["train_seconds"] is None and trainer.run_record()["steps"] == 2
+    trainer.train()
+    assert trainer.run_record()["train_seconds"] > 0
+
+
 def test_data_sets_tell_their_names(tmp_path, crops):
     pictures = {"pixel_values": [p.tolist() for p in crops(4, SIDE)], "labels": [0, 1, 2, 0]}
     data = datasets.Dataset.from_dict(pictures, split="validation")

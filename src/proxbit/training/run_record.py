@@ -1,7 +1,7 @@
 """The record of a run: what a Trainer knows of the training that cards tell and no model can."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -42,7 +42,13 @@ _NO_METRICS = ("runtime", "per_second", "jit_compilation_time")
 
 
 def run_record(
-    trainer: Trainer, teacher: nn.Module | None, schedule: MuSchedule | None, calibration_samples: int | None
+    trainer: Trainer,
+    teacher: nn.Module | None,
+    schedule: MuSchedule | None,
+    calibration_samples: int | None,
+    *,
+    resumed: bool,
+    others: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """What a Trainer knows of its run.
 
@@ -51,6 +57,8 @@ def run_record(
         teacher: of the distillation.
         schedule: of mu; None before training.
         calibration_samples: examples that activation quantizers were calibrated with, if this run did it.
+        resumed: whether training went on from a checkpoint: the seconds before that are unknown.
+        others: entries of the log that are evaluations of other data than `trainer.eval_dataset`.
 
     Returns:
         The fields of `analysis.run.RUN_FIELDS`, None for what is unknown.
@@ -66,11 +74,11 @@ def run_record(
             **_data(trainer.train_dataset, trainer.eval_dataset),
             "epochs": state.epoch if trained else None,
             "steps": state.global_step if trained else None,
-            "train_seconds": _last(state.log_history, "train_runtime"),
+            "train_seconds": None if resumed else _last(state.log_history, "train_runtime"),
             "seeds": [args.seed] if trained else None,
             "teacher": "none" if teacher is None else hub_name(teacher) or type(teacher).__name__,
             "calibration_samples": calibration_samples,
-            "metrics": _metrics(trainer),
+            "metrics": _metrics(trainer, others),
             "environment": _environment(args),
         }
     )
@@ -121,23 +129,33 @@ def _id_on_hub(data: datasets.Dataset) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _metrics(trainer: Trainer) -> dict[str, dict[str, float]] | None:
+def _metrics(trainer: Trainer, others: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]] | None:
     """The hard and the soft metrics of the weights that the model has now: an older evaluation is of others."""
-    state = trainer.state
+    state, data = trainer.state, trainer.eval_dataset
     best = trainer.args.load_best_model_at_end and state.best_global_step
     step = best or state.global_step
+    prefixes = [f"{name}_" for name in data] if isinstance(data, dict) else [""]
     found: dict[str, dict[str, float]] = {"soft": {}, "hard": {}}
     for entry in state.log_history:
-        if entry.get("step") != step:
+        if entry.get("step") != step or any(entry is other for other in others):
             continue
         for key, value in entry.items():
             name = key.removeprefix("eval_")
             if name == key or not isinstance(value, int | float) or name.endswith(_NO_METRICS):
                 continue
-            if not name.startswith("gap_"):
-                variant = "soft" if name.startswith("soft_") else "hard"
-                found[variant][name.removeprefix("soft_")] = float(value)
+            variant, name = _variant(name, prefixes)
+            if variant in found:
+                found[variant][name] = float(value)
     return {variant: values for variant, values in found.items() if values} or None
+
+
+def _variant(name: str, prefixes: list[str]) -> tuple[str, str]:
+    """Whether a metric is soft, hard or their gap, and its name without that, behind the prefix of its data set."""
+    for prefix in prefixes:
+        for variant in ("soft", "gap"):
+            if name.startswith(f"{prefix}{variant}_"):
+                return variant, prefix + name.removeprefix(f"{prefix}{variant}_")
+    return "hard", name
 
 
 def _environment(args: TrainingArguments) -> dict[str, Any]:

@@ -100,6 +100,8 @@ class ProxConnectTrainer(SavingTrainer):
         self.add_callback(MuCallback(self.model, self._begin, self._stages))
         self._flips = FlipCounter(self.model)
         self._calibration_samples: int | None = None
+        self._resumed = False
+        self._other_evaluations: list[dict[str, Any]] = []
         self._recorder = RunRecorder(self.model, lambda: self._flips)
         self.add_callback(self._recorder)
 
@@ -112,7 +114,8 @@ class ProxConnectTrainer(SavingTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Look at the first examples while each process still has the whole model, before an engine takes it apart."""
-        if self.state.global_step == 0:
+        self._resumed = self.state.global_step > 0
+        if not self._resumed:
             self._calibrate()
             self._score()
         return super()._prepare_for_training(*args, **kwargs)
@@ -267,6 +270,16 @@ class ProxConnectTrainer(SavingTrainer):
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if name.rpartition(".")[0] not in learned]
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's; remembers what is of other data than its own, of which cards tell."""
+        if eval_dataset is self.eval_dataset:
+            eval_dataset = None
+        logged = len(self.state.log_history)
+        metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            self._other_evaluations += self.state.log_history[logged:]
+        return metrics
+
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -318,7 +331,14 @@ class ProxConnectTrainer(SavingTrainer):
             The fields of `analysis.run.RUN_FIELDS`, JSON types, None for what is unknown.
         """
         callback = next(each for each in self.callback_handler.callbacks if isinstance(each, MuCallback))
-        return run_record(self, self.teacher, callback.schedule, self._calibration_samples)
+        return run_record(
+            self,
+            self.teacher,
+            callback.schedule,
+            self._calibration_samples,
+            resumed=self._resumed,
+            others=self._other_evaluations,
+        )
 
     def create_model_card(
         self,
