@@ -1,7 +1,6 @@
 """What is around the product: which of it is a submodule, and what a plain layer can take over."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -44,11 +43,8 @@ def test_copies_start_without_the_graph_of_a_penalty():
     made, x = layer(activations="sign", accumulator=Accumulator(2)), torch.randn(3, 6)
     expected = made(x)
     assert made.overflow_penalty.grad_fn is not None
-    file = io.BytesIO()
-    torch.save(made, file)
     averaged = torch.optim.swa_utils.AveragedModel(made).module
-    file.seek(0)
-    for twin in (copy.deepcopy(made), averaged, torch.load(file, weights_only=False)):
+    for twin in (copy.deepcopy(made), averaged, copy.copy(made)):
         assert twin.overflow_penalty is None and torch.equal(twin.overflow_share, made.overflow_share)
         assert torch.equal(twin(x), expected) and twin.overflow_penalty == made.overflow_penalty
     made.overflow_penalty.backward()

@@ -10,6 +10,7 @@ from proxbit.config import BinarizationConfig
 from proxbit.errors import PatternError
 from proxbit.patching import select, state_of
 from proxbit.patching.targets import explicit_patterns, matches
+from proxbit.sign import sign
 from tiny_models import FAMILIES, vit
 
 ATTENTION = [f"attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
@@ -249,7 +250,7 @@ class Switched(nn.Module):
 
 def test_attention_of_timm_is_told_to_call_its_layer():
     model, x = Switched(), torch.randn(3, 8)
-    expected = x @ (model.qkv.weight.sign() * model.qkv.weight.abs().mean(dim=1, keepdim=True)).T + 1
+    expected = x @ (sign(model.qkv.weight) * model.qkv.weight.abs().mean(dim=1, keepdim=True)).T + 1
     proxbit.binarize(model, BinarizationConfig(weights="bnn"))
     torch.testing.assert_close(model.eval()(x), expected)
     torch.testing.assert_close(proxbit.pack(model)(x), expected)

@@ -261,8 +261,7 @@ def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None, *, count_
                 tensors[key] = tensor
                 header[f"{name}.{key}"] = _entry(list(tensor.shape))
         if isinstance(module, LatentWeight):
-            parts = ("weight_scale", "weight_offset") if module.center == "restore" else ("weight_scale",)
-            of_packed |= {f"{name}.{part}": _entry([len(module.weight)]) for part in parts}
+            of_packed |= {f"{name}.{part}": _entry([len(module.weight)]) for part in _beside_bits(module)}
         if tensors:
             layers.append(_describe(name, module, tensors, None if macs is None else macs.get(name, 0)))
     sizes = [8 + len(json.dumps(each, separators=(",", ":"))) for each in (header, header | of_packed)]
@@ -272,6 +271,11 @@ def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None, *, count_
 def _entry(shape: list[int]) -> dict[str, Any]:
     """Of a tensor in the header, with as many digits as places in a file have."""
     return {"dtype": "F32", "shape": shape, "data_offsets": [10**7, 10**7]}
+
+
+def _beside_bits(layer: LatentWeight) -> tuple[str, ...]:
+    """What a layer has beside its bits once it is packed: one number a row each."""
+    return ("weight_scale", "weight_offset") if layer.center == "restore" else ("weight_scale",)
 
 
 def _stored(module: nn.Module) -> dict[str, Tensor]:
@@ -294,8 +298,8 @@ def _describe(name: str, module: nn.Module, tensors: dict[str, Tensor], macs: in
     if isinstance(module, LatentWeight) and "weight" in tensors:
         state, kernel, binary = "latent", "simulated", module.weight.numel()
         rows, columns = module.weight.flatten(1).shape
-        numbers = 2 if module.center == "restore" else 1
-        packed = stored - sizes["weight"] + rows * (packed_columns(columns) + numbers * module.weight.element_size())
+        numbers = len(_beside_bits(module)) * module.weight.element_size()
+        packed = stored - sizes["weight"] + rows * (packed_columns(columns) + numbers)
         others -= binary
     elif isinstance(module, PackedLinear | PackedConv2d):
         state, kernel, binary, bits = "packed", module.kernel, len(module.weight_scale) * module.columns, 1

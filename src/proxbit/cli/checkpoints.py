@@ -88,7 +88,8 @@ def load_processor(name: str) -> Any | None:
     try:
         return transformers.AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
-        for file in Path(name).glob("preprocessor_config.json"):
+        file = Path(name) / "preprocessor_config.json"
+        if file.is_file():
             raise CheckpointError(f"{file} cannot be read: {first_line(error)}.") from error
         return None
 

@@ -154,12 +154,11 @@ def upload(
         api.create_repo(planned.repo, private=private, exist_ok=True)
         if planned.revision is not None and not planned.revision.startswith("refs/"):  # of a pull request
             api.create_branch(planned.repo, branch=planned.revision, exist_ok=True)
-        names = [name for name in planned.files if name != README or not _would_replace(api, planned)]
-        if README not in names and README in planned.files:
-            stays = (
-                f"The {README} of {planned.repo} is no model card of proxbit, and stays: delete it there for a new one."
-            )
-            warnings.warn(stays, stacklevel=3)
+        names = list(planned.files)
+        if README in names and _would_replace(api, planned):
+            names.remove(README)
+            stays = f"The {README} of {planned.repo} is no model card of proxbit, and stays"
+            warnings.warn(f"{stays}: delete it there for a new one.", stacklevel=3)
         commit = api.upload_folder(
             repo_id=planned.repo,
             folder_path=planned.folder,

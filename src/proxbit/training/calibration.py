@@ -93,12 +93,14 @@ def _batches(data: Iterable[Any], batch_size: int) -> Iterator[dict[str, Any]]:
     if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not isinstance(data, list | tuple)):
         data = DataLoader(data, batch_size=batch_size, collate_fn=default_data_collator)  # type: ignore[arg-type]
     for batch in data:
-        if not isinstance(batch, Tensor | Mapping):
+        if isinstance(batch, Tensor):
+            batch = {"pixel_values": batch}
+        if not isinstance(batch, Mapping):
             raise ConfigError(
                 "calibrate: a batch is a dictionary of what the model takes, as {'pixel_values': ...}, or a tensor of "
                 f"pictures, not a {type(batch).__name__}."
             )
-        yield {"pixel_values": batch} if isinstance(batch, Tensor) else dict(batch)
+        yield dict(batch)
 
 
 @contextmanager
