@@ -44,13 +44,6 @@ def test_it_is_zero_for_equal_predictions():
     assert distillation_loss(student, student.flip(1), 2.0).item() > 0.01
 
 
-@pytest.mark.parametrize("count", [24, torch.tensor(24)], ids=["int", "tensor"])
-def test_the_number_of_items_replaces_that_of_the_batch(count):
-    student, teacher = logits(6, 5), logits(6, 5, seed=1)
-    loss = distillation_loss(torch.tensor(student), torch.tensor(teacher), 2.0, count)
-    assert float(loss) == pytest.approx(divergence(student, teacher, 2, 24), rel=1e-5)
-
-
 def test_every_position_is_an_item():
     student, teacher = logits(2, 4, 5), logits(2, 4, 5, seed=1)
     loss = distillation_loss(torch.tensor(student), torch.tensor(teacher), 2.0)

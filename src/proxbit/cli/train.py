@@ -22,7 +22,7 @@ from proxbit.cli.progress import watch
 from proxbit.config import QUANT_METHOD, stored_kind
 from proxbit.errors import CheckpointError, ConfigError, DataError, ModelStateError, ProxbitError
 from proxbit.hub import pack
-from proxbit.hub.compat import is_model_folder
+from proxbit.hub.weights import is_model_folder
 from proxbit.patching import state_of
 from proxbit.training.arguments import ProxConnectArguments
 from proxbit.training.image_folders import (

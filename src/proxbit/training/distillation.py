@@ -9,7 +9,7 @@ from transformers.trainer_pt_utils import find_batch_size
 
 from proxbit.errors import ConfigError
 from proxbit.hub import ProxbitHfQuantizer
-from proxbit.hub.compat import is_model_folder, load_weights
+from proxbit.hub.weights import is_model_folder, load_weights
 from proxbit.training.arguments import DistillationArguments
 from proxbit.training.losses import distillation_loss, gram_loss, token_loss
 

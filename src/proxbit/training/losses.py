@@ -6,23 +6,19 @@ from torch import Tensor
 __all__ = ["distillation_loss", "gram_loss", "token_loss"]
 
 
-def distillation_loss(
-    student: Tensor, teacher: Tensor, temperature: float, num_items: Tensor | int | None = None
-) -> Tensor:
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     r"""The distance of the student's softened predictions from the teacher's.
 
     Formula:
-        T^2 \sum_b KL( softmax(teacher_b / T) || softmax(student_b / T) ) / n
+        T^2 / n \sum_b KL( softmax(teacher_b / T) || softmax(student_b / T) )
 
     Args:
         student: logits, `[B, C]`, or `[B, N, C]` and maps `[B, C, h, w]` of segmentation, where a position is an item.
         teacher: logits, same shape; no gradient flows to them.
         temperature: T > 0.
-        num_items: n; None for the number of items in this batch. With gradient accumulation it is the number of items
-            in all batches of the step.
 
     Returns:
-        0-dimensional, single precision or better.
+        The mean over the n items, 0-dimensional, single precision or better.
 
     Raises:
         ValueError: if the shapes differ.
@@ -39,8 +35,8 @@ def distillation_loss(
     student_log, teacher_log = (
         torch.log_softmax(_tokens(x) / temperature, dim=-1).flatten(0, -2) for x in (student, teacher.detach())
     )
-    divergence = torch.nn.functional.kl_div(student_log, teacher_log, reduction="sum", log_target=True)
-    return divergence * temperature**2 / (len(student_log) if num_items is None else num_items)
+    divergence = torch.nn.functional.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True)
+    return divergence * temperature**2
 
 
 def _tokens(features: Tensor) -> Tensor:
