@@ -1,5 +1,6 @@
 """Every example runs, in the small version it offers, and tells what it promises."""
 
+import importlib
 import json
 import os
 import shutil
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
+from transformers import DeiTImageProcessorPil
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RELEASE = "solar-cells-pvtv2-1bit"
@@ -62,7 +65,7 @@ def test_imagenet_runs_on_made_pictures(tmp_path):
     command = [sys.executable, str(EXAMPLES / "imagenet.py"), "--smoke", "--recipe", "w1a8", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "accuracy of the packed model" in done.stdout
+    assert "of 8 pictures" in done.stdout
     config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     assert (config["state"], config["activations"]) == ("packed", "int8")
     # Stopped after the first step, it goes on from there with its average, in two processes that share the stream.
@@ -74,11 +77,28 @@ def test_imagenet_runs_on_made_pictures(tmp_path):
     done = subprocess.run([*two, "--resume"], env=on_cpus, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "checkpoint-2").is_dir() and (tmp_path / "packed").is_dir()
+    assert done.stdout.count("of 8 pictures") == 1, "three shards for two processes: each picture is met once"
     assert sorted(file.name for file in tmp_path.glob("average*")) == [f"average-{n}.safetensors" for n in (1, 2)]
     averages = [load_file(tmp_path / f"average-{n}.safetensors") for n in (1, 2)]
     assert [int(average["n_averaged"]) for average in averages] == [1, 2]
     packed, name = load_file(tmp_path / "packed" / "model.safetensors"), "classifier.weight"
     torch.testing.assert_close(packed[name], averages[1][f"module.{name}"])
+
+
+def test_imagenet_trains_with_the_whole_of_a_crop(monkeypatch):
+    """The processor of DeiT enlarges a picture, and cuts its edge off."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    imagenet = importlib.import_module("imagenet")
+    white = Image.new("RGB", (64, 64), "white")
+    processor = DeiTImageProcessorPil(size={"height": 256, "width": 256}, crop_size={"height": 224, "width": 224})
+    monkeypatch.setattr(imagenet, "crop", lambda *_: ImageOps.expand(white.resize((208, 208)), 8, "black"))
+    shown = {
+        training: imagenet.prepare({"image": [white], "label": [3]}, processor, 224, training)["pixel_values"][0]
+        for training in (True, False)
+    }
+    assert all(pixels.shape == (3, 224, 224) for pixels in shown.values())
+    assert shown[False].min() == shown[True].max() == 1
+    assert (shown[True] < 0).sum() == 3 * (224**2 - 208**2)
 
 
 def test_digits_writes_what_the_demo_holds(tmp_path):
