@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, ViTForImageClassification, YolosForObjectDetection
+from transformers import Trainer, ViTForImageClassification, ViTForMaskedImageModeling, YolosForObjectDetection
 
 import proxbit
 from proxbit.config import BinarizationConfig
@@ -142,6 +142,36 @@ def test_what_is_no_choice_among_classes_is_not_distilled(tmp_path, crops, stude
         trainer = DistillationTrainer(model=model, args=args, teacher=teacher)
         losses.append(trainer.compute_loss(model.train(), dict(inputs)).item())
     assert losses[1] > losses[0]
+
+
+@pytest.mark.parametrize("field", ["distillation_weight", "distillation_tokens", "distillation_gram"])
+def test_only_what_both_give_is_compared(tmp_path, crops, field):
+    """A model of masked pictures gives hidden states, and no logits; this teacher gives neither."""
+
+    class Silent(nn.Module):
+        def forward(self, **inputs):
+            return {"pixels": inputs["pixel_values"]}
+
+    weights = {"distillation_weight": 0.0} | {field: 0.5}
+    masked = ViTForMaskedImageModeling(vit(encoder_stride=8))
+    inputs = {"pixel_values": batch(crops)["pixel_values"]}
+    inputs["bool_masked_pos"] = torch.arange(masked.vit.embeddings.patch_embeddings.num_patches).expand(6, -1) % 2
+    for teacher, who in ((copy.deepcopy(masked), "model"), (Silent(), "teacher")):
+        model = sharp(1) if who == "teacher" else masked
+        given = batch(crops) if who == "teacher" else inputs
+        trainer = DistillationTrainer(model=model, args=arguments(tmp_path, **weights), teacher=teacher)
+        if who == "model" and field != "distillation_weight":
+            assert trainer.compute_loss(model.train(), given).item() > 0
+            continue
+        with pytest.raises(ConfigError, match=f"The {who} gives no .*, only .*: {field} compares .* Set {field} to 0"):
+            trainer.compute_loss(model.train(), given)
+
+
+def test_a_teacher_that_is_not_asked_does_nothing(tmp_path, crops):
+    model, teacher = sharp(1), sharp(2)
+    teacher.forward = lambda **inputs: pytest.fail("asked")
+    trainer = DistillationTrainer(model=model, args=arguments(tmp_path, distillation_weight=0.0), teacher=teacher)
+    assert trainer.compute_loss(model.train(), batch(crops)).item() > 0
 
 
 def test_one_kind_of_object_is_distilled():

@@ -15,6 +15,9 @@ from proxbit.training.losses import distillation_loss, gram_loss, token_loss
 
 __all__ = ["DistillationTrainer"]
 
+# By the argument that weighs them.
+_TOKEN_LOSSES = {"distillation_tokens": token_loss, "distillation_gram": gram_loss}
+
 
 class DistillationTrainer(Trainer):
     """A `Trainer` whose loss is `(1 - weight) * task + weight * distillation`, for models of any state.
@@ -22,14 +25,15 @@ class DistillationTrainer(Trainer):
     With `distillation_tokens` and `distillation_gram`, distances of the tokens of the last block are added to it.
 
     Args:
-        model: a model whose outputs have `logits`.
+        model: a model whose outputs have what is compared: `logits`, or `hidden_states`.
         args: with weight and temperature of the distillation.
         teacher: any model with the same labels; it is put in evaluation mode. None: the task's loss alone.
         **kwargs: as in `transformers.Trainer`.
 
     Raises:
         ConfigError: if the teacher has another number of labels; if `distillation_weight` is not 0, and one of the
-            models gives numbers, or labels that do not exclude each other: distillation is of one class among several.
+            models gives numbers, or labels that do not exclude each other: distillation is of one class among several;
+            in the first step, if one of the models does not give what is compared.
     """
 
     args: DistillationArguments
@@ -133,25 +137,37 @@ class DistillationTrainer(Trainer):
         is a mean over this batch, times the share of the batch in the step.
         """
         teach = self.teacher is not None and model.training
-        of_tokens = {token_loss: self.args.distillation_tokens, gram_loss: self.args.distillation_gram}
-        if teach and any(of_tokens.values()):
+        weight = self.args.distillation_weight if teach else 0.0
+        of_tokens = {name: loss for name, loss in _TOKEN_LOSSES.items() if teach and getattr(self.args, name)}
+        if of_tokens:
             inputs = {**inputs, "output_hidden_states": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if self.teacher is not None and model.training:
-            weight = self.args.distillation_weight
+        if self.teacher is not None and (weight or of_tokens):
             with torch.no_grad():
                 features = {name: value for name, value in inputs.items() if name != "labels"}
                 taught = self.teacher(**features)
-            distillation = distillation_loss(outputs["logits"], taught["logits"], self.args.distillation_temperature)
-            loss = (1 - weight) * loss + weight * self._share * distillation
-            for function, factor in of_tokens.items():
-                if factor:
-                    distance = function(outputs["hidden_states"][-1], taught["hidden_states"][-1])
-                    loss = loss + factor * self._share * distance
+            if weight:
+                logits = _of_both("logits", "distillation_weight", outputs, taught)
+                distillation = distillation_loss(*logits, self.args.distillation_temperature)
+                loss = (1 - weight) * loss + weight * self._share * distillation
+            for name, function in of_tokens.items():
+                student, teacher = _of_both("hidden_states", name, outputs, taught)
+                loss = loss + getattr(self.args, name) * self._share * function(student[-1], teacher[-1])
         penalty = self.penalty() if model.training else None
         if penalty is not None:
             loss = loss + self._share * penalty
         return (loss, outputs) if return_outputs else loss
+
+
+def _of_both(name: str, argument: str, outputs: Any, taught: Any) -> tuple[Any, Any]:
+    """An output of the model and of the teacher, which `argument` says to compare."""
+    for who, each in {"model": outputs, "teacher": taught}.items():
+        if each.get(name) is None:
+            raise ConfigError(
+                f"The {who} gives no {name}, only {', '.join(each)}: {argument} compares those of model and teacher. "
+                f"Set {argument} to 0."
+            )
+    return outputs[name], taught[name]
 
 
 def _other_problem(model: PreTrainedModel) -> str | None:
