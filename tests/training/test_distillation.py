@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, ViTForImageClassification, ViTForMaskedImageModeling, YolosForObjectDetection
+from transformers import (
+    Trainer,
+    ViTForImageClassification,
+    ViTForMaskedImageModeling,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    YolosForObjectDetection,
+)
 
 import proxbit
 from proxbit.config import BinarizationConfig
@@ -142,6 +149,13 @@ def test_what_is_no_choice_among_classes_is_not_distilled(tmp_path, crops, stude
         trainer = DistillationTrainer(model=model, args=args, teacher=teacher)
         losses.append(trainer.compute_loss(model.train(), dict(inputs)).item())
     assert losses[1] > losses[0]
+
+
+def test_pixels_are_no_classes(tmp_path):
+    sizes = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
+    models = [ViTMAEForPreTraining(ViTMAEConfig(**vit().to_diff_dict() | sizes)) for _ in range(2)]
+    with pytest.raises(ConfigError, match="The model is one of reconstruction: distillation compares"):
+        DistillationTrainer(model=models[0], args=arguments(tmp_path / "out"), teacher=models[1])
 
 
 @pytest.mark.parametrize("field", ["distillation_weight", "distillation_tokens", "distillation_gram"])

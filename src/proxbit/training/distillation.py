@@ -175,6 +175,8 @@ def _other_problem(model: PreTrainedModel) -> str | None:
     problem: str | None = getattr(model.config, "problem_type", None)
     if problem in ("regression", "multi_label_classification"):
         return problem
+    if type(model).__name__.endswith("ForPreTraining"):  # its logits are pixels, each model's of its own random masks
+        return "reconstruction"
     # Of a single label a classification makes a regression, and a segmentation a yes or no; a detection adds "nothing".
     single = model.config.num_labels == 1
     heads = ("Classification", "SemanticSegmentation")
