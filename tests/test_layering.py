@@ -26,6 +26,7 @@ LAYERS = {
     "training": 8,
     "cli": 9,
     "": 10,
+    "__main__": 11,
 }
 MAY_IMPORT_TRANSFORMERS = {"config", "hub", "training", "cli"}
 BANNED_NAMES = {"utils", "helpers", "common", "misc", "core", "engine", "manager"}

@@ -1,0 +1,10 @@
+"""The program by the name of the package."""
+
+import subprocess
+import sys
+
+
+def test_the_package_is_the_program():
+    for command, status, words in (("--help", 0, "Classify ten pictures"), ("pakc", 2, "Did you mean 'pack'")):
+        done = subprocess.run([sys.executable, "-m", "proxbit", command], capture_output=True, text=True)
+        assert done.returncode == status and words in done.stdout + done.stderr
