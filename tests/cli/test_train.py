@@ -57,6 +57,10 @@ def test_other_classes_get_a_new_head_from_a_file(place, tmp_path):
     assert "a new head for 2 classes" in done.stderr
     made = hf.AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "packed")
     assert made.config.id2label == {0: "flower", 1: "temple"} and made.classifier.weight.shape[0] == 2
+    again = run(tmp_path / "run.json", *FAST, "--output_dir", tmp_path / "again")
+    assert again.exit_code == 0, again.exception
+    files = [tmp_path / name / "latent" / "model.safetensors" for name in ("out", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes(), "the seed is that of the new head too"
 
 
 def test_options_win_over_the_file(tmp_path):
@@ -114,6 +118,25 @@ def test_what_the_trainer_does_not_take_is_refused(place, tmp_path):
     good = ["--model", place / "float", "--data", place / "photos", "--output_dir", tmp_path / "out"]
     refused = run(*good, *FAST, "--report_to", "nobody").exception
     assert isinstance(refused, ConfigError) and "nobody is not supported" in str(refused)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "environment"),
+    [
+        (["--fsdp", "full_shard"], {}),
+        ([], {"ACCELERATE_USE_FSDP": "true"}),
+        ([], {"ACCELERATE_USE_DEEPSPEED": "true"}),
+    ],
+    ids=["option", "fsdp", "deepspeed"],
+)
+def test_a_model_that_is_spread_is_refused(place, tmp_path, monkeypatch, options, environment):
+    """As `accelerate launch` says it by the environment, too."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    good = ["--model", place / "float", "--data", place / "photos", "--output_dir", tmp_path / "out"]
+    refused = run(*good, *FAST, *options).exception
+    assert isinstance(refused, ConfigError) and "FSDP or DeepSpeed" in str(refused)
     assert not (tmp_path / "out").exists()
 
 

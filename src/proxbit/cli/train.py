@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 
 import typer
 import yaml
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from proxbit.analysis.latency import measure_latency
 from proxbit.cli.checkpoints import architecture, check_new_folder, load_model, load_processor, save, save_plain
@@ -42,6 +43,8 @@ from proxbit.training.trainer import ProxConnectTrainer
 __all__ = ["PictureArguments", "parse", "train"]
 
 HELD_OUT = ("validation", "test")
+# By which `accelerate launch` says that no process has the whole model.
+SPREADING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 Read = Callable[[Dataset], Dataset]
 
 
@@ -194,6 +197,11 @@ def labels_of(model: nn.Module) -> dict[str, int]:
 def make_trainer(given: PictureArguments, args: ProxConnectArguments) -> ProxConnectTrainer:
     """The Trainer with everything that was asked for, checked; nothing is written yet."""
     out = Path(args.output_dir)
+    if args.fsdp or args.deepspeed or any(map(parse_flag_from_env, SPREADING)):
+        raise ConfigError(
+            "`proxbit train` keeps the whole model in every process (DDP); with FSDP or DeepSpeed, use "
+            "ProxConnectTrainer in a script of your own."
+        )
     if args.resume_from_checkpoint is None:
         check_new_folder(out)
     elif not is_model_folder(args.resume_from_checkpoint):
@@ -204,6 +212,7 @@ def make_trainer(given: PictureArguments, args: ProxConnectArguments) -> ProxCon
         raise CheckpointError(
             f"{given.model!r} has no preprocessor_config.json that can be read: how are pictures prepared for it?"
         )
+    set_seed(args.seed)  # of a new head
     model, numbers = load_for(given.model, class_names(train_split))
     if state_of(model) == "float" and args.recipe is None:
         args.recipe = DEFAULT_RECIPE
