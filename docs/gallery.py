@@ -19,7 +19,7 @@ pictures for any mu.
 """
 
 STEPWISE = """
-The learning rate limits mu: every step starts from P(w), which pulls a weight between the levels by up to mu, in row
+The learning rate limits mu: every step starts from P(w), which pulls a weight towards its level by up to mu, in row
 units, whatever the learning rate. A step of Adam is about lr / mean |w| of the row in these units. Keep mu at the end
 below that, with `mu_end` of `ProxConnectArguments`: the default of {end:g} outweighs a learning rate of 3e-4
 wherever mean |w| is above {limit:g}, and little is learned.

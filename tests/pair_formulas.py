@@ -21,6 +21,12 @@ def linear(w, mu):
     return plus_minus(w) * np.minimum(1, np.abs(w) + mu)
 
 
+def pull(w, mu):
+    """sign(w) (1 + sign(|w| - 1) max(||w| - 1| - mu, 0)), ProxQuant's own."""
+    apart = np.abs(w) - 1
+    return plus_minus(w) * (1 + np.sign(apart) * np.maximum(np.abs(apart) - mu, 0))
+
+
 def relax(w, mu):
     return w / (1 + mu) + mu / (1 + mu) * plus_minus(w)
 
@@ -135,7 +141,7 @@ ROWS = {
     "bc": (plus_minus, ones, plus_minus, 0, [0.0, 3.0]),
     "dorefa": (plus_minus, ones, plus_minus, 0, [1.0]),
     "pc": (linear, ones, linear, 0, [0.0, 0.37, 1.0]),
-    "proxquant": (linear, ones, linear, 0, [0.0, 0.37, 1.0]),
+    "proxquant": (pull, ones, pull, 0, [0.0, 0.37, 1.0]),
     "rpc": (identity, ones, identity, 0, [0.3]),
     "binaryrelax": (relax, ones, relax, 0, [0.0, 0.1, 100.0]),
     "parq": (clip, ones, clip, 1, [1.0, 2.5, 100.0]),

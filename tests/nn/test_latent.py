@@ -130,7 +130,7 @@ def test_row_scale_is_the_mean_absolute_weight(net):
 @pytest.mark.parametrize("hardened", [False, True], ids=["soft", "hard"])
 @pytest.mark.parametrize("pair", ["proxquant", "rpc", "bnn++", "pc"])
 def test_start_update(pair, hardened):
-    """P(w*) = +-min(1, |w*| + mu) in row units, its sign once hard, in the same parameter; else nothing happens."""
+    """Up to mu nearer to +-1 in row units, the sign once hard, in the same parameter; else nothing happens."""
     net = Net(pair)
     set_mu(net, 0.3, hard=hardened)
     parameters = [layer.weight for _, layer in latent_layers(net)]
@@ -142,7 +142,8 @@ def test_start_update(pair, hardened):
         assert layer.weight is parameter
         if pair in ("proxquant", "rpc"):
             size = np.abs(rows) / np.abs(rows).mean(axis=1, keepdims=True)
-            q = np.where(rows >= 0, 1.0, -1.0) * (1.0 if hardened else np.minimum(1.0, size + 0.3))
+            pulled = size + np.clip(1.0 - size, -0.3, 0.3)
+            q = np.where(rows >= 0, 1.0, -1.0) * (1.0 if hardened else pulled)
             rows = q * (q * rows).sum(axis=1, keepdims=True) / (q * q).sum(axis=1, keepdims=True)
         np.testing.assert_allclose(rows_of(parameter), rows, rtol=1e-5 if pair in ("proxquant", "rpc") else 0)
 

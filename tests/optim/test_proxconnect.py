@@ -133,12 +133,18 @@ def prox(w, mu):
     return torch.where(w >= 0, 1.0, -1.0) * (w.abs() + mu).clamp(max=1)
 
 
+def pull(w, mu):
+    """By up to mu towards the nearer of -1 and 1, from both sides."""
+    apart = w.abs() - 1
+    return torch.where(w >= 0, 1.0, -1.0) * (1 + apart.sign() * (apart.abs() - mu).clamp(min=0))
+
+
 @pytest.mark.parametrize(
     ("name", "seen", "start"),
-    [("pc", prox, lambda w, mu: w), ("proxquant", prox, prox), ("rpc", lambda w, mu: w, prox)],
+    [("pc", prox, lambda w, mu: w), ("proxquant", pull, pull), ("rpc", lambda w, mu: w, pull)],
     ids=["proxconnect", "proxquant", "reverse"],
 )
-def test_the_three_steps_of_one_map(name, seen, start, data):
+def test_the_three_kinds_of_step(name, seen, start, data):
     """w* <- start(w*) - lr g(seen(w*)), in raw units, with the gradient of a least-squares loss by hand."""
     x = data[0][:, :6]
     y = torch.randn(12, 4, dtype=torch.float64)

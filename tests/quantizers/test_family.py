@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from pair_formulas import ROWS, linear, nearest
+from pair_formulas import ROWS, nearest, pull
 from proxbit.errors import ConfigError
-from proxbit.quantizers import PAIRS, MuSchedule, decompose, get_pair
+from proxbit.quantizers import PAIRS, MuSchedule, decompose, get_pair, update_start
 
 TERNARY, TWO_BITS, UNEVEN = [-1, 0, 1], [-1.5, -0.5, 0.5, 1.5], [-2, -0.5, 0.25, 1]
 LEVELS = {"ternary": TERNARY, "two-bit": TWO_BITS, "uneven": UNEVEN}
@@ -82,10 +82,15 @@ def test_full_precision_has_no_levels():
 @pytest.mark.parametrize("kind", LEVELS)
 @pytest.mark.parametrize("name", ["pc", "proxquant"])
 def test_any_levels(name, kind):
-    """Sound and non-decreasing while soft; the nearest level, the upper one half-way, from half of a gap on."""
+    """Sound and non-decreasing while soft; the nearest level, the upper one half-way, from half of a gap on.
+
+    Of ProxQuant that holds between the levels: what is beyond them is not projected.
+    """
     pair, levels = get_pair(name, {"levels": LEVELS[kind]}), LEVELS[kind]
     assert pair.levels == tuple(map(float, levels))
     w = np.arange(-192, 193) / 64
+    if name == "proxquant":
+        w = w[(w >= levels[0]) & (w <= levels[-1])]
     tensor = torch.from_numpy(w)
     hard = max(high - low for low, high in zip(levels[:-1], levels[1:], strict=True)) / 2
     for mu in (0.01 * hard, 0.5 * hard, hard):
@@ -145,19 +150,30 @@ def test_where_the_step_starts_from(name):
     pair, w = get_pair(name), np.linspace(-2, 2, 401)
     for mu in (0.01, 0.4, 1.0):
         at = torch.from_numpy(w)
-        np.testing.assert_allclose(pair.update_from(at, mu).numpy(), linear(w, mu), rtol=0, atol=1e-14)
-        seen = w if name == "rpc" else linear(w, mu)
+        np.testing.assert_allclose(pair.update_from(at, mu).numpy(), pull(w, mu), rtol=0, atol=1e-14)
+        seen = w if name == "rpc" else pull(w, mu)
         np.testing.assert_allclose(pair.forward(at, mu).numpy(), seen, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", ["proxquant", "rpc"])
 def test_the_pull_of_a_step_is_mu(name):
-    """In row units, short of a level: what the steps of the optimizer have to outweigh."""
+    """In row units, short of a level and beyond: what the steps of the optimizer have to outweigh."""
     pair = get_pair(name)
     kind, start, end = pair.schedule
     assert (kind, start, end) == ("linear", 0.0, 0.02)
     w = torch.linspace(0, 1 - end, 99, dtype=torch.float64)
     torch.testing.assert_close(pair.update_from(w, end), w + end, rtol=0, atol=1e-12)
+    torch.testing.assert_close(pair.update_from(4 - w, end), 4 - w - end, rtol=0, atol=1e-12)
+    assert torch.equal(pair.update_from(4 * w - 2, start), 4 * w - 2)
+
+
+def test_pulls_do_not_add_up_to_a_projection():
+    """In row units |w| is 1 in the mean: two of five Gaussian weights are beyond a level, and not to be cut off."""
+    latent = torch.randn(4, 3072, generator=torch.Generator().manual_seed(0)) * 0.03
+    moved = latent
+    for _ in range(30):
+        moved = update_start(moved, torch.tensor(1e-4), get_pair("rpc"))
+    assert 0 < (moved - latent).abs().max() / latent.abs().mean() < 2 * 30 * 1e-4
 
 
 def test_only_two_methods_step_from_elsewhere():

@@ -107,8 +107,9 @@ def test_only_pairs_that_say_so_start_elsewhere():
 
 
 def quantized(rows, mu):
-    """L_mu^mu for the levels -1 and +1."""
-    return torch.where(rows >= 0, 1.0, -1.0).to(rows.dtype) * (rows.abs() + mu).clamp(max=1)
+    """By up to mu nearer to -1 or +1."""
+    size = rows.abs()
+    return torch.where(rows >= 0, 1.0, -1.0).to(rows.dtype) * (size + (1 - size).clamp(-mu, mu))
 
 
 def unit(weight, units, proximal, mu):

@@ -21,6 +21,7 @@ from proxbit.quantizers.proximal import (
     LinearQuantizer,
     Mu,
     ProximalMap,
+    Pull,
 )
 from proxbit.sign import reaches, sign
 
@@ -95,10 +96,13 @@ def _pc(levels: Sequence[float] = BINARY, rho: float = 1.0, varrho: float = 1.0)
 
 
 def _stepwise(levels: Sequence[float], source: str) -> tuple[ProximalMap, Row]:
-    """L as a step of its own, applied anew at every step: it pulls a weight between the levels by up to mu."""
+    """A step of its own, taken anew at every step: it pulls a weight towards its level by up to mu."""
     # In row units, and whatever the learning rate. A step of Adam is about lr, in these units lr / mean |w| of the row:
     # unless mu ends below that, little is learned. 0.02 is too much at lr = 3e-4; `mu_end` of the Trainer lowers it.
-    proximal, row = _linear(levels, 1.0, 1.0, source)
+    _, row = _linear(levels, 1.0, 1.0, source)
+    names = ", ".join(f"{level:g}" for level in row["levels"])
+    formula = f"P(w) = w - clip(w - q, -mu, mu), q the nearest of {names}"
+    proximal = ProximalMap("pull", Pull(row["levels"]), formula, source)
     row |= Row(schedule=("linear", 0.0, 0.02 * row["schedule"][2]), hard_from=None)
     return proximal, row
 

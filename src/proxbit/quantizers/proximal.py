@@ -22,6 +22,7 @@ __all__ = [
     "LinearQuantizer",
     "Mu",
     "ProximalMap",
+    "Pull",
     "as_proximal_map",
     "linear_quantizer",
     "name_of",
@@ -130,6 +131,29 @@ class LinearQuantizer:
 
     def __call__(self, w: Tensor, mu: Mu) -> Tensor:
         return linear_quantizer(w, mu * self.rho, mu * self.varrho, self.levels)
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Every weight goes towards its nearest level, by mu at most: the proximal map of mu times the distance to it.
+
+    Formula:
+        P(w) = w - clip(w - q, -mu, mu), q the level nearest to w
+
+    Args:
+        levels: increasing, at least two.
+
+    Source:
+        ProxQuant: Bai, Wang, Liberty, ICLR 2019. Between the levels it is `linear_quantizer` with both shrinks mu. That
+        projects what is beyond them: repeated at every step in row units, whose mean |w| is 1, it would make rows
+        binary in a few steps, whatever mu.
+    """
+
+    levels: tuple[float, ...] = (-1.0, 1.0)
+
+    def __call__(self, w: Tensor, mu: Mu) -> Tensor:
+        most = torch.as_tensor(mu, dtype=w.dtype, device=w.device)
+        return w - (w - nearest_level(w, self.levels)).clamp(-most, most)
 
 
 def _binaryrelax(w: Tensor, mu: Mu) -> Tensor:
