@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,12 @@ import proxbit.kernels
 from proxbit.analysis.timing import torch_threads
 from proxbit.errors import ConfigError
 from proxbit.kernels import Norm, linear_w1, linear_w1a1, linear_w1a8, native, reference
+from proxbit.kernels.activations import Levels, level_gradient
 from proxbit.kernels.interface import FORMATS
 from proxbit.kernels.native import choose, find_library, is_plain, levels
+from proxbit.kernels.quantizer import quantize_rows
 from proxbit.packing import pack_signs, unpack_signs
+from proxbit.quantizers import hard_rows
 
 LIBRARY = find_library(proxbit.kernels.__path__)
 LEVELS = levels(LIBRARY) if LIBRARY else {}
@@ -132,6 +136,19 @@ def test_a_row_that_is_not_finite_spoils_no_other_row(level, value):
     kept = [0, 1, 3, 4]
     assert torch.equal(result[kept], reference.linear_w1a8(x[kept], weight, scale, bias))
     assert_as_reference(level, "sign", x, weight, scale, bias)
+
+
+@level
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38, -1e38])
+def test_what_is_huge_is_huge_in_every_batch(level, value):
+    """Of floats, an infinity stays one, and what has a finite sum is finite: one row alone, or among others."""
+    weight, scale = pack_signs(torch.randn(200, 96)), torch.full((200,), 0.01)
+    x = torch.zeros(9, 96)
+    x[:, 0], x[3:6, 50], x[6:, 95] = value, 1.0, -2.0
+    expected = reference.linear_w1(x, weight, scale, None)
+    for count in (1, 3, 4, 9):
+        result = level.linear("float", x[:count], weight, scale, None)
+        torch.testing.assert_close(result, expected[:count], equal_nan=True)
 
 
 @level
@@ -261,6 +278,44 @@ def test_threads_give_the_same_result(level, activations, count, rows):
             results.append(level.linear(activations, x, weight, scale, bias))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@level
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, "meta"], ids=str)
+def test_the_defaults_of_torch_change_nothing(level, dtype):
+    """The library writes floats of four bytes, whatever a new tensor of torch is by default, and wherever."""
+    latent, x = torch.randn(40, 100), torch.randn(20, 100)
+    scale, grad, mu = torch.tensor([0.5]), torch.randn(20, 100), torch.tensor(3.0)
+
+    def everything():
+        bits = level.pack_signs(latent)
+        gradient, values = grad.clone(), torch.empty_like(x)
+        return (
+            bits,
+            level.unpack_signs(bits, 100),
+            level.linear("float", x, bits, latent[:, 0], None),
+            *quantize_rows(level, "sign-swish", latent, mu, "ls", None, None),
+            *level_gradient(level, Levels("grid", codes=(-8, 7)), x, scale, None, values, gradient),
+            gradient,
+            hard_rows(latent, normalize="row", scale="ls").scale,
+        )
+
+    expected = everything()
+    defaults = torch.device("meta") if dtype == "meta" else default_dtype(dtype)
+    with defaults:
+        found = everything()
+    for one, other in zip(found, expected, strict=True):
+        assert one is other is None or torch.equal(one, other)
 
 
 def test_a_weight_that_changes_is_laid_out_anew():

@@ -155,6 +155,14 @@ def test_the_gradient_passes_where_a_grid_does_not_clip():
     np.testing.assert_allclose(x.grad.numpy(), straight * [0, 1, 1, 1, 1, 0], rtol=1e-5, atol=1e-6)
 
 
+def test_the_gradient_of_half_precision_passes_where_its_forward_did_not_clip():
+    """A step is no number of bfloat16: rounded, it would clip elsewhere."""
+    weight, scale, _, dense = layer(1, 1, torch.float32)
+    x = torch.tensor([[1.3046875], [1.296875]], dtype=torch.bfloat16, requires_grad=True)  # 7.009 and 6.967 steps
+    linear_w1a8(x, weight, scale, None, torch.tensor([0.18614, -8.0, 7.0])).sum().backward()
+    assert (x.grad != 0).tolist() == [[False], [True]]
+
+
 def test_a_layer_norm_is_whole():
     weight, scale, bias, _ = layer(4, 11, torch.float32)
     x = torch.randn(3, 11)

@@ -42,3 +42,15 @@ def test_what_is_made_in_inference_mode_outlives_it():
         made = kept([tensor], lambda: tensor * 2)
     assert not made.is_inference() and not made.requires_grad and made._version == 0
     assert kept([tensor], lambda: None) is made
+
+
+def test_another_tensor_in_the_same_place_is_another_one():
+    """As the allocator gives a new tensor the memory of one that was just freed."""
+    memory, made = torch.ones(4), []
+    kept = Kept()
+    for value in range(3):
+        tensor = torch.from_numpy(memory.numpy())
+        tensor.numpy()[:] = value
+        kept([tensor], lambda tensor=tensor: made.append(float(tensor[0])))
+        del tensor
+    assert made == [0.0, 1.0, 2.0]

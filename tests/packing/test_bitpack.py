@@ -71,7 +71,7 @@ def test_unpack_is_the_inverse(columns, dtype):
     values[0, 0] = 0.0
     result = unpack_signs(pack_signs(values), columns, dtype)
     assert result.dtype == dtype
-    assert result.shape == (6, columns)
+    assert result.shape == (6, columns) and result.is_contiguous()
     assert result.tolist() == [[1.0 if value >= 0 else -1.0 for value in row] for row in values.tolist()]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from proxbit.errors import PackedFormatError
-from proxbit.packing import BITS_PER_BYTE, check_packed, packed_columns
+from proxbit.packing import BITS_PER_BYTE, check_packed, packed_columns, unpack_signs
 
 WIDTHS = {0: 0, 1: 1, 7: 1, 8: 1, 9: 2, 31: 4, 32: 4, 33: 5, 63: 8, 64: 8, 65: 9, 768: 96, 3072: 384}
 
@@ -138,3 +138,15 @@ def test_offsets_are_finite(weight, scale, bad):
 def test_offsets_are_floating_point(weight, scale, dtype):
     with pytest.raises(PackedFormatError, match=f"weight_offset must be floating point, not {dtype}"):
         check_packed(weight, scale, 11, weight_offset=torch.ones(3, dtype=dtype))
+
+
+@pytest.mark.parametrize("bits", [torch.zeros(3, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.uint8)], ids=str)
+def test_what_is_unpacked_is_bytes(bits):
+    with pytest.raises(PackedFormatError, match=r"12 columns of signs are uint8 \[rows, 2\], not"):
+        unpack_signs(bits, 12)
+
+
+@pytest.mark.parametrize("columns", [-3, 7, 17, 40])
+def test_columns_are_as_many_as_were_packed(columns):
+    with pytest.raises(PackedFormatError, match=f"{columns} columns of signs are uint8"):
+        unpack_signs(torch.zeros(3, 2, dtype=torch.uint8), columns)

@@ -79,7 +79,7 @@ def level_gradient(
     if scale is None:
         _call(level, levels, x, None, None, values, None, None)  # straight through
         return None, None
-    sums = torch.empty(-(-len(x) // PART_ROWS), x.shape[1] + 1)
+    sums = x.new_empty(-(-len(x) // PART_ROWS), x.shape[1] + 1)
     _call(level, levels, x, scale, threshold, values, grad, sums)
     total = sums.sum(0)
     return total[-1:], None if threshold is None else -total[:-1]
@@ -112,7 +112,7 @@ def _call(
             )
     if (levels.kind != "int8") != (scale is not None) or (levels.kind in KINDS[2:]) != (threshold is not None):
         raise PackedFormatError(f"int8 has no scale, and only two levels have a threshold: not so for {levels.kind!r}.")
-    number = mu_of(torch.zeros(()) if levels.mu is None else levels.mu)
+    number = mu_of(x.new_zeros(()) if levels.mu is None else levels.mu)
     forward = -1 if levels.forward is None else FUNCTIONS.index(levels.forward)
     kind = KINDS.index(levels.kind), forward, FUNCTIONS.index(levels.backward), *levels.codes
     tensors = number, scale, threshold, x, values, grad, sums

@@ -120,7 +120,7 @@ class Native:
             flat.shape[0],
             columns,
             rows,
-            address_of(flat),
+            address_of(whole(flat)),
             flat.stride(0),
             address_of(tiles),
             address_of(scales),
@@ -148,7 +148,7 @@ class Native:
         size = self.library.proxbit_tile_bytes(self.level, code, len(bits), columns)
         if not size:
             return bits
-        tiles = torch.empty(size, dtype=torch.uint8)
+        tiles = torch.empty(size, dtype=torch.uint8, device="cpu")
         self.library.proxbit_relay(self.level, code, address_of(bits), len(bits), columns, address_of(tiles))
         # Of a weight whose changes are not counted nothing is kept.
         if version is not None:
@@ -161,7 +161,7 @@ class Native:
         if values.stride(1) != 1 or values.is_neg():
             values = values.resolve_neg().contiguous()
         rows, columns = values.shape
-        bits = torch.empty(rows, packed_columns(columns), dtype=torch.uint8)
+        bits = torch.empty(rows, packed_columns(columns), dtype=torch.uint8, device="cpu")
         self.library.proxbit_pack_signs(
             self.level,
             _DTYPES[values.dtype],
@@ -176,7 +176,7 @@ class Native:
 
     def unpack_signs(self, bits: Tensor, columns: int) -> Tensor:
         """See `packing.unpack_signs`, in fp32."""
-        values = torch.empty(len(bits), columns)
+        values = torch.empty(len(bits), columns, dtype=torch.float32, device="cpu")
         bits = whole(bits).contiguous()
         self.library.proxbit_unpack_signs(
             self.level, address_of(bits), len(bits), columns, values.data_ptr(), parallel_for()
@@ -259,6 +259,7 @@ def _as_floats(numbers: Tensor | None) -> Tensor | None:
     """In fp32, contiguous, and where the processor can read a float."""
     if numbers is None:
         return None
+    whole(numbers)
     if numbers.dtype is torch.float32 and numbers.is_contiguous() and not numbers.is_neg():
         return numbers if numbers.data_ptr() % 4 == 0 else numbers.clone()
     return numbers.resolve_neg().to(torch.float32).contiguous()

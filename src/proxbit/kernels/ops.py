@@ -14,7 +14,7 @@ from proxbit.kernels import reference
 from proxbit.kernels.activations import INT8, level_values
 from proxbit.kernels.native import Native, native, native_for
 from proxbit.kernels.reference import Norm, with_levels, without_levels
-from proxbit.packing import packed_columns
+from proxbit.packing import check_bits, packed_columns
 
 try:
     from proxbit.kernels import triton_linear
@@ -103,14 +103,6 @@ def _check_shapes(
             raise PackedFormatError(f"{name} must be {which}, [{size}], not {list(numbers.shape)}.")
 
 
-def _check_bits(packed: Tensor, columns: int) -> None:
-    if packed.dtype != torch.uint8 or packed.dim() != 2 or columns < 0 or packed_columns(columns) != packed.shape[1]:
-        raise PackedFormatError(
-            f"{columns} columns of signs are uint8 [rows, {packed_columns(columns)}], not {packed.dtype} "
-            f"{list(packed.shape)}."
-        )
-
-
 def _check_values(values: Tensor) -> None:
     if values.dim() != 2 or values.dtype.is_complex:
         raise PackedFormatError(f"Signs are packed of real [rows, columns], not {values.dtype} {list(values.shape)}.")
@@ -149,7 +141,7 @@ def _linear(
 
 
 def _linear_w1_grad_input(grad: Tensor, weight: Tensor, scale: Tensor, columns: int) -> Tensor:
-    _check_bits(weight, columns)
+    check_bits(weight, columns)
     with torch.autocast(grad.device.type, enabled=False):
         return reference.linear_w1_grad_input(grad, weight, scale, columns)
 
@@ -161,7 +153,7 @@ def _pack_signs(values: Tensor) -> Tensor:
 
 
 def _unpack_signs(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    _check_bits(packed, columns)
+    check_bits(packed, columns)
     compiled = native() if packed.is_cpu else None
     if compiled is None:
         return reference.unpack_signs(packed, columns, dtype)
@@ -223,7 +215,9 @@ def _passed(activations: str, x: Tensor, levels: Tensor | None = None) -> Tensor
         return near
     if levels is None:
         return None
-    step, lowest, highest = levels.to(x.dtype)
+    # In the precision of the forward pass: a step that is rounded would clip elsewhere.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    (step, lowest, highest), x = levels.to(wide), x.to(wide)
     on_grid: Tensor = (x >= lowest * step) & (x <= highest * step)
     return on_grid
 

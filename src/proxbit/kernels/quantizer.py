@@ -33,11 +33,11 @@ def quantize_rows(
     Raises:
         PackedFormatError: for a tensor without data, of another shape or of another dtype.
     """
-    s = torch.empty(len(latent), 1) if divisor is None else divisor.contiguous()
+    s = latent.new_empty(len(latent), 1) if divisor is None else divisor.contiguous()
     if factor is not None:
         a = factor.contiguous()
     else:
-        a = s if scale == "fixed" else torch.empty(len(latent), 1)
+        a = s if scale == "fixed" else latent.new_empty(len(latent), 1)
     result = torch.empty_like(latent)
     find = divisor is None, factor is None and scale == "ls"
     number = mu_of(mu)

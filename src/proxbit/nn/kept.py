@@ -1,5 +1,6 @@
 """What is made of tensors, and kept until one of them changes."""
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar, cast
 
@@ -11,26 +12,40 @@ from proxbit.kernels import version_of
 __all__ = ["Kept"]
 
 T = TypeVar("T")
+# Weak references too: a new tensor may lie where one lay that is gone.
+Mark = tuple[weakref.ref[Tensor], int, int | None]
 
 
 class Kept(Generic[T]):
-    """A value made of tensors, made anew when one of them was changed in place or lies elsewhere."""
+    """A value made of tensors, made anew when one of them was changed in place, lies elsewhere, or is another one."""
 
     def __init__(self) -> None:
-        self._states: list[tuple[int, int | None] | None] | None = None
+        self._marks: list[Mark | None] | None = None
         self._value: T | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts without a value."""
-        return {"_states": None, "_value": None}
+        return {"_marks": None, "_value": None}
 
     def __call__(self, tensors: Iterable[Tensor | None], make: Callable[[], T]) -> T:
         """The value that `make` gives for these tensors, without a gradient."""
-        states = [None if tensor is None else (tensor.data_ptr(), version_of(tensor)) for tensor in tensors]
-        # Of a tensor whose changes nobody counts nothing is kept.
-        counted = all(state is None or state[1] is not None for state in states)
-        if states != self._states or not counted:
+        found = list(tensors)
+        known = self._marks
+        if known is None or len(known) != len(found) or not all(map(_is_same, known, found)):
+            marks = [
+                None if tensor is None else (weakref.ref(tensor), tensor.data_ptr(), version_of(tensor))
+                for tensor in found
+            ]
             # What is made in inference mode would have no version: the kernels could not keep its layout.
             with torch.inference_mode(False), torch.no_grad():
-                self._value, self._states = make(), states
+                self._value, self._marks = make(), marks
         return cast(T, self._value)
+
+
+def _is_same(mark: Mark | None, tensor: Tensor | None) -> bool:
+    """Whether a tensor is the one of the mark, as it was. Of one whose changes nobody counts that cannot be said."""
+    if mark is None or tensor is None:
+        return mark is None and tensor is None
+    reference, address, version = mark
+    same = reference() is tensor and tensor.data_ptr() == address
+    return same and version is not None and version_of(tensor) == version

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from proxbit.packing.layout import BITS_PER_BYTE, packed_columns
+from proxbit.packing.layout import BITS_PER_BYTE, check_bits, packed_columns
 from proxbit.shards import on_rows
 from proxbit.sign import is_positive
 
@@ -50,13 +50,17 @@ def unpack_signs(packed: Tensor, columns: int, dtype: torch.dtype = torch.float3
         dtype: of the result.
 
     Returns:
-        `[O, I]` of -1 and +1, in `dtype`, same device.
+        `[O, I]` of -1 and +1, in `dtype`, same device, contiguous.
+
+    Raises:
+        PackedFormatError: for another dtype or shape.
 
     Examples:
         >>> unpack_signs(torch.tensor([[5]], dtype=torch.uint8), columns=3)
         tensor([[ 1., -1.,  1.]])
     """
+    check_bits(packed, columns)
     bytes_, places = torch.arange(256, device=packed.device), torch.arange(BITS_PER_BYTE, device=packed.device)
     bits = torch.bitwise_right_shift(bytes_.unsqueeze(1), places) & 1
     table = bits.to(dtype) * 2 - 1
-    return torch.nn.functional.embedding(packed.int(), table).flatten(1)[:, :columns]
+    return torch.nn.functional.embedding(packed.int(), table).flatten(1)[:, :columns].contiguous()

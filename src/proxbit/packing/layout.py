@@ -13,7 +13,7 @@ from torch import Tensor
 
 from proxbit.errors import PackedFormatError
 
-__all__ = ["BITS_PER_BYTE", "check_packed", "packed_columns"]
+__all__ = ["BITS_PER_BYTE", "check_bits", "check_packed", "packed_columns"]
 
 BITS_PER_BYTE = 8
 
@@ -21,6 +21,19 @@ BITS_PER_BYTE = 8
 def packed_columns(columns: int) -> int:
     """Bytes a row of `columns` bits takes: ceil(columns / 8)."""
     return -(-columns // BITS_PER_BYTE)
+
+
+def check_bits(packed: Tensor, columns: int) -> None:
+    """Check that a tensor has the dtype and the shape of `columns` packed columns.
+
+    Raises:
+        PackedFormatError: saying what would be valid.
+    """
+    if packed.dtype != torch.uint8 or packed.dim() != 2 or columns < 0 or packed_columns(columns) != packed.shape[1]:
+        raise PackedFormatError(
+            f"{columns} columns of signs are uint8 [rows, {packed_columns(columns)}], not {packed.dtype} "
+            f"{list(packed.shape)}."
+        )
 
 
 def check_packed(

@@ -289,7 +289,7 @@ def hard_rows(latent: Tensor, *, normalize: str, scale: str, center: str = "none
 
     def parts(part: Tensor) -> tuple[Tensor | None, ...]:
         rows = part.flatten(1)
-        _, _, factor = _weight(rows, torch.zeros(()), modes, common, None)
+        _, _, factor = _weight(rows, rows.new_zeros(()), modes, common, None)
         offset, _ = _units(rows, "none", center, None)
         values = _centred(rows, offset, center)
         stored = [number.squeeze(1).to(latent.dtype).contiguous() for number in (factor, offset)]

@@ -5,6 +5,8 @@
 // for every column, 8 bytes, 4 times the index of each table.
 #pragma once
 
+#include <cfloat>
+
 #include <immintrin.h>
 
 #include "rows.h"
@@ -90,6 +92,16 @@ struct W1 {
         return _mm256_castps_si256(_mm256_sub_ps(_mm256_setzero_ps(), _mm256_castsi256_ps(a)));
     }
     static __m256i from_minus_to_plus(__m256i a) { return add(a, a); }
+    // Whether twice each of the numbers, and any sum of them, is finite.
+    static bool is_moderate(const __m256i *a) {
+        const __m256 most = _mm256_set1_ps(FLT_MAX / 16), sign = _mm256_set1_ps(-0.0f);
+        __m256 large = _mm256_setzero_ps();
+        for (int b = 0; b < group; ++b) {
+            const __m256 size = _mm256_andnot_ps(sign, _mm256_castsi256_ps(a[b]));
+            large = _mm256_or_ps(large, _mm256_cmp_ps(size, most, _CMP_NLE_UQ));
+        }
+        return _mm256_movemask_ps(large) == 0;
+    }
     static float load_values(const Call &call, int64_t row, float *, float *to) {
         const float *from = load_row(call, row, call.inputs, to);
         if (from != to) std::memcpy(to, from, call.inputs * sizeof(float));
@@ -112,6 +124,7 @@ struct W1A8 {
     static __m256i add(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
     static __m256i of_minus(__m256i a) { return _mm256_sub_epi16(_mm256_setzero_si256(), a); }
     static __m256i from_minus_to_plus(__m256i a) { return add(a, a); }
+    static bool is_moderate(const __m256i *) { return true; }
     static float load_values(const Call &call, int64_t row, float *buffer, int8_t *to) {
         return quantize_row(call, load_row(call, row, call.inputs, buffer), call.inputs, to);
     }
@@ -138,6 +151,7 @@ struct W1A1 {
         return _mm256_and_si256(_mm256_cmpgt_epi8(_mm256_setzero_si256(), a), _mm256_set1_epi8(1));
     }
     static __m256i from_minus_to_plus(__m256i a) { return a; }
+    static bool is_moderate(const __m256i *) { return true; }
     static float load_values(const Call &call, int64_t row, float *buffer, int8_t *to) {
         const float *x = load_centred_row(call, row, buffer);
         const auto is_plus = [](const float *x) {
@@ -176,6 +190,18 @@ struct W1A1 {
 // table[e] = sum of +a for the bits of e that are set, -a for the others; of W1A1 how many signs are equal
 template <class Format>
 inline void fill_table(const __m256i *a, uint8_t *table) {
+    if (!Format::is_moderate(a)) {  // -a + 2 a of an infinity would be no number
+        store(table, _mm256_setzero_si256());
+        for (int b = 0; b < group; ++b) {
+            const int size = register_bytes << b;
+            for (int e = 0; e < size; e += register_bytes) {
+                const __m256i sum = load(table + e);
+                store(table + size + e, Format::add(sum, a[b]));
+                store(table + e, Format::add(sum, Format::of_minus(a[b])));
+            }
+        }
+        return;
+    }
     __m256i sum = _mm256_setzero_si256();
     for (int b = 0; b < group; ++b) sum = Format::add(sum, Format::of_minus(a[b]));
     store(table, sum);

@@ -88,7 +88,7 @@ inline const float *load_row(const proxbit::Call &call, int64_t row, int64_t wid
         normalize(call, x, buffer);
     } else if (x != buffer) {
         if (width == call.inputs) return x;
-        std::memcpy(buffer, x, call.inputs * sizeof(float));
+        std::copy(x, x + call.inputs, buffer);
     }
     std::fill(buffer + call.inputs, buffer + width, 0.0f);
     return buffer;
