@@ -9,6 +9,7 @@ import torch
 from pair_formulas import ROWS, swish, swish_slope, units, weight_and_gradient
 from pair_formulas import plus_minus as signs
 from proxbit import blocks
+from proxbit.errors import ConfigError
 from proxbit.kernels import native
 from proxbit.quantizers import PAIRS, autograd, compose, get_pair, hard_rows, quantize
 from proxbit.quantizers.compiled import compiled_functions
@@ -271,6 +272,12 @@ def test_accumulation_sees_the_mu_of_each_forward():
     (first + second).sum().backward()
     w = latent.detach().numpy()
     np.testing.assert_allclose(latent.grad.numpy(), swish_slope(w, 1.0) + swish_slope(w, 5.0), rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("field", ["normalize", "scale", "center"])
+def test_unknown_row_units_are_refused(field):
+    with pytest.raises(ConfigError, match=f"{field} must be one of .*; not 'rows'"):
+        quantize(torch.randn(4, 6), torch.tensor(1.0), get_pair("bnn++"), **{field: "rows"})
 
 
 def test_own_pair_without_gradients():

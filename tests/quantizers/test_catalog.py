@@ -2,6 +2,8 @@
 
 import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -98,6 +100,23 @@ def test_the_same_parameters_give_the_same_object(own):
     assert get_pair("sharp", {"levels": [-1, 0, 1], "gain": 8.0}) is made
     assert get_pair("sharp", {"levels": [-1, 0, 1], "gain": 9.0}) is not made
     assert get_pair("sharp", {"gain": 8.0}) is not made
+
+
+def test_threads_that_ask_at_once_get_the_same_object(own):
+    def slow(x=1):
+        time.sleep(0.05)
+        return compose(SIGN, mu_range=(0.0, float(x)))
+
+    register_pair(own, slow)
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda _: get_pair(own, {"x": 3}), range(4)))
+    assert all(pair is made[0] for pair in made)
+
+
+@pytest.mark.parametrize("parameters", [[1], "x"], ids=str)
+def test_parameters_have_names(parameters):
+    with pytest.raises(ConfigError, match="Parameters go by name, such as"):
+        get_pair("pc", parameters)
 
 
 def test_name_and_parameters_round_trip_through_a_file(own):

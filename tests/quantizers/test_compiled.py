@@ -10,8 +10,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pair_formulas import ROWS
 from proxbit.kernels import interface, latents, pack_signs, unpack_signs
-from proxbit.quantizers import PAIRS, compiled, compose, get_pair, hard_rows, heuristic, quantize
-from proxbit.quantizers.proximal import IDENTITY
+from proxbit.quantizers import (
+    PAIRS,
+    Surrogate,
+    compiled,
+    compiled_functions,
+    compose,
+    get_pair,
+    hard_rows,
+    heuristic,
+    quantize,
+)
+from proxbit.quantizers.proximal import IDENTITY, ProximalMap
 from proxbit.quantizers.transforms import SIGN_SWISH, sign_swish, sign_swish_derivative
 
 MU = {name: row[4][-1] for name, row in ROWS.items()}
@@ -171,6 +181,32 @@ def test_own_pairs_of_known_functions_are_known_and_others_are_not():
             replace(get_pair("bnn++"), forward=own),
         ):
             assert compiled.compiled_forward(pair, False, rows) is None
+
+
+def test_a_function_within_another_is_not_the_other():
+    """Whatever calls a function that the kernels know may do more."""
+
+    @dataclass(frozen=True)
+    class Half(Surrogate):
+        def __call__(self, w, mu):
+            return 0.5 * self.function(w, mu)
+
+    class HalfMap(ProximalMap):
+        def __call__(self, w, mu):
+            return 0.5 * self.function(w, mu)
+
+    whole, mu = get_pair("bnn+"), torch.tensor(5.0)
+    half = replace(whole, backward=Half(whole.backward.function, "B / 2"))
+    for dtype in (torch.float32, torch.float64):
+        gradients = []
+        for pair in (whole, half):
+            latent = torch.linspace(-1, 1, 24, dtype=dtype).view(3, 8).requires_grad_()
+            quantize(latent, mu, pair).sum().backward()
+            gradients.append(latent.grad)
+        torch.testing.assert_close(gradients[1], gradients[0] / 2)
+    parq = get_pair("parq").proximal
+    assert compiled_functions(compose(HalfMap(parq.name, parq.function, "P / 2", ""))) is None
+    assert compiled_functions(compose(parq)) is not None
 
 
 def test_without_a_library_the_operators_run(monkeypatch):

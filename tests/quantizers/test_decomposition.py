@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxbit.errors import MuRangeError
-from proxbit.quantizers import PAIRS, Surrogate, decompose, get_pair, heuristic, regularizer
+from proxbit.errors import ConfigError, MuRangeError
+from proxbit.quantizers import PAIRS, Surrogate, compose, decompose, get_pair, heuristic, regularizer
 from proxbit.quantizers.proximal import BINARYRELAX, IDENTITY, PARQ, SIGN
 
 LINEAR = get_pair("pc").proximal
@@ -118,6 +118,35 @@ def test_negative_slopes_of_both_sides_agree():
     assert result.sound
     assert torch.allclose(result.p, result.w, atol=1e-6)
     assert float(torch.diff(result.f).min()) < 0
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward"),
+    [
+        (lambda w, mu: torch.where(w > 2.999, torch.nan, -w), lambda w, mu: torch.ones_like(w)),
+        (lambda w, mu: w.sqrt(), lambda w, mu: 0.5 / w.sqrt()),
+        (lambda w, mu: w, lambda w, mu: torch.where(w.abs() < 1e-3, torch.inf, 1.0)),
+    ],
+    ids=["NaN at the end", "NaN below zero", "infinite B"],
+)
+def test_what_is_not_finite_is_not_sound(forward, backward):
+    result = decompose(heuristic(forward, backward), 1.0)
+    assert not result.sound and result.reason == "F or B is not finite."
+    low, high = result.interval
+    assert -3 <= low < high <= 3
+
+
+@pytest.mark.parametrize("window", [0.0, -3.0, math.nan, math.inf])
+def test_the_window_is_a_positive_number(window):
+    with pytest.raises(ConfigError, match=f"window must be a positive number, not {window}"):
+        decompose("bnn", window=window)
+
+
+def test_a_function_may_change_what_it_is_given_or_return_a_number():
+    kept = decompose(compose(lambda w, mu: (w * mu).clamp(-1, 1)), 2.0)
+    changed = decompose(heuristic(lambda w, mu: w.mul_(mu).clamp_(-1, 1), lambda w, mu: 1.0), 2.0)
+    assert kept.sound and changed.sound and torch.equal(kept.w, changed.w)
+    torch.testing.assert_close(kept.p, changed.p)
 
 
 def test_mu_out_of_range():

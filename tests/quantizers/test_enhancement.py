@@ -26,6 +26,13 @@ def test_box_becomes_the_hard_tanh():
     assert torch.allclose(enhance("bnn").forward(W, 1.0), W.clamp(-1, 1), atol=2e-4, rtol=0)
 
 
+def test_no_weights_and_weights_that_are_not_finite():
+    forward = enhance("bnn+").forward
+    assert forward(torch.zeros(0, 5), 30.0).shape == (0, 5)
+    result = forward(torch.tensor([1.0, torch.inf, -torch.inf, torch.nan]), 30.0)
+    torch.testing.assert_close(result, torch.tensor([1.0, 1.0, -1.0, torch.nan]), equal_nan=True)
+
+
 @pytest.mark.parametrize("name", [name for name in PAIRS if not PAIRS.get(name).sound])
 def test_every_partner_is_sound(name):
     assert not decompose(name).sound

@@ -9,7 +9,7 @@ import torch
 
 import proxbit
 from pair_formulas import ROWS, clip, nearest, swish, swish_slope
-from proxbit.errors import MuRangeError
+from proxbit.errors import ConfigError, MuRangeError
 from proxbit.quantizers import BINARY, PAIRS, QuantizerPair, Surrogate, compose, get_pair, heuristic
 from proxbit.quantizers.proximal import PARQ, SIGN
 from proxbit.quantizers.transforms import SIGN_SWISH
@@ -125,10 +125,32 @@ def test_range_of_mu(name):
 
 
 def test_upper_end_of_the_range_of_mu():
-    pair = compose(SIGN, mu_range=(2.0, 8.0))
+    pair = compose(SIGN, mu_range=(2.0, 8.0), schedule=("linear", 2.0, 8.0))
     assert pair.check_mu(8.0) == 8.0
     with pytest.raises(MuRangeError, match="mu = 8.5 .* from 2 to 8"):
         pair.check_mu(8.5)
+
+
+@pytest.mark.parametrize("schedule", [None, ("linear", 2.0, 9.0), ("log", 1.0, 8.0), ("constant", 1.0, 4.0)])
+def test_a_schedule_beyond_the_range_of_mu(schedule):
+    """As that of pairs that are given none is, at mu = 1."""
+    more = {} if schedule is None else {"schedule": schedule}
+    with pytest.raises(MuRangeError, match=r"default schedule of a pair, now \(.*goes beyond: mu = [19].0 .* 2 to 8"):
+        compose(SIGN, mu_range=(2.0, 8.0), **more)
+    assert compose(SIGN, mu_range=(2.0, 8.0), schedule=("constant", 2.0, 1.0)).mu_range == (2.0, 8.0)
+
+
+def test_levels_are_increasing_numbers():
+    """In a list too, as they come out of a configuration file."""
+    pair = compose(SIGN, levels=[-1, 1])
+    assert pair.levels == (-1.0, 1.0) and pair.binary
+    with pytest.raises(ConfigError, match=r"must increase, as \(-1, 1\) do; not \(1, 0, -1\)"):
+        compose(SIGN, levels=(1, 0, -1))
+
+
+def test_copies_are_the_pair_itself():
+    pair = get_pair("bnn++")
+    assert copy.copy(pair) is copy.deepcopy(pair) is pair
 
 
 @pytest.mark.parametrize("name", sorted(PAIRS))

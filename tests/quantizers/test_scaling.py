@@ -169,3 +169,11 @@ def test_equal_rows_have_signs_unless_their_mean_is_taken_off(rows):
                 check_rows(rows, center, "W", "it")
         else:
             check_rows(rows, center, "W", "it")
+
+
+@pytest.mark.parametrize("columns", [3, 192, 384, 768, 3072])
+def test_equal_weights_are_found_whatever_the_rounding_of_their_mean(columns):
+    generator = torch.Generator().manual_seed(columns)
+    for value in torch.rand(50, generator=generator) / 10:
+        with pytest.raises(LatentError, match="row 1 are all equal"):
+            check_rows(torch.stack([torch.randn(columns), value.expand(columns)]), "remove", "w", "it out")

@@ -11,7 +11,7 @@ from proxbit.blocks import row_blocks
 from proxbit.quantizers.compiled import compiled_backward, compiled_forward
 from proxbit.quantizers.pairs import QuantizerPair, compose
 from proxbit.quantizers.proximal import SIGN
-from proxbit.quantizers.scaling import output_scale, row_divisor, row_offset
+from proxbit.quantizers.scaling import check_scaling, output_scale, row_divisor, row_offset
 from proxbit.shards import on_rows, placed_like, sum_of_rows, whole_rows
 from proxbit.sign import sign
 
@@ -212,10 +212,14 @@ def quantize(
     Returns:
         Same shape and dtype as `latent`. Only the latent, two numbers a row and mu are kept for the backward pass.
 
+    Raises:
+        ConfigError: for other row units than these.
+
     Source:
         ProxConnect++: Lu et al., NeurIPS 2023. Differs from it in the row units: inside one step s and a are constants
         and centring is a projection, so a sound pair stays sound.
     """
+    check_scaling(normalize, scale, center)
     modes = _Modes(pair, normalize, scale, center, hard)
     with torch.no_grad():
         common = _common_divisor(latent, normalize, center)

@@ -85,6 +85,8 @@ def get_pair(pair: str | QuantizerPair, parameters: Mapping[str, Any] | None = N
     plain = PAIRS.get(pair)
     if not parameters:
         return plain
+    if not isinstance(parameters, Mapping):
+        raise ConfigError(f"Parameters go by name, such as {{'levels': [-1, 1]}}; not {parameters!r}.")
     if pair not in _FACTORIES:
         raise ConfigError(f"The quantizer pair {pair!r} takes no parameters; it was given {dict(parameters)}.")
     try:
@@ -94,7 +96,7 @@ def get_pair(pair: str | QuantizerPair, parameters: Mapping[str, Any] | None = N
             f"The parameters of a quantizer pair must be JSON types, not {dict(parameters)}: {error}."
         ) from error
     if key not in _MADE:
-        _MADE[key] = _made(pair, _FACTORIES[pair], parameters)
+        _MADE.setdefault(key, _made(pair, _FACTORIES[pair], parameters))
     return _MADE[key]
 
 

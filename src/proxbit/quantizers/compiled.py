@@ -9,8 +9,8 @@ from torch import Tensor
 import proxbit.quantizers.family  # noqa: F401  (registers the pairs that are named below)
 from proxbit.kernels import latent_kernels
 from proxbit.quantizers.catalog import get_pair
-from proxbit.quantizers.pairs import Composed, QuantizerPair
-from proxbit.quantizers.proximal import IDENTITY
+from proxbit.quantizers.pairs import Composed, QuantizerPair, Surrogate
+from proxbit.quantizers.proximal import IDENTITY, ProximalMap
 from proxbit.quantizers.transforms import IDENTITY_TRANSFORM
 
 __all__ = ["compiled_backward", "compiled_forward", "compiled_functions"]
@@ -19,10 +19,11 @@ __all__ = ["compiled_backward", "compiled_forward", "compiled_functions"]
 def _parts(side: Callable[..., Tensor]) -> tuple[int, ...]:
     """What one side of a pair is made of. By identity: a function of the user need be neither equal to nor hashed."""
     if not isinstance(side, Composed):
-        return (id(getattr(side, "function", side)),)
+        return (id(side.function if type(side) is Surrogate else side),)
     if side.proximal is IDENTITY or side.outer is IDENTITY_TRANSFORM.derivative:
         return (id(side.outer),)
-    return id(side.proximal.function), id(side.outer)
+    known = type(side.proximal) is ProximalMap
+    return id(side.proximal.function if known else side.proximal), id(side.outer)
 
 
 _KNOWN = {

@@ -23,15 +23,19 @@ class Antiderivative:
 
     Args:
         slope: `(w, mu) -> B_mu(w)`, elementwise.
-        cells: of the grid, even. The grid spans the values asked for; the error is of order (mu span / cells)^4.
+        cells: of the grid, even. The grid spans the finite values asked for; the error is of order
+            (mu span / cells)^4, so that a huge value beside them makes the others less exact.
     """
 
     slope: Callable[[Tensor, Mu], Tensor]
     cells: int = 32768
 
     def __call__(self, w: Tensor, mu: Mu) -> Tensor:
+        if not w.numel():
+            return torch.zeros_like(w)
         x = w.double()
-        span = x.abs().max().clamp(min=1e-6)
+        span = torch.where(x.isfinite(), x.abs(), 0).max().clamp(min=1e-6)
+        x = x.clamp(-span, span)
         width = 2 * span / self.cells
         nodes = torch.linspace(-1, 1, self.cells + 1, dtype=x.dtype, device=x.device) * span
         at_nodes = self.slope(nodes, mu)

@@ -7,8 +7,9 @@ from typing import TypedDict, Unpack
 
 from torch import Tensor
 
-from proxbit.errors import MuRangeError
+from proxbit.errors import ConfigError, MuRangeError
 from proxbit.quantizers.proximal import IDENTITY, Mu, ProximalMap, as_proximal_map, name_of, nearest_level
+from proxbit.quantizers.schedules import AGGREGATE, CONSTANT
 from proxbit.quantizers.transforms import IDENTITY_TRANSFORM, Transform, as_transform
 from proxbit.sign import sign
 
@@ -68,6 +69,10 @@ class QuantizerPair:
             w* <- P(w*) - (step of the optimizer), as in ProxQuant and in reverse ProxConnect.
         source: paper, and equation or section.
 
+    Raises:
+        ConfigError: for levels that do not increase.
+        MuRangeError: if the schedule starts or ends out of `mu_range`.
+
     Source:
         ProxConnect++: Lu, Yu, Li, Partovi Nia, Understanding Neural Network Binarization, NeurIPS 2023.
     """
@@ -86,6 +91,18 @@ class QuantizerPair:
     update_from: ProximalMap | None = None
     source: str = ""
 
+    def __post_init__(self) -> None:
+        levels = tuple(map(float, self.levels))
+        if any(low >= high for low, high in zip(levels[:-1], levels[1:], strict=True)):
+            raise ConfigError(f"The levels of a quantizer pair must increase, as (-1, 1) do; not {self.levels}.")
+        object.__setattr__(self, "levels", levels)
+        kind, *ends = self.schedule
+        try:
+            for mu in ends[:1] if kind in (CONSTANT, AGGREGATE) else ends:
+                self.check_mu(mu)
+        except MuRangeError as error:
+            raise MuRangeError(f"The default schedule of a pair, now {self.schedule}, goes beyond: {error}") from error
+
     @property
     def sound(self) -> bool:
         """Whether the pair is built as F = T∘P, B = T'∘P, with P a proximal map."""
@@ -98,6 +115,10 @@ class QuantizerPair:
 
     def __deepcopy__(self, memo: dict[int, object]) -> "QuantizerPair":
         """A pair is immutable data: copies of a model share it, and it keeps its name."""
+        return self
+
+    def __copy__(self) -> "QuantizerPair":
+        """Likewise."""
         return self
 
     def hard(self, w: Tensor) -> Tensor:
