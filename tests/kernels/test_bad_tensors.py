@@ -69,9 +69,9 @@ def test_a_tensor_without_data(activations, spoil, which):
 @activations
 def test_an_input_or_a_threshold_without_data(activations):
     weight, scale = layer()
-    with pytest.raises(PackedFormatError, match="reaches beyond its storage of 0 bytes"):
+    with pytest.raises(PackedFormatError, match="whose storage was freed"):
         native().linear(activations, freed(torch.randn(2, COLUMNS)), weight, scale, None)
-    with pytest.raises(PackedFormatError, match="reaches beyond its storage of 0 bytes"):
+    with pytest.raises(PackedFormatError, match="whose storage was freed"):
         native().linear(activations, torch.randn(2, COLUMNS), weight, scale, None, freed(torch.zeros(COLUMNS)))
 
 
@@ -80,19 +80,6 @@ def test_a_weight_whose_storage_is_too_short(activations):
     weight, scale = layer()
     with pytest.raises(PackedFormatError, match=r"\[24, 5\] of torch.uint8 reaches beyond its storage of 60 bytes"):
         OPS[activations](torch.randn(2, COLUMNS), shrunk(weight), scale)
-
-
-@activations
-def test_other_tensors_whose_storage_is_too_short(activations):
-    weight, scale = layer()
-    x, bias = torch.randn(2, COLUMNS), torch.zeros(ROWS)
-    for tensors in (
-        (shrunk(x), weight, scale, bias),
-        (x, weight, shrunk(scale), bias),
-        (x, weight, scale, shrunk(bias)),
-    ):
-        with pytest.raises(PackedFormatError, match="of torch.float32 reaches beyond its storage"):
-            OPS[activations](*tensors)
 
 
 def test_signs_whose_storage_is_too_short():

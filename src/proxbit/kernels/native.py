@@ -120,7 +120,7 @@ class Native:
             flat.shape[0],
             columns,
             rows,
-            address_of(whole(flat)),
+            address_of(flat),
             flat.stride(0),
             address_of(tiles),
             address_of(scales),
@@ -259,7 +259,6 @@ def _as_floats(numbers: Tensor | None) -> Tensor | None:
     """In fp32, contiguous, and where the processor can read a float."""
     if numbers is None:
         return None
-    whole(numbers)
     if numbers.dtype is torch.float32 and numbers.is_contiguous() and not numbers.is_neg():
         return numbers if numbers.data_ptr() % 4 == 0 else numbers.clone()
     return numbers.resolve_neg().to(torch.float32).contiguous()
