@@ -123,12 +123,8 @@ def test_what_the_trainer_does_not_take_is_refused(place, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "environment"),
-    [
-        (["--fsdp", "full_shard"], {}),
-        ([], {"ACCELERATE_USE_FSDP": "true"}),
-        ([], {"ACCELERATE_USE_DEEPSPEED": "true"}),
-    ],
-    ids=["option", "fsdp", "deepspeed"],
+    [(["--fsdp", "full_shard"], {}), ([], {"ACCELERATE_USE_FSDP": "true"})],
+    ids=["option", "environment"],
 )
 def test_a_model_that_is_spread_is_refused(place, tmp_path, monkeypatch, options, environment):
     """As `accelerate launch` says it by the environment, too."""

@@ -226,7 +226,7 @@ def test_mu_out_of_range_changes_nothing(net, bad):
 
 def test_mu_out_of_the_range_of_one_pair_of_several_changes_no_layer(net):
     """The last layer refuses; the first would have accepted."""
-    net.head[1].pair = compose(SIGN, mu_range=(3.0, 9.0))
+    net.head[1].pair = compose(SIGN, mu_range=(3.0, 9.0), schedule=("constant", 3.0, 3.0))
     set_mu(net, 4.0)
     with pytest.raises(MuRangeError, match="mu = 2.0 is out of range: this pair takes finite values from 3 to 9"):
         set_mu(net, 2.0)
