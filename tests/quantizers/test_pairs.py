@@ -225,6 +225,20 @@ def test_compose_of_plain_functions():
     assert on_grid(compose(halved, squared).backward, 3.0).tolist() == [7.0] * len(GRID)
 
 
+@pytest.mark.parametrize(
+    ("proximal", "words"),
+    [
+        (lambda w, mu: -w, "from 3 at w = -3 to 2.999 at -2.999, with mu = 1"),
+        (lambda w, mu: torch.where(w * mu <= 3, w, 0), "to 0 at .*, with mu = 4"),
+        (lambda w, mu: w.log(), "nan"),
+    ],
+    ids=["falls", "falls at the end", "no number"],
+)
+def test_compose_refuses_what_is_no_proximal_map(proximal, words):
+    with pytest.raises(ConfigError, match=rf"must not decrease.*{words}.*heuristic"):
+        compose(proximal, schedule=("log", 1.0, 4.0))
+
+
 def test_heuristic_of_plain_functions():
     def stairs(w, mu):
         return w.floor()

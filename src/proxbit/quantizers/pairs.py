@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
+import torch
 from torch import Tensor
 
 from proxbit.errors import ConfigError, MuRangeError
@@ -96,12 +97,17 @@ class QuantizerPair:
         if any(low >= high for low, high in zip(levels[:-1], levels[1:], strict=True)):
             raise ConfigError(f"The levels of a quantizer pair must increase, as (-1, 1) do; not {self.levels}.")
         object.__setattr__(self, "levels", levels)
-        kind, *ends = self.schedule
         try:
-            for mu in ends[:1] if kind in (CONSTANT, AGGREGATE) else ends:
+            for mu in self.schedule_ends:
                 self.check_mu(mu)
         except MuRangeError as error:
             raise MuRangeError(f"The default schedule of a pair, now {self.schedule}, goes beyond: {error}") from error
+
+    @property
+    def schedule_ends(self) -> tuple[float, ...]:
+        """The values of mu that the default schedule names."""
+        kind, *ends = self.schedule
+        return tuple(ends[:1] if kind in (CONSTANT, AGGREGATE) else ends)
 
     @property
     def sound(self) -> bool:
@@ -167,9 +173,13 @@ def compose(
             has an attribute of that name, and otherwise computed by automatic differentiation.
         **row: further fields of `QuantizerPair`.
 
+    Raises:
+        ConfigError: if a function given for P decreases on [-3, 3], at the start or at the end of the schedule.
+
     Source:
         ProxConnect++ (Lu et al., NeurIPS 2023): with p = P(w*), the step on w* is exactly ProxConnect on l∘T.
     """
+    is_known = isinstance(proximal, ProximalMap)
     proximal, transform = as_proximal_map(proximal), as_transform(transform)
     row.setdefault("source", proximal.source)
     forward = f"F = T(P(w)): {transform.formula}; {proximal.formula}"
@@ -178,7 +188,7 @@ def compose(
         forward, backward = proximal.formula.replace("P(w)", "F(w)", 1), "B(w) = 1"
     elif proximal is IDENTITY:
         forward, backward = f"F = T: {transform.formula}", f"B = T': {transform.derivative_formula}"
-    return QuantizerPair(
+    pair = QuantizerPair(
         forward=Composed(proximal, transform.function),
         backward=Composed(proximal, transform.derivative),
         forward_formula=forward,
@@ -187,6 +197,24 @@ def compose(
         transform=transform,
         **row,
     )
+    if not is_known:
+        _refuse_decreasing(proximal, pair.schedule_ends)
+    return pair
+
+
+def _refuse_decreasing(proximal: ProximalMap, sharpness: tuple[float, ...]) -> None:
+    """Look at P on [-3, 3]."""
+    w = torch.linspace(-3, 3, 6001, dtype=torch.float64, device="cpu")
+    for mu in sharpness:
+        p = proximal(w.clone(), mu)
+        wrong = ~(p.diff() >= -1e-9 * p.abs().amax())
+        if bool(wrong.any()):
+            at = int(wrong.int().argmax())
+            raise ConfigError(
+                f"P must not decrease, or it is no proximal map: {proximal.name} goes from {p[at]:g} at w = {w[at]:g} "
+                f"to {p[at + 1]:g} at {w[at + 1]:g}, with mu = {mu:g}. A pair without that promise is made by "
+                "proxbit.heuristic."
+            )
 
 
 def heuristic(forward: Surrogate | Function, backward: Surrogate | Function, **row: Unpack[Row]) -> QuantizerPair:
