@@ -61,7 +61,9 @@ def test_this_installation_has_its_kernels_and_uses_the_fastest():
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     assert ("avx2" in LEVELS) == ("avx2" in flags and "fma" in flags)
     common = {"avx512bw", "avx512vl", "avx512dq"}
-    for name, needed in (("avx512", {"avx512_vpopcntdq", "avx512vbmi"}), ("avx512vnni", {"avx512_vnni"})):
+    vbmi = {"avx512_vpopcntdq", "avx512vbmi"}
+    amx = vbmi | {"amx_tile", "amx_int8", "amx_bf16"}
+    for name, needed in (("amx", amx), ("avx512", vbmi), ("avx512vnni", {"avx512_vnni"})):
         assert (name in LEVELS) == (common | needed).issubset(flags)
     if "PROXBIT_ISA" not in os.environ:
         assert native().name == next(iter(LEVELS))
@@ -110,7 +112,8 @@ def test_values_at_the_edges(level, activations, dtype):
         weight, scale, bias = layer(rows, columns)
         weight[0] = 255 if columns % 8 == 0 else weight[0]
         for shift in (bias, None):
-            assert_as_reference(level, activations, x.to(dtype), weight, scale, shift)
+            for batch in (x, x.repeat(5, 1)):
+                assert_as_reference(level, activations, batch.to(dtype), weight, scale, shift)
 
 
 @level
@@ -119,7 +122,7 @@ def test_every_sum_of_a_saturated_row_fits(level):
     for columns in (252, 256, 258, 512, 4096):
         weight = pack_signs(torch.ones(3, columns))
         weight[1] = 0
-        x = torch.ones(4, columns)
+        x = torch.ones(44, columns)
         x[1:] = -3.0
         for activations in FORMATS:
             assert_as_reference(level, activations, x, weight, torch.ones(3), None)
@@ -129,13 +132,14 @@ def test_every_sum_of_a_saturated_row_fits(level):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_that_is_not_finite_spoils_no_other_row(level, value):
     weight, scale, bias = layer(33, 70)
-    x = torch.randn(5, 70)
-    x[2, 3] = value
-    result = level.linear("int8", x, weight, scale, bias)
-    assert bool(result[2].isnan().all())
-    kept = [0, 1, 3, 4]
-    assert torch.equal(result[kept], reference.linear_w1a8(x[kept], weight, scale, bias))
-    assert_as_reference(level, "sign", x, weight, scale, bias)
+    for count in (5, 45):
+        x = torch.randn(count, 70)
+        x[2, 3] = value
+        result = level.linear("int8", x, weight, scale, bias)
+        assert bool(result[2].isnan().all())
+        kept = [row for row in range(count) if row != 2]
+        assert torch.equal(result[kept], reference.linear_w1a8(x[kept], weight, scale, bias))
+        assert_as_reference(level, "sign", x, weight, scale, bias)
 
 
 @level
@@ -145,10 +149,21 @@ def test_what_is_huge_is_huge_in_every_batch(level, value):
     weight, scale = pack_signs(torch.randn(200, 96)), torch.full((200,), 0.01)
     x = torch.zeros(9, 96)
     x[:, 0], x[3:6, 50], x[6:, 95] = value, 1.0, -2.0
-    expected = reference.linear_w1(x, weight, scale, None)
-    for count in (1, 3, 4, 9):
-        result = level.linear("float", x[:count], weight, scale, None)
-        torch.testing.assert_close(result, expected[:count], equal_nan=True)
+    x = x.repeat(5, 1)
+    for batch in (x, x.bfloat16()):
+        expected = reference.linear_w1(batch, weight, scale, None)
+        for count in (1, 3, 4, 9, 45):
+            result = level.linear("float", batch[:count], weight, scale, None)
+            torch.testing.assert_close(result, expected[:count], equal_nan=True)
+
+
+@level
+@activations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_no_cache_holds(level, activations, dtype):
+    """Rows and inputs beyond what is laid out at once, and none at all."""
+    for count, columns, rows in ((70, 6500, 70), (130, 3100, 33), (40, 0, 3)):
+        assert_as_reference(level, activations, torch.randn(count, columns).to(dtype), *layer(rows, columns))
 
 
 @level

@@ -30,6 +30,7 @@ struct Level {
     void (*activations)(const ActivationsCall &call, int64_t part);
 };
 
+extern const Level amx_level;
 extern const Level avx512_level;
 extern const Level avx512vnni_level;
 extern const Level avx2_level;

@@ -13,6 +13,9 @@ using proxbit::Level;
 
 const Level *const levels[] = {
 #if defined(PROXBIT_X86)
+#if defined(PROXBIT_AMX)
+    &proxbit::amx_level,
+#endif
     &proxbit::avx512_level,
     &proxbit::avx512vnni_level,
     &proxbit::avx2_level,

@@ -27,7 +27,7 @@ typedef void (*proxbit_task)(int64_t begin, int64_t end, void *context);
 typedef int32_t (*proxbit_parallel_for)(int64_t begin, int64_t end, int64_t grain, proxbit_task task, void *context);
 
 /* One call of a linear layer: y[m, n] = scale[n] * sum_k s[n, k] a[m, k] + bias[n], s the signs of the weight and
- *   W1     a = x, summed in fp32
+ *   W1     a = x, summed in fp32; the level amx takes numbers below 2^-126 for zero
  *   W1A8   a = step[m] * q[m, k], step[m] = max_k |x[m, k]| / 127, q = round(x / step) to even, summed exactly;
  *          with levels, step is the first of them for every row, and q is clipped to the other two
  *   W1A1   a = +1 where x[m, k] >= levels[k] (0 without), else -1, summed exactly
