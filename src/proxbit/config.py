@@ -107,7 +107,8 @@ class BinarizationConfig(QuantizationConfigMixin):
         metadata={
             "help": "Other choices for some linear layers, by pattern (fnmatch) of module names: {'*.mlp.fc2': "
             "{'activations': 'int8'}}. Fields: activations, activation_pair, rprelu, residual, accumulator_bits, "
-            "accumulator_mode. Of two patterns the later one wins."
+            "accumulator_mode. Of two patterns the later one wins; a file has pairs of pattern and fields where their "
+            "order is not that of the alphabet."
         },
     )
     learned_attention: list[str] | None = field(
@@ -247,8 +248,11 @@ class BinarizationConfig(QuantizationConfigMixin):
         example = "such as {'*.mlp.fc2': {'activations': 'int8'}}"
         if self.overrides is None:
             return
-        if not isinstance(self.overrides, dict):
-            raise ConfigError(f"overrides must be a dict of patterns, {example}; not {self.overrides!r}.")
+        pairs = self.overrides
+        if isinstance(pairs, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+            self.overrides = {pattern: changes for pattern, changes in pairs if isinstance(pattern, str)}
+        if not isinstance(self.overrides, dict) or len(self.overrides) < len(pairs):
+            raise ConfigError(f"overrides must be a dict of patterns, {example}; not {pairs!r}.")
         for pattern, changes in self.overrides.items():
             if not isinstance(pattern, str) or not isinstance(changes, dict) or not set(changes) <= set(SITE):
                 raise ConfigError(
@@ -287,8 +291,14 @@ class BinarizationConfig(QuantizationConfigMixin):
         return (config, unused) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types, in a fixed order."""
+        """The fields as JSON types, in a fixed order.
+
+        Of `overrides` the later ones win, and transformers sorts the keys of what it writes: they are pairs of pattern
+        and fields where that would change their order.
+        """
         values = {item.name: getattr(self, item.name) for item in fields(self)}
+        if self.overrides is not None and list(self.overrides) != sorted(self.overrides):
+            values["overrides"] = [[pattern, changes] for pattern, changes in self.overrides.items()]
         return copy.deepcopy(values)
 
     def replace(self, **changes: Any) -> "BinarizationConfig":

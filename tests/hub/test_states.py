@@ -19,7 +19,7 @@ from proxbit.errors import ConfigError, LatentError, ModelStateError, PatternErr
 from proxbit.nn import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear
 from proxbit.patching import state_of
 from proxbit.quantizers import PAIRS, catalog
-from tiny_models import vit
+from tiny_models import FAMILIES, vit
 
 WITH_PLUGIN = """
 import sys, numpy, torch, proxbit
@@ -140,6 +140,22 @@ def test_errors_leave_the_model_as_it_was(crops, value):
         assert model.config.to_json_string() == config
         assert vars(model).get("binarization_report") is report
         convert(model)
+
+
+def test_what_was_binarized_in_a_part_is_that_parts(crops):
+    """A model whose configuration does not say stays as it was; one that shares it is packed and made float."""
+    clip, model, pictures = FAMILIES["clip"](), make(), crops(2, 32)
+    proxbit.binarize(clip.vision_model)
+    for call in (proxbit.pack, proxbit.dequantize):
+        with pytest.raises(ModelStateError, match="CLIP.* is latent, but its configuration does not say how"):
+            call(clip)
+        assert state_of(clip) == "latent"
+    before = model.config.to_json_string()
+    proxbit.binarize(model.vit)
+    hard = logits(model, pictures)
+    proxbit.dequantize(proxbit.pack(model))
+    assert model.config.to_json_string() == before
+    torch.testing.assert_close(logits(model, pictures), hard, rtol=0, atol=1e-4)
 
 
 def test_a_float_model_again_can_be_binarized_again(crops):

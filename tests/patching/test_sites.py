@@ -87,6 +87,27 @@ def test_overrides():
     assert sites(again) == found
 
 
+def test_what_is_given_comes_after_what_a_one_signed_input_gets():
+    """Also where both name the same layers by the same pattern."""
+    given = {"vit.layers.0.*": {"activations": "int8"}, "vit.layers.*.mlp.fc2": {"activations": "sign"}}
+    model = binarized(activations="sign", overrides=given)
+    assert sites(model)["vit.layers.0.mlp.fc2"][0] == "sign"
+    assert list(model.config.quantization_config.overrides) == list(given)
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["as sorted", "against it"])
+def test_the_order_of_overrides_is_stored(swapped, tmp_path):
+    """transformers sorts the keys of a config.json."""
+    given = {"*.o_proj": {"residual": True, "activations": "float"}, "vit.layers.*": {"activations": "int8"}}
+    given = dict(reversed(given.items())) if swapped else given
+    model = binarized(overrides=given)
+    for each in (model, proxbit.pack(model)):
+        each.save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path)
+        assert sites(again) == sites(model)
+        assert list(again.config.quantization_config.overrides.items()) == list(given.items())
+
+
 def test_pairs_of_activations():
     model = binarized(activations="sign", activation_pair="ede", overrides={"*.fc1": {"activation_pair": "bnn++"}})
     pairs = {name: layer.activation.pair for name, layer in model.named_modules() if isinstance(layer, BinaryLinear)}
@@ -100,6 +121,7 @@ def test_pairs_of_activations():
         ({"overrides": {"*.fc3": {}}}, PatternError, r"overrides: the pattern '\*.fc3' matches no module"),
         ({"overrides": {"*.classifier": {}}}, PatternError, "overrides: the pattern"),
         ({"overrides": ["*.fc2"]}, ConfigError, "overrides must be a dict of patterns"),
+        ({"overrides": [["a", {}], ["a", {}]]}, ConfigError, "overrides must be a dict of patterns"),
         (
             {"overrides": {"*.fc2": {"bits": 4}}},
             ConfigError,

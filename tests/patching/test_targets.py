@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from torch.nn.utils import prune as pruning
 
 import proxbit
 from proxbit.config import BinarizationConfig
@@ -373,3 +374,23 @@ def test_state_of():
         states.append(state_of(convert(model)))
     assert states == ["float", "latent", "packed", "float"]
     assert model(torch.ones(1, 4)).shape == (1, 2)
+
+
+def prune(layer):
+    pruning.l1_unstructured(layer, "weight", 0.5)
+
+
+@pytest.mark.parametrize("change", [nn.utils.weight_norm, prune])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_weight_that_is_made_of_others_is_left_alone(change):
+    model = FAMILIES["vit"]()
+    change(model.vit.layers[0].mlp.fc1)
+    left = proxbit.binarize(model).binarization_report.left
+    assert "vit.layers.0.mlp.fc1" in left
+    assert "vit.layers.1.mlp.fc1" not in left
+
+
+def test_a_layer_without_a_weight_yet_is_left_alone():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8))
+    report = proxbit.binarize(model, proxbit.BinarizationConfig(include=["0"])).binarization_report
+    assert [(each.name, each.parameters) for each in report.decisions] == [("0", 64), ("1", 0)]

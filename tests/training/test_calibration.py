@@ -82,6 +82,42 @@ def test_batches_or_a_dataset(form, crops):
     torch.manual_seed(0)
 
 
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"pixel_values": x}], ids=["tensor", "dict"])
+def test_a_batch_is_as_good_as_a_list_of_one(wrap, crops):
+    batch, found = wrap(crops(6, SIDE)), []
+    for data in (batch, [batch]):
+        torch.manual_seed(0)
+        found.append(parameters(proxbit.calibrate(latent("sign"), data, batches=1)))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_failed_calibration_changes_nothing(dtype, crops):
+    """To the last bit, whatever the biases gave to the thresholds."""
+    model = proxbit.calibrate(latent("sign"), [crops(6, SIDE)]).to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ConfigError, match="NaN or infinite"):
+        proxbit.calibrate(model, [torch.full((1, 3, SIDE, SIDE), torch.nan, dtype=dtype)])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["latent", "packed"])
+def test_dequantized_layers_get_back_what_thresholds_took_off(pack):
+    """Means are no part of a sign, but of a float: only then is the float layer nearer than its sum of signs."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(64, 64))
+    x = torch.randn(500, 64) + 2
+    expected = layer(x)
+    proxbit.binarize(layer, BinarizationConfig(activations="sign", include=["*"]))
+    proxbit.calibrate(layer, {"input": x})
+    if pack:
+        proxbit.pack(layer)
+    signs = float((layer.eval()(x) - expected).square().mean())
+    with pytest.warns(UserWarning, match="without sign activations"):
+        plain = proxbit.dequantize(layer)
+    assert float((plain(x) - expected).square().mean()) < signs
+
+
 def test_what_learns_nothing_is_left_alone(crops):
     model = latent("int8")
     before = parameters(model)

@@ -178,6 +178,9 @@ def attach(model: PreTrainedModel, config: BinarizationConfig) -> None:
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Tell transformers that a model is float again."""
-    model.hf_quantizer.remove_quantization_config(model)
-    take_push(model)
+    """Tell transformers that a model is float again, and a part of it that was binarized by itself."""
+    for module in model.modules():
+        quantizer = vars(module).get("hf_quantizer")
+        if isinstance(quantizer, ProxbitHfQuantizer):
+            quantizer.remove_quantization_config(module)
+            take_push(module)

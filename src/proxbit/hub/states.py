@@ -18,6 +18,7 @@ from proxbit.patching import (
     blank_picture,
     equalize_layers,
     fuse_layers,
+    state_of,
     to_float,
     to_latent,
     to_packed,
@@ -123,14 +124,32 @@ def pack(model: Model) -> Model:
         The same model, with a `binarization_report`. It cannot be trained any more.
 
     Raises:
-        ModelStateError: if the model is float or packed already.
+        ModelStateError: if the model is float or packed already, or if only a part of it was binarized.
         ConfigError: if the levels of a pair are not -1 and +1.
         LatentError: for NaN or infinite latents, or rows that are all zero. The model is unchanged after an error.
     """
+    stored = _stored(model)
     to_packed(model)
-    if isinstance(model, PreTrainedModel):
-        attach(model, model.config.quantization_config.replace(state="packed"))
+    if isinstance(model, PreTrainedModel) and stored is not None:
+        attach(model, stored.replace(state="packed"))
     return model
+
+
+def _stored(model: nn.Module) -> BinarizationConfig | None:
+    """How a latent or packed transformers model was binarized; None for a plain module, and for a float model.
+
+    Raises:
+        ModelStateError: if its layers were binarized in a part of it, so that it could not be saved.
+    """
+    if not isinstance(model, PreTrainedModel) or state_of(model) == "float":
+        return None
+    stored = getattr(model.config, "quantization_config", None)
+    if isinstance(stored, BinarizationConfig):
+        return stored
+    raise ModelStateError(
+        f"{type(model).__name__} is {state_of(model)}, but its configuration does not say how: a part of it was "
+        "binarized by itself, or its configuration was replaced. Make the call on the part that was binarized."
+    )
 
 
 def fuse(model: Model, inputs: dict[str, Tensor] | None = None) -> Model:
@@ -167,12 +186,12 @@ def dequantize(model: Model) -> Model:
         The same model, with a `binarization_report`. It needs no plug-in to be saved and loaded.
 
     Raises:
-        ModelStateError: if the model is float already, or has an RPReLU.
+        ModelStateError: if the model is float already, or has an RPReLU, or if only a part of it was binarized.
     """
-    left_out = beyond_float(model)
+    left_out, stored = beyond_float(model), _stored(model)
     to_float(model)
     if left_out:
         warnings.warn(f"The float model has other outputs: it is without {', '.join(left_out)}.", stacklevel=2)
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, PreTrainedModel) and stored is not None:
         detach(model)
     return model

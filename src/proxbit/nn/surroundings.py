@@ -146,6 +146,11 @@ class Surroundings(nn.Module):
         """
         if self.rprelu is not None:
             raise ModelStateError("A layer with an RPReLU has no plain linear layer that computes the same.")
+        shift = self.activation.shift
+        if shift is not None and layer.bias is not None:
+            # The sign forgot it, and the bias has made up for that; a float layer forgets nothing.
+            taken = (layer.weight.detach().float() @ shift.float()).to(layer.bias.dtype)
+            layer.bias = nn.Parameter(layer.bias.detach() - taken, requires_grad=layer.bias.requires_grad)
         if self.residual:
             layer.weight.data = layer.weight.data + torch.eye(layer.in_features).to(layer.weight)
         return layer.train(self.training)

@@ -58,7 +58,7 @@ def surroundings(
         names = [name for name in linear if reads_one_sign(model, name)]
         others = [d.name for d in decisions if d.name not in names]
         own = {pattern: {"activations": ONE_SIGNED[config.activations]} for pattern in explicit_patterns(names, others)}
-    overrides = own | given
+    overrides = {pattern: changes for pattern, changes in own.items() if pattern not in given} | given
     found = {name: _site(model, name, overrides, config) for name in linear}
     return found, overrides or None
 

@@ -10,7 +10,8 @@ from collections.abc import Hashable, Iterable
 from fnmatch import fnmatchcase
 from functools import cache
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from proxbit.config import BinarizationConfig
 from proxbit.errors import PatternError
@@ -165,7 +166,9 @@ def select(model: nn.Module, config: BinarizationConfig) -> list[ModuleDecision]
         reason, converted = _decide(name, module, config, backbone)
         if converted and isinstance(module, nn.Linear) and _reads_weight(model, name):
             reason, converted = "its model reads its weight, or the dtype of it, by itself", False
-        decisions.append(ModuleDecision(name, type(module).__name__, module.weight.numel(), converted, reason))
+        weight = getattr(module, "weight", None)
+        weights = weight.numel() if isinstance(weight, Tensor) and not is_lazy(weight) else 0
+        decisions.append(ModuleDecision(name, type(module).__name__, weights, converted, reason))
     if not any(decision.converted for decision in decisions):
         left = "\n".join(f"  {decision.name}: {decision.reason}" for decision in decisions[:10])
         raise PatternError(
@@ -179,6 +182,8 @@ def select(model: nn.Module, config: BinarizationConfig) -> list[ModuleDecision]
 def _decide(name: str, module: nn.Module, config: BinarizationConfig, backbone: str) -> tuple[str, bool]:
     if type(module) not in CONVERTIBLE:
         return f"{type(module).__name__} computes in its own way", False
+    if not isinstance(vars(module)["_parameters"].get("weight"), nn.Parameter):
+        return "its weight is made of other tensors", False
     for pattern in config.modules_to_not_convert or ():
         if matches(name, pattern):
             return f"modules_to_not_convert: {pattern}", False

@@ -31,8 +31,8 @@ def calibrate(model: nn.Module, data: Iterable[Any], *, batches: int = BATCHES, 
 
     Args:
         model: a latent model; changed in place.
-        data: batches (dicts of keyword arguments, or tensors), such as a DataLoader; or a map-style dataset, from whose
-            examples batches are made.
+        data: batches (dicts of keyword arguments, or tensors), such as a DataLoader, or one of them; or a map-style
+            dataset, from whose examples batches are made.
         batches: how many to look at, >= 1.
         batch_size: of batches that are made.
 
@@ -82,15 +82,20 @@ def _give_back(layer: BinaryLinear, times: int) -> None:
 @contextmanager
 def _without_shift(layer: BinaryLinear) -> Iterator[None]:
     """Within the context, the bias is that of a layer which takes nothing off its input."""
+    before = None if layer.bias is None else layer.bias.detach().clone()
     _give_back(layer, -1)
     try:
         yield
     finally:
-        _give_back(layer, 1)
+        if before is not None and layer.bias is not None:
+            with torch.no_grad():
+                layer.bias.copy_(before)
 
 
 def _batches(data: Iterable[Any], batch_size: int) -> Iterator[dict[str, Any]]:
-    if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not isinstance(data, list | tuple)):
+    if isinstance(data, Tensor | Mapping):
+        data = [data]
+    elif isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not isinstance(data, list | tuple)):
         data = DataLoader(data, batch_size=batch_size, collate_fn=default_data_collator)  # type: ignore[arg-type]
     for batch in data:
         if isinstance(batch, Tensor):
