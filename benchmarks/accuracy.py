@@ -340,9 +340,10 @@ def missing(options: argparse.Namespace, path: Path) -> list[Run]:
 def points(values: list[float]) -> str:
     """Mean and standard error, in points."""
     values = [100 * value for value in values]
+    mean = round(statistics.mean(values), 1) + 0.0  # of -0.0 makes 0.0
     if len(values) < 2:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
+        return f"{mean:.1f}"
+    return f"{mean:.1f} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
 
 
 # By fold, seed and float start.
