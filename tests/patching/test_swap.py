@@ -56,3 +56,59 @@ def test_what_is_called_is_what_was_converted():
     before = model(x)
     torch.testing.assert_close(proxbit.dequantize(model)(x), before)
     assert [type(layer) for layer in model.layers] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+class Elsewhere(nn.Module):
+    """Calls layers that it keeps in other ways than the parent of the layers does."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.kept = keep(self.blocks)
+
+    def forward(self, x):
+        kept = self.kept.values() if isinstance(self.kept, dict) else self.kept
+        for each in kept:
+            x = each[-1](x) if isinstance(each, list | tuple) else each(x)
+        return x
+
+
+KEEP = {
+    "list": list,
+    "tuple": tuple,
+    "dict": lambda blocks: dict(enumerate(blocks)),
+    "pairs": lambda blocks: [("a", blocks[0]), ["b", blocks[1]]],
+}
+
+
+@pytest.mark.parametrize("keep", KEEP.values(), ids=list(KEEP))
+def test_layers_that_are_called_by_another_reference(keep):
+    torch.manual_seed(0)
+    model, x = Elsewhere(keep).eval(), torch.randn(3, 4)
+    kept, before = model.kept, model(x)
+    proxbit.binarize(model)
+    hard = model(x)
+    assert not torch.allclose(hard, before)
+    assert isinstance(kept, tuple) or model.kept is kept
+    proxbit.pack(model)
+    assert all(isinstance(layer, proxbit.nn.PackedLinear) for layer in model.blocks)
+    torch.testing.assert_close(model(x), hard)
+    torch.testing.assert_close(proxbit.dequantize(model)(x), hard)
+
+
+def test_hooks_stay_and_can_be_taken_away():
+    """Through all states, on the module in the place of the one they were given to."""
+    model, x, seen = FromAList().eval(), torch.randn(3, 4), []
+    before = model.layers[0].register_forward_pre_hook(lambda module, given: seen.append(type(module).__name__))
+    behind = model.layers[2].register_forward_hook(lambda module, given, y: 0 * y)
+    assert not model(x).any()
+    for change, name in (
+        (proxbit.binarize, "BinaryLinear"),
+        (proxbit.pack, "PackedLinear"),
+        (proxbit.dequantize, "Linear"),
+    ):
+        assert not change(model)(x).any()
+        assert seen[-1] == name
+    before.remove(), behind.remove()
+    assert model(x).any()
+    assert len(seen) == 4
