@@ -27,7 +27,7 @@ class FromAList(nn.Module):
 def test_the_list_follows_the_names():
     model = nn.ModuleDict({"block": FromAList()})
     new, kept = nn.Linear(4, 4), model["block"].layers[1:]
-    swap(model, "block.0", new)
+    swap(model, {"block.0": new})
     assert model.get_submodule("block.0") is new
     assert model["block"].layers == [new, *kept]
 
@@ -35,13 +35,16 @@ def test_the_list_follows_the_names():
 def test_a_module_of_the_root():
     model = FromAList()
     new = nn.Linear(4, 2)
-    swap(model, "2", new)
+    swap(model, {"2": new})
     assert model.layers[2] is new is model.get_submodule("2")
 
 
 def test_an_unknown_name():
+    model = FromAList()
+    first = model.layers[0]
     with pytest.raises(AttributeError):
-        swap(FromAList(), "3", nn.ReLU())
+        swap(model, {"0": nn.ReLU(), "3": nn.ReLU()})
+    assert model.get_submodule("0") is first is model.layers[0]
 
 
 def test_what_is_called_is_what_was_converted():

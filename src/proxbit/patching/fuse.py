@@ -113,9 +113,10 @@ def fuse_layers(model: nn.Module, inputs: dict[str, Tensor]) -> None:
         module.__class__ = FusedLayerNorm
         for layer in layers:
             layer.norm = norm
-    for name, layer in _activations_to_fuse(seen).items():
+    activations = _activations_to_fuse(seen)
+    for layer in activations.values():
         layer.gelu = True
-        swap(model, name, FusedActivation(model.get_submodule(name)))
+    swap(model, {name: FusedActivation(model.get_submodule(name)) for name in activations})
     # Last: layers of which one has a norm or a GELU that the others have not do not fit together.
     for group in _inputs_to_share(seen):
         shared = SharedInput(group)
@@ -125,10 +126,10 @@ def fuse_layers(model: nn.Module, inputs: dict[str, Tensor]) -> None:
 
 def unfuse_layers(model: nn.Module) -> None:
     """Undo `fuse_layers`."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, FusedActivation):
-            swap(model, name, module.original)
-        elif isinstance(module, FusedLayerNorm):
+    fused = {name: module for name, module in model.named_modules() if isinstance(module, FusedActivation)}
+    swap(model, {name: module.original for name, module in fused.items()})
+    for module in model.modules():
+        if isinstance(module, FusedLayerNorm):
             module.__class__ = vars(module).pop("original")
         elif isinstance(module, PackedLinear):
             module.gelu, module.norm, module.shared = False, None, None

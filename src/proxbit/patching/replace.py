@@ -85,8 +85,7 @@ def to_latent(model: nn.Module, config: BinarizationConfig) -> tuple[Binarizatio
         if not latent.weight.is_meta:
             latent.check_latent(decision.name)
         replacements[decision.name] = latent
-    for name, latent in replacements.items():
-        swap(model, name, latent)
+    swap(model, replacements)
     call_layers(model, replacements)
     learn_scales(model, attentions)
     report = BinarizationReport("binarized", tuple(decisions))
@@ -106,8 +105,7 @@ def _convert(model: nn.Module, action: str, convert: Callable[[nn.Module], nn.Mo
             decisions.append(ModuleDecision(name, type(module).__name__, _weights(module), True, action))
         elif type(module) in CONVERTIBLE:
             decisions.append(ModuleDecision(name, type(module).__name__, _weights(module), False, "float"))
-    for name, replacement in replacements.items():
-        swap(model, name, replacement)
+    swap(model, replacements)
     BinarizationReport(action, tuple(decisions)).attach(model)
 
 

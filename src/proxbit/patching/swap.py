@@ -1,5 +1,6 @@
 """Putting one module in the place of another."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -19,36 +20,37 @@ _HOOKS = (
 )
 
 
-def swap(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of another, also where other modules hold it beside their registered children; its
-    hooks stay.
+def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+    """Put modules in the place of others, also where modules hold them beside their registered children; hooks stay.
 
     Some layers of transformers call their children from a list, as in the feature pyramid of MaskFormer: what is
     registered under the name alone would be saved, and never run.
 
     Args:
         model: changed in place.
-        name: of the module that goes, as in `model.named_modules()`.
-        module: what comes in its place.
+        replacements: what comes, by the name of the module that goes, as in `model.named_modules()`.
 
     Raises:
-        AttributeError: if there is no module of that name.
+        AttributeError: if there is no module of a name; the model is then unchanged.
     """
-    old = model.get_submodule(name)
-    model.set_submodule(name, module)
-    vars(module).update({hooks: vars(old)[hooks] for hooks in _HOOKS})
+    old = {name: model.get_submodule(name) for name in replacements}
+    new = {id(old[name]): module for name, module in replacements.items()}
+    for name, module in replacements.items():
+        model.set_submodule(name, module)
+        vars(module).update({hooks: vars(old[name])[hooks] for hooks in _HOOKS})
+    replacing = {id(module) for module in replacements.values()}
     for holder in model.modules():
-        if holder is not module:  # which may keep the old one
+        if id(holder) not in replacing:  # which may keep the old one
             for key, value in vars(holder).items():
-                vars(holder)[key] = _with(value, old, module)
+                vars(holder)[key] = _with(value, new)
 
 
-def _with(value: Any, old: nn.Module, new: nn.Module, depth: int = 2) -> Any:
-    """A value with another module, as far as two containers deep: lists and dictionaries stay the same objects."""
-    if value is old:
-        return new
+def _with(value: Any, new: Mapping[int, nn.Module], depth: int = 2) -> Any:
+    """A value with other modules, as far as two containers deep: lists and dictionaries stay the same objects."""
+    if isinstance(value, nn.Module):
+        return new.get(id(value), value)
     parts = list(value.values()) if type(value) is dict else value if type(value) in (list, tuple) else ()
-    changed = [_with(each, old, new, depth - 1) for each in parts] if depth else []
+    changed = [_with(each, new, depth - 1) for each in parts] if depth else []
     if all(after is before for after, before in zip(changed, parts, strict=False)):
         return value
     if type(value) is dict:
