@@ -59,6 +59,7 @@ INVALID = [
     (dict(modules_to_not_convert=True), ConfigError, "modules_to_not_convert must be a list"),
     (dict(learned_attention=True), ConfigError, "learned_attention must be a list of patterns"),
     (dict(format_version=0), CheckpointError, "format_version must be a whole number from 1 on"),
+    (dict(format_version=True), CheckpointError, "format_version must be a whole number .* not True"),
     (dict(format_version="1"), CheckpointError, "format_version must be a whole number .* not '1'"),
     (dict(format_version=2), CheckpointError, "format_version 2; this proxbit reads up to 1.*pip"),
     (dict(weights="nothing"), UnknownNameError, "Unknown quantizer pair 'nothing'"),
@@ -253,6 +254,9 @@ def test_the_same_pair_keeps_what_was_chosen():
         weights="pc", scale="fixed", pair_parameters={"rho": 0.5}, include=["a"]
     )
     assert config.replace(state="packed").scale == "fixed"
+    pair = get_pair("pc", {"rho": 0.5})
+    assert config.replace(weights=pair) == config
+    assert BinarizationConfig(scale="fixed").replace(weights=get_pair("bnn++")).scale == "fixed"
 
 
 def test_unknown_fields_are_refused():

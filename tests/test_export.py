@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 import proxbit
-from proxbit.errors import ModelStateError
+from proxbit.errors import ConfigError, ModelStateError
 from tiny_models import SIDE, vit
 
 UINT8 = onnx.TensorProto.UINT8
@@ -93,6 +93,13 @@ def test_what_is_exported_is_packed():
         proxbit.export_onnx(model, "never.onnx")
     with pytest.raises(ModelStateError, match=r"this one is latent: proxbit\.pack\(model\) first"):
         proxbit.export_onnx(proxbit.binarize(model), "never.onnx")
+
+
+def test_what_it_takes_is_tensors(crops):
+    model = proxbit.pack(proxbit.binarize(hf.ViTForImageClassification(vit())))
+    for value in (True, torch.tensor(True)):
+        with pytest.raises(ConfigError, match="the input interpolate_pos_encoding must be a tensor whose first axis"):
+            proxbit.export_onnx(model, "never.onnx", {"interpolate_pos_encoding": value})
 
 
 def test_without_onnxscript_the_error_says_what_to_install(monkeypatch):

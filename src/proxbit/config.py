@@ -159,7 +159,7 @@ class BinarizationConfig(QuantizationConfigMixin):
     quant_method: str = field(default=QUANT_METHOD, metadata={"help": "Always 'proxbit'."})
 
     def __post_init__(self) -> None:
-        if not isinstance(self.format_version, int) or self.format_version < 1:
+        if type(self.format_version) is not int or self.format_version < 1:
             raise CheckpointError(f"format_version must be a whole number from 1 on, not {self.format_version!r}.")
         if self.format_version > FORMAT_VERSION:
             raise CheckpointError(
@@ -307,6 +307,10 @@ class BinarizationConfig(QuantizationConfigMixin):
         Another pair comes with its own row units and parameters: what belonged to the old pair goes back to the
         defaults, unless it is given as well.
         """
-        if changes.get("weights", self.weights) != self.weights:
+        name = changes.get("weights", self.weights)
+        if isinstance(name, QuantizerPair):
+            changes = {"pair_parameters": None} | changes
+            name, _ = pair_key(name)
+        if name != self.weights:
             changes = dict.fromkeys(OF_THE_PAIR) | changes
         return replace(self, **changes)

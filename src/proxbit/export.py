@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from proxbit.errors import ModelStateError
+from proxbit.errors import ConfigError, ModelStateError
 from proxbit.kernels import decompositions
 from proxbit.nn import evaluating
 from proxbit.patching import blank_picture, state_of
@@ -44,12 +44,16 @@ def export_onnx(model: nn.Module, path: str | Path, inputs: dict[str, Tensor] | 
 
     Raises:
         ModelStateError: if the model is not packed.
+        ConfigError: if an input is no tensor with a batch.
     """
     state = state_of(model)
     if state != "packed":
         hint = "proxbit.pack(model) first" if state == "latent" else "torch.onnx.export writes float models"
         raise ModelStateError(f"export_onnx takes a packed model, this one is {state}: {hint}.")
     inputs = blank_picture(model) if inputs is None else inputs
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor) or not value.ndim:
+            raise ConfigError(f"export_onnx: the input {name} must be a tensor whose first axis is the batch: {value!r}.")
     # torch takes a size of 1 for fixed.
     batch = {name: torch.cat([value, value]) if len(value) == 1 else value for name, value in inputs.items()}
     with evaluating(model), torch.no_grad():

@@ -175,6 +175,15 @@ def test_saved_and_dequantized_as_before(tmp_path, crops):
     torch.testing.assert_close(plain(pixels).logits, before, rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_that_has_no_float_form_stays_fused():
+    config = proxbit.BinarizationConfig(overrides={"vit.layers.1.mlp.fc2": {"rprelu": True}})
+    model = proxbit.fuse(proxbit.pack(proxbit.binarize(FAMILIES["vit"](), config)))
+    before = fused_layers(model)
+    with pytest.raises(ModelStateError, match=r"^vit\.layers\.1\.mlp\.fc2: A layer with an RPReLU has no plain"):
+        proxbit.dequantize(model)
+    assert fused_layers(model) == before and len(before[0]) == 2
+
+
 def test_fusing_twice_is_fusing_once():
     model = proxbit.fuse(proxbit.fuse(packed(FAMILIES["vit"]())))
     assert not isinstance(model.vit.layers[0].mlp.activation_fn.original, FusedActivation)

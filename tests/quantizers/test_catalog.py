@@ -1,6 +1,7 @@
 """The registry of pairs: names, factories with parameters, and what a configuration file stores of them."""
 
 import json
+import pickle
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -48,9 +49,16 @@ def test_unknown_pair_names_the_nearest_and_all(look_up, wrong, meant):
     assert all(name in valid for name in ROWS)
 
 
+@pytest.mark.parametrize("pair", [get_pair("fda++"), get_pair("pc", {"rho": 0.5})])
+def test_a_pair_with_a_name_is_pickled_by_it(pair):
+    """Of another object, nothing would say that kernels compute it, nor what it is called."""
+    assert pickle.loads(pickle.dumps(pair)) is pair
+
+
 def test_an_unregistered_pair_has_no_name():
     pair = compose(SIGN, SIGN_SWISH)
     assert get_pair(pair) is pair
+    assert pickle.loads(pickle.dumps(pair)) == pair
     with pytest.raises(UnknownNameError, match=r"no name.*proxbit\.register_pair\('a-name', pair\)"):
         pair_key(pair)
 

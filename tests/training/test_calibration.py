@@ -129,13 +129,24 @@ def test_what_is_refused(crops):
     with pytest.raises(ModelStateError, match="calibrate takes a latent model, this one is float"):
         proxbit.calibrate(FAMILIES["vit"](), [])
     model = latent("sign")
-    with pytest.raises(ConfigError, match="batches must be at least 1, not 0"):
-        proxbit.calibrate(model, [], batches=0)
+    for wrong in (0, 2.5):
+        with pytest.raises(ConfigError, match=f"^batches must be a whole number, at least 1, not {wrong}"):
+            proxbit.calibrate(model, [], batches=wrong)
     with pytest.raises(ConfigError, match="the data is empty"):
         proxbit.calibrate(model, [])
     pairs = DataLoader(TensorDataset(torch.zeros(4, 3, SIDE, SIDE)))
     with pytest.raises(ConfigError, match=r"a batch is a dictionary .* or a tensor of pictures, not a list"):
         proxbit.calibrate(model, pairs)
+    for data, message in [
+        (None, "takes batches, or a dataset, not None"),
+        (TensorDataset(torch.zeros(4, 3, SIDE, SIDE)), "an example is a dictionary .* not a tuple"),
+        ("pictures", "an example is a dictionary .* not a str"),
+        ([{"pixel_values": crops(1, SIDE).numpy()}], "a batch holds tensors .*'pixel_values': .1, 3"),
+        ([{}], r"a batch holds tensors with at least one example, not \{\}"),
+        ([crops(1, SIDE)[:0]], "a batch holds tensors with at least one example"),
+    ]:
+        with pytest.raises(ConfigError, match=f"calibrate:? {message}"):
+            proxbit.calibrate(model, data)
     with pytest.raises(ConfigError, match=r"vit.layers.0.*NaN or infinite activations"):
         proxbit.calibrate(model, [torch.full((1, 3, SIDE, SIDE), torch.nan)])
     assert type(model.vit.layers[0].mlp.fc1.activation).__name__ == "SignActivation"

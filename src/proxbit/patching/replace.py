@@ -78,10 +78,13 @@ def to_latent(model: nn.Module, config: BinarizationConfig) -> tuple[Binarizatio
         layer = model.get_submodule(decision.name)
         units = {"normalize": config.normalize, "scale": config.scale, "center": config.center}
         latent: BinaryLinear | BinaryConv2d
-        if isinstance(layer, nn.Linear):
-            latent = BinaryLinear.from_float(layer, pair, **units, **around[decision.name])  # type: ignore[arg-type]
-        else:
-            latent = BinaryConv2d.from_float(layer, pair, **units)  # type: ignore[arg-type]
+        try:
+            if isinstance(layer, nn.Linear):
+                latent = BinaryLinear.from_float(layer, pair, **units, **around[decision.name])  # type: ignore[arg-type]
+            else:
+                latent = BinaryConv2d.from_float(layer, pair, **units)  # type: ignore[arg-type]
+        except ConfigError as error:
+            raise ConfigError(f"{decision.name}: {error}") from error
         if not latent.weight.is_meta:
             latent.check_latent(decision.name)
         replacements[decision.name] = latent
@@ -99,12 +102,17 @@ def _convert(model: nn.Module, action: str, convert: Callable[[nn.Module], nn.Mo
     """Replace every module for which `convert` gives a replacement, and leave a report."""
     replacements, decisions = {}, []
     for name, module in model.named_modules():
-        replacement = convert(module)
+        try:
+            replacement = convert(module)
+        except ModelStateError as error:
+            raise ModelStateError(f"{name}: {error}") from error
         if replacement is not None:
             replacements[name] = replacement
             decisions.append(ModuleDecision(name, type(module).__name__, _weights(module), True, action))
         elif type(module) in CONVERTIBLE:
             decisions.append(ModuleDecision(name, type(module).__name__, _weights(module), False, "float"))
+    # Not before: a layer may refuse, and the model is to stay as it was.
+    unfuse_layers(model)
     swap(model, replacements)
     BinarizationReport(action, tuple(decisions)).attach(model)
 
@@ -177,7 +185,6 @@ def to_float(model: nn.Module) -> None:
     """
     if state_of(model) == "float":
         raise ModelStateError("dequantize takes a latent or packed model; this one is float already.")
-    unfuse_layers(model)
     _convert(
         model, "dequantized", lambda layer: layer.to_float() if isinstance(layer, LatentLayer | PackedLayer) else None
     )

@@ -1,5 +1,6 @@
 """The registry of pairs: names, and the parameters that some of them take."""
 
+import copyreg
 import inspect
 import json
 from collections.abc import Callable, Mapping
@@ -119,3 +120,17 @@ def pair_key(pair: str | QuantizerPair) -> tuple[str, dict[str, Any]]:
         "This QuantizerPair has no name, so no checkpoint could say which pair it was trained with. "
         "Call proxbit.register_pair('a-name', pair) first."
     )
+
+
+def _reduced(pair: QuantizerPair) -> Any:
+    """A pair with a name is pickled by it, as in the processes that train: the same object comes back, which kernels
+    and configurations know it by.
+    """
+    try:
+        name, parameters = pair_key(pair)
+    except UnknownNameError:
+        return object.__reduce_ex__(pair, 2)
+    return get_pair, (name, parameters)
+
+
+copyreg.pickle(QuantizerPair, _reduced)

@@ -45,8 +45,9 @@ def calibrate(model: nn.Module, data: Iterable[Any], *, batches: int = BATCHES, 
     """
     if state_of(model) != "latent":
         raise ModelStateError(f"calibrate takes a latent model, this one is {state_of(model)}.")
-    if batches < 1:
-        raise ConfigError(f"batches must be at least 1, not {batches}.")
+    for name, number in {"batches": batches, "batch_size": batch_size}.items():
+        if not isinstance(number, int) or number < 1:
+            raise ConfigError(f"{name} must be a whole number, at least 1, not {number!r}.")
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BinaryLinear)}
     layers = {name: layer for name, layer in layers.items() if layer.activation.learns}
     attentions = {name: module for name, module in model.named_modules() if isinstance(module, BinaryProbabilities)}
@@ -96,7 +97,9 @@ def _batches(data: Iterable[Any], batch_size: int) -> Iterator[dict[str, Any]]:
     if isinstance(data, Tensor | Mapping):
         data = [data]
     elif isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not isinstance(data, list | tuple)):
-        data = DataLoader(data, batch_size=batch_size, collate_fn=default_data_collator)  # type: ignore[arg-type]
+        data = DataLoader(data, batch_size=batch_size, collate_fn=_collate)  # type: ignore[arg-type]
+    if not isinstance(data, Iterable):
+        raise ConfigError(f"calibrate takes batches, or a dataset, not {data!r}.")
     for batch in data:
         if isinstance(batch, Tensor):
             batch = {"pixel_values": batch}
@@ -105,7 +108,21 @@ def _batches(data: Iterable[Any], batch_size: int) -> Iterator[dict[str, Any]]:
                 "calibrate: a batch is a dictionary of what the model takes, as {'pixel_values': ...}, or a tensor of "
                 f"pictures, not a {type(batch).__name__}."
             )
+        lengths = [len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim]
+        if not lengths or 0 in lengths:
+            found = {key: getattr(value, "shape", type(value).__name__) for key, value in batch.items()}
+            raise ConfigError(f"calibrate: a batch holds tensors with at least one example, not {found}.")
         yield dict(batch)
+
+
+def _collate(examples: list[Any]) -> dict[str, Any]:
+    for example in examples:
+        if not isinstance(example, Mapping):
+            raise ConfigError(
+                "calibrate: an example is a dictionary of what the model takes, as {'pixel_values': ...}, not a "
+                f"{type(example).__name__}."
+            )
+    return default_data_collator(examples)
 
 
 @contextmanager
