@@ -53,7 +53,9 @@ def export_onnx(model: nn.Module, path: str | Path, inputs: dict[str, Tensor] | 
     inputs = blank_picture(model) if inputs is None else inputs
     for name, value in inputs.items():
         if not isinstance(value, Tensor) or not value.ndim:
-            raise ConfigError(f"export_onnx: the input {name} must be a tensor whose first axis is the batch: {value!r}.")
+            raise ConfigError(
+                f"export_onnx: the input {name} must be a tensor whose first axis is the batch: {value!r}."
+            )
     # torch takes a size of 1 for fixed.
     batch = {name: torch.cat([value, value]) if len(value) == 1 else value for name, value in inputs.items()}
     with evaluating(model), torch.no_grad():

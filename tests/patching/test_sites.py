@@ -120,6 +120,11 @@ def test_pairs_of_activations():
     [
         ({"overrides": {"*.fc3": {}}}, PatternError, r"overrides: the pattern '\*.fc3' matches no module"),
         ({"overrides": {"*.classifier": {}}}, PatternError, "overrides: the pattern"),
+        (
+            {"overrides": {"classifier": {}}},
+            PatternError,
+            r"'classifier' matches no linear layer that is binarized, but classifier \(head\)",
+        ),
         ({"overrides": ["*.fc2"]}, ConfigError, "overrides must be a dict of patterns"),
         ({"overrides": [["a", {}], ["a", {}]]}, ConfigError, "overrides must be a dict of patterns"),
         (
@@ -128,7 +133,11 @@ def test_pairs_of_activations():
             "fields of activations, activation_pair, rprelu, residual",
         ),
         ({"overrides": {"*.fc2": {"activations": "int3"}}}, ConfigError, "activations must be one of"),
-        ({"overrides": {"*.fc2": {"residual": True}}}, ConfigError, "as many outputs as inputs"),
+        (
+            {"overrides": {"*.fc2": {"residual": True}}},
+            ConfigError,
+            r"^vit\.layers\.0\.mlp\.fc2: .* as many outputs as inputs",
+        ),
         ({"overrides": {"*.fc2": {"rprelu": 1}}}, ConfigError, r"overrides\['\*.fc2'\]: rprelu must be True or False"),
         ({"rprelu": None}, ConfigError, "rprelu must be True or False, not None"),
         ({"activation_pair": "nobody"}, UnknownNameError, "Unknown quantizer pair 'nobody'"),

@@ -1,5 +1,8 @@
 """Which modules are selected: patterns, defaults, and every selection that must be refused."""
 
+from functools import partial
+
+import accelerate
 import pytest
 import torch
 import transformers as hf
@@ -195,14 +198,18 @@ class Reader(nn.Module):
         self.own, self.cast, self.table, self.called = (nn.Linear(8, 8) for _ in range(4))
         self.inner = nn.Module()
         self.inner.deep, self.inner.called = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.filters = nn.Conv2d(8, 8, 1)  # packed, it has a weight of floats to read all the same
+        self.filters = nn.Conv2d(8, 8, 1)  # packed, it has a weight with a dtype all the same
+        self.kernel = nn.Conv2d(8, 8, 1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2))
+        self.steps = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.turn = nn.Linear(8, 8)
 
     @torch.no_grad()
     def start(self):
         self.called.weight.zero_()
 
     def init_non_persistent_buffers(self):
-        self.steps = torch.arange(8, dtype=self.table.weight.dtype)
+        self.numbers = torch.arange(8, dtype=self.table.weight.dtype)
 
     def prepared(self, x):
         x = x.to(self.called.weight.device)
@@ -210,15 +217,21 @@ class Reader(nn.Module):
 
     def forward(self, x):
         x = self.cast(self.prepared(x)) + x.to(self.filters.weight.dtype)
+        x = nn.functional.conv2d(x, self.kernel.weight) @ self.blocks[-1][0].weight
+        for step in self.steps:
+            x = nn.functional.linear(x, step.weight)
+        turn = self.turn
+        x = x @ turn.weight
         return nn.functional.linear(x @ self.inner.deep.weight, weight=self.own.weight) + self.inner.called(x)
 
 
 @pytest.mark.parametrize("changes", [{}, {"include": ["*"]}], ids=["by default", "on request"])
 def test_layers_that_are_read_instead_of_called_are_left(changes):
     model = nn.ModuleDict({"block": Reader()})
-    left = dict.fromkeys(["block.own", "block.cast", "block.table", "block.inner.deep"], BY_ITSELF)
-    assert reasons(model, **changes) == left
-    assert selected(model, **changes) == ["block.called", "block.inner.called", "block.filters"]
+    read = ["own", "cast", "table", "inner.deep", "kernel", "blocks.0.0", "blocks.1.0", "steps.0", "steps.1", "turn"]
+    assert reasons(model, **changes) == {f"block.{name}": BY_ITSELF for name in read}
+    called = ["called", "inner.called", "filters", "blocks.0.1", "blocks.1.1"]
+    assert selected(model, **changes) == [f"block.{name}" for name in called]
 
 
 def test_the_mlp_of_pix2struct_is_read():
@@ -388,6 +401,17 @@ def test_a_weight_that_is_made_of_others_is_left_alone(change):
     left = proxbit.binarize(model).binarization_report.left
     assert "vit.layers.0.mlp.fc1" in left
     assert "vit.layers.1.mlp.fc1" not in left
+
+
+def test_a_layer_with_a_forward_of_its_own_is_left_alone():
+    """As accelerate gives one to layers whose weights are elsewhere until they are called."""
+    model = FAMILIES["vit"]()
+    layer = model.vit.layers[0].mlp.fc1
+    layer.forward = partial(type(layer).forward, layer)
+    report = proxbit.binarize(model).binarization_report
+    assert report.converted and "vit.layers.0.mlp.fc1" in report.left
+    with pytest.raises(PatternError, match="its forward was replaced, as by the hooks of accelerate"):
+        proxbit.binarize(accelerate.cpu_offload(FAMILIES["vit"](), torch.device("cpu")))
 
 
 def test_a_layer_without_a_weight_yet_is_left_alone():

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from proxbit.config import BinarizationConfig
+from proxbit.errors import PatternError
 from proxbit.nn import Accumulator
 from proxbit.patching.report import ModuleDecision
 from proxbit.patching.targets import check_patterns, explicit_patterns, matches
@@ -52,6 +53,13 @@ def surroundings(
     """
     linear = [d.name for d in decisions if d.converted and isinstance(model.get_submodule(d.name), nn.Linear)]
     given = config.overrides or {}
+    for pattern in given:
+        named = [d for d in decisions if matches(d.name, pattern)]
+        if named and not any(d.name in linear for d in named):
+            told = ", ".join(f"{d.name} ({d.kind if d.converted else d.reason})" for d in named[:3])
+            raise PatternError(
+                f"overrides: the pattern {pattern!r} matches no linear layer that is binarized, but {told}."
+            )
     check_patterns("overrides", given, linear)
     own: dict[str, dict[str, Any]] = {}
     if config.activations in ONE_SIGNED:

@@ -6,9 +6,10 @@ import glob
 import inspect
 import re
 import textwrap
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -58,10 +59,39 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(len(parts), 0, -1))
 
 
+def _path(node: ast.AST, known: Mapping[str, str]) -> str | None:
+    """What an expression names below `self`: "blocks.*.0" of `self.blocks[i][0]`; None for other expressions."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
+    if not isinstance(node, ast.Attribute | ast.Subscript) or (owner := _path(node.value, known)) is None:
+        return None
+    if isinstance(node, ast.Attribute):
+        child: Any = node.attr
+    else:
+        child = node.slice.value if isinstance(node.slice, ast.Constant) else "*"
+    return f"{owner}.{child}".removeprefix(".")
+
+
+def _names(nodes: Iterable[ast.AST]) -> dict[str, str]:
+    """What the variables of a method name below `self`: its parts, and, in loops, those of its lists."""
+    known = {"self": ""}
+    for node in nodes:
+        if isinstance(node, ast.For | ast.comprehension) and isinstance(node.target, ast.Name):
+            target, path = node.target, _path(node.iter, known)
+            path = None if path is None else f"{path}.*"
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            target, path = node.targets[0], _path(node.value, known)
+        else:
+            continue
+        if path is not None:
+            known.setdefault(target.id, path)
+    return known
+
+
 @cache
-def _weights_read(kind: Hashable) -> frozenset[str]:
+def _weights_read(kind: Hashable) -> frozenset[tuple[str, str]]:
     """The modules, by name, of which a class names the weight, `self.wo.weight`, where it computes: in `STARTS`, and in
-    methods called there. To name the device of it does no harm. Of methods without a source nothing is known.
+    methods called there; and what of the weight, as "dtype". Of methods without a source nothing is known.
     """
     found, methods = set(), list(STARTS)
     for method in methods:
@@ -69,26 +99,30 @@ def _weights_read(kind: Hashable) -> frozenset[str]:
             nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(getattr(kind, method))))))
         except (AttributeError, OSError, TypeError, SyntaxError):
             continue
+        known = _names(nodes)
         attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
-        harmless = [node.value for node in attributes if node.attr == "device"]
+        of_weights = {id(node.value): node.attr for node in attributes}
         for node in attributes:
-            owner, _, name = ast.unparse(node.value).partition(".")
-            if owner == "self" and name and node.attr == "weight" and node not in harmless:
-                found.add(name)
-            elif owner == "self" and not name and node.attr not in methods:
-                if inspect.isfunction(getattr(kind, node.attr, None)):
-                    methods.append(node.attr)
+            owner = _path(node.value, known)
+            if owner and node.attr == "weight":
+                found.add((owner, of_weights.get(id(node), "")))
+            elif owner == "" and node.attr not in methods and inspect.isfunction(getattr(kind, node.attr, None)):
+                methods.append(node.attr)
     return frozenset(found)
 
 
 def _reads_weight(model: nn.Module, name: str) -> bool:
-    """Whether a module that a linear layer lies in reads its weight, or the dtype of it, beside calling the layer."""
+    """Whether a module that a layer lies in reads its weight beside calling the layer, or goes by the dtype of it."""
     parts = name.split(".")
+    # The device of a layer stays, and packed convolutions have weights to look at.
+    harmless = {"device"} if isinstance(model.get_submodule(name), nn.Linear) else {"device", "dtype"}
     for end in range(len(parts)):
-        owner, inside = model.get_submodule(".".join(parts[:end])), ".".join(parts[end:])
-        read: frozenset[str] = _weights_read(type(owner))  # type: ignore[arg-type]
-        if inside in read and not hasattr(owner, SWITCHES.get(inside, "")):
-            return True
+        owner, inside = model.get_submodule(".".join(parts[:end])), parts[end:]
+        for path, what in _weights_read(type(owner)):  # type: ignore[arg-type]
+            spelled = path.split(".")
+            named = len(spelled) == len(inside) and all(map(fnmatchcase, inside, spelled))
+            if named and what not in harmless and not hasattr(owner, SWITCHES.get(path, "")):
+                return True
     return False
 
 
@@ -164,7 +198,7 @@ def select(model: nn.Module, config: BinarizationConfig) -> list[ModuleDecision]
     decisions = []
     for name, module in candidates.items():
         reason, converted = _decide(name, module, config, backbone)
-        if converted and isinstance(module, nn.Linear) and _reads_weight(model, name):
+        if converted and _reads_weight(model, name):
             reason, converted = "its model reads its weight, or the dtype of it, by itself", False
         weight = getattr(module, "weight", None)
         weights = weight.numel() if isinstance(weight, Tensor) and not is_lazy(weight) else 0
@@ -184,6 +218,8 @@ def _decide(name: str, module: nn.Module, config: BinarizationConfig, backbone: 
         return f"{type(module).__name__} computes in its own way", False
     if not isinstance(vars(module)["_parameters"].get("weight"), nn.Parameter):
         return "its weight is made of other tensors", False
+    if "forward" in vars(module):
+        return "its forward was replaced, as by the hooks of accelerate", False
     for pattern in config.modules_to_not_convert or ():
         if matches(name, pattern):
             return f"modules_to_not_convert: {pattern}", False

@@ -115,7 +115,7 @@ def _batches(data: Iterable[Any], batch_size: int) -> Iterator[dict[str, Any]]:
         yield dict(batch)
 
 
-def _collate(examples: list[Any]) -> dict[str, Any]:
+def _collate(examples: list[Any]) -> Any:
     for example in examples:
         if not isinstance(example, Mapping):
             raise ConfigError(
