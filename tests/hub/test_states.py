@@ -1,5 +1,6 @@
 """`binarize`, `pack`, `dequantize` as users call them: states, sizes, new processes, and plain modules."""
 
+import copy
 import json
 import math
 import os
@@ -300,6 +301,72 @@ def test_plain_modules(crops):
     assert proxbit.dequantize(model) is model
     assert (type(model[2]), type(model[4])) == (nn.Conv2d, nn.Linear)
     torch.testing.assert_close(model(pictures).detach(), hard, rtol=0, atol=1e-4)
+
+
+class Wrapped(nn.Module):
+    """A backbone of transformers, and a head that is not."""
+
+    def __init__(self, attention):
+        super().__init__()
+        config = vit(initializer_range=0.3, attn_implementation=attention)
+        self.backbone, self.neck = hf.ViTModel(config, add_pooling_layer=False), nn.Linear(36, 36)
+        self.classes = nn.Linear(36, 3)
+
+    def forward(self, pixel_values):
+        return self.classes(self.neck(self.backbone(pixel_values).last_hidden_state))
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["latent", "packed"])
+@pytest.mark.parametrize("attention", ["sdpa", "proxbit_binary"])
+def test_a_transformers_model_in_a_module_of_ones_own(pack, attention, tmp_path, crops):
+    """It is told how it was binarized in the whole, whatever the overrides of the whole were."""
+    model, pictures = Wrapped(attention).eval(), crops(2, 32)
+    overrides = {
+        "backbone.layers.*": {"activations": "int8", "residual": False},
+        "backbone.layers.1.*": {"rprelu": True},
+        "*.o_proj": {"activations": "float", "residual": True},
+        "neck": {"activations": "int4"},
+    }
+    config = proxbit.BinarizationConfig(activations="sign", overrides=overrides, modules_to_not_convert=["classes"])
+    proxbit.binarize(model, config)
+    if pack:
+        proxbit.pack(model)
+    model.backbone.save_pretrained(tmp_path)
+    again = hf.ViTModel.from_pretrained(tmp_path, add_pooling_layer=False, attn_implementation=attention)
+    assert torch.equal(again(pictures).last_hidden_state, model.backbone(pictures).last_hidden_state)
+    assert again.state_dict().keys() == model.backbone.state_dict().keys()
+
+
+def test_a_wrapped_model_is_float_again(tmp_path, crops):
+    model, pictures = nn.DataParallel(make()), crops(2, 32)
+    hard = logits(proxbit.binarize(model).module, pictures)
+    proxbit.dequantize(proxbit.pack(model)).module.save_pretrained(tmp_path)
+    again = hf.ViTForImageClassification.from_pretrained(tmp_path)
+    assert state_of(again) == "float"
+    torch.testing.assert_close(logits(again, pictures), hard, rtol=0, atol=1e-4)
+
+
+def test_a_compiled_model_is_binarized_inside(crops):
+    model, pictures = make(), crops(2, 32)
+    plain = proxbit.binarize(copy.deepcopy(model))
+    compiled = torch.compile(model, backend="eager")
+    proxbit.binarize(compiled)
+    assert torch.equal(logits(model, pictures), logits(plain, pictures))
+    assert torch.equal(logits(compiled, pictures), logits(plain, pictures))
+    assert model.config.quantization_config == plain.config.quantization_config
+
+
+def test_models_of_one_configuration(tmp_path):
+    """What one is saved with is not what another one was binarized with."""
+    shared = vit(attn_implementation="sdpa")
+    models = {name: hf.ViTForImageClassification(shared) for name in ("bc", "bnn++", "parq")}
+    for name, model in models.items():
+        proxbit.binarize(model, proxbit.BinarizationConfig(weights=name))
+    for name, model in models.items():
+        proxbit.pack(model).save_pretrained(tmp_path / name)
+        assert hf.AutoConfig.from_pretrained(tmp_path / name).quantization_config["weights"] == name
+        model.set_attn_implementation("eager")
+        assert model.vit.layers[0].attention.config._attn_implementation == "eager"
 
 
 def test_a_bare_layer_has_nothing_inside_to_binarize():

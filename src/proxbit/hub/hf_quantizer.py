@@ -1,11 +1,12 @@
 """The plug-in: how `from_pretrained` and `save_pretrained` meet latent and packed models."""
 
+import copy
 import re
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from proxbit.config import QUANT_METHOD, BinarizationConfig
@@ -30,7 +31,7 @@ from proxbit.hub.tensor_parallel import check_not_split
 from proxbit.nn import learned_modules
 from proxbit.patching import check_latents, check_packed_layers, matches, packed_layers, to_float, to_latent, to_packed
 
-__all__ = ["ProxbitHfQuantizer", "attach", "detach"]
+__all__ = ["ProxbitHfQuantizer", "attach", "detach", "take_own_config"]
 
 register_quantization_config(QUANT_METHOD)(BinarizationConfig)
 
@@ -175,6 +176,20 @@ def attach(model: PreTrainedModel, config: BinarizationConfig) -> None:
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
     give_push(model)
+
+
+def take_own_config(model: PreTrainedModel) -> None:
+    """Give a model a copy of its configuration, for all its modules, if the one it has says how another one, made of
+    the same object, was binarized.
+    """
+    if getattr(model.config, "quantization_config", None) is None:
+        return
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig) and id(value) in copies:
+                vars(module)[key] = copies[id(value)]
 
 
 def detach(model: PreTrainedModel) -> None:

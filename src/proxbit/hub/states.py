@@ -2,7 +2,7 @@
 what makes the first better and the second faster, `equalize` and `fuse`."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar
 
@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, ModelStateError, ProxbitError
-from proxbit.hub.hf_quantizer import attach, detach
+from proxbit.hub.hf_quantizer import attach, detach, take_own_config
 from proxbit.patching import (
     PICTURE_ERRORS,
     beyond_float,
     blank_picture,
+    config_of_part,
     equalize_layers,
     fuse_layers,
     state_of,
@@ -96,7 +97,8 @@ def binarize(model: Model, config: BinarizationConfig | None = None) -> Model:
     """Make a float model latent: its layers keep their weights, and compute with F_mu of them.
 
     Args:
-        model: a transformers model or any module; changed in place.
+        model: a transformers model or any module, also one around transformers models, each of which is told how it
+            was binarized; changed in place.
         config: what to binarize and how; the default is `BinarizationConfig()`.
 
     Returns:
@@ -108,9 +110,10 @@ def binarize(model: Model, config: BinarizationConfig | None = None) -> Model:
         PatternError: for patterns that match nothing, tied weights, or an empty selection.
         LatentError: for NaN or infinite weights, or rows that are all zero. The model is unchanged after an error.
     """
-    _, resolved = to_latent(model, (_given(config) or BinarizationConfig()).replace(state="latent"))
-    if isinstance(model, PreTrainedModel):
-        attach(model, resolved)
+    report, resolved = to_latent(model, (_given(config) or BinarizationConfig()).replace(state="latent"))
+    for name, part in _parts(model):
+        take_own_config(part)
+        attach(part, config_of_part(model, report, resolved, name))
     return model
 
 
@@ -130,26 +133,37 @@ def pack(model: Model) -> Model:
     """
     stored = _stored(model)
     to_packed(model)
-    if isinstance(model, PreTrainedModel) and stored is not None:
-        attach(model, stored.replace(state="packed"))
+    for part, config in stored:
+        attach(part, config.replace(state="packed"))
     return model
 
 
-def _stored(model: nn.Module) -> BinarizationConfig | None:
-    """How a latent or packed transformers model was binarized; None for a plain module, and for a float model.
+def _parts(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
+    """The transformers models in a model that are not float, by name: itself, or those in a module around them."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not name.startswith(inside):
+            inside += (f"{name}." if name else "",)
+            if state_of(module) != "float":
+                yield name, module
+
+
+def _stored(model: nn.Module) -> list[tuple[PreTrainedModel, BinarizationConfig]]:
+    """How the latent or packed transformers models in a model were binarized.
 
     Raises:
-        ModelStateError: if its layers were binarized in a part of it, so that it could not be saved.
+        ModelStateError: if the layers of one were binarized in a part of it, so that it could not be saved.
     """
-    if not isinstance(model, PreTrainedModel) or state_of(model) == "float":
-        return None
-    stored = getattr(model.config, "quantization_config", None)
-    if isinstance(stored, BinarizationConfig):
-        return stored
-    raise ModelStateError(
-        f"{type(model).__name__} is {state_of(model)}, but its configuration does not say how: a part of it was "
-        "binarized by itself, or its configuration was replaced. Make the call on the part that was binarized."
-    )
+    found = []
+    for _, part in _parts(model):
+        stored = getattr(part.config, "quantization_config", None)
+        if not isinstance(stored, BinarizationConfig):
+            raise ModelStateError(
+                f"{type(part).__name__} is {state_of(part)}, but its configuration does not say how: a part of it was "
+                "binarized by itself, or its configuration was replaced. Make the call on the part that was binarized."
+            )
+        found.append((part, stored))
+    return found
 
 
 def fuse(model: Model, inputs: dict[str, Tensor] | None = None) -> Model:
@@ -192,6 +206,6 @@ def dequantize(model: Model) -> Model:
     to_float(model)
     if left_out:
         warnings.warn(f"The float model has other outputs: it is without {', '.join(left_out)}.", stacklevel=2)
-    if isinstance(model, PreTrainedModel) and stored is not None:
-        detach(model)
+    for part, _ in stored:
+        detach(part)
     return model

@@ -174,7 +174,7 @@ def check_patterns(field: str, patterns: Iterable[str], names: list[str]) -> Non
 def _backbone(model: nn.Module) -> str:
     """The attribute that holds the base model of a task model, as transformers names it; empty if there is none."""
     prefix = getattr(model, "base_model_prefix", "")
-    return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+    return prefix if prefix in dict(model.named_children()) else ""
 
 
 def select(model: nn.Module, config: BinarizationConfig) -> list[ModuleDecision]:
