@@ -44,6 +44,7 @@ from transformers import (
 import proxbit
 from proxbit.analysis.latency import measure_latency
 from proxbit.analysis.plots import plot_training
+from proxbit.errors import ProxbitError
 from proxbit.training import DistillationArguments, DistillationTrainer
 from proxbit.training.metrics import classification_metrics
 
@@ -169,13 +170,12 @@ def run(options: argparse.Namespace, fold: int, seed: int, out: Path, images: np
     folder = save(control.eval(), processor, out / "float-longer")
     rows[f"float, {float_epochs + binary_epochs} epochs"] = row(measure(control, test), truth, folder)
 
-    recipe = proxbit.get_recipe(options.recipe)
-    changes = {} if options.weights is None else {"weights": options.weights}
-    untrained = proxbit.binarize(copy.deepcopy(control), recipe.binarization(residual=False, rprelu=False))
+    signs = proxbit.get_recipe(options.recipe).binarization(residual=False, rprelu=False)
+    untrained = proxbit.binarize(copy.deepcopy(control), signs)
     proxbit.pack(proxbit.calibrate(untrained, DataLoader(train, BATCH)))
     rows["post-training sign, packed"] = row(measure(untrained.eval(), test), truth, None)
 
-    proxbit.binarize(model, recipe.binarization(**changes))
+    proxbit.binarize(model, configuration(options))
     extra = {"eval_strategy": "epoch", "recipe": options.recipe}
     args = arguments(proxbit.ProxConnectArguments, out / "latent", binary_epochs, seed, options.smoke, **extra)
     trainer = proxbit.ProxConnectTrainer(model=model, args=args, teacher=teacher, **common)
@@ -224,6 +224,25 @@ def evaluate_reloaded(folder: Path) -> None:
     print(json.dumps(measure(AutoModelForImageClassification.from_pretrained(folder), test)))
 
 
+def configuration(options: argparse.Namespace) -> proxbit.BinarizationConfig:
+    """What the recipe binarizes and how, with the pair that was asked for."""
+    config = proxbit.get_recipe(options.recipe).binarization()
+    return config if options.weights is None else config.replace(weights=options.weights)
+
+
+def check(options: argparse.Namespace) -> str | None:
+    """What is wrong with the command line, before hours of training are spent."""
+    if options.evaluate and not (options.evaluate / "config.json").is_file():
+        return f"--evaluate: {options.evaluate} holds no model of an earlier run"
+    if options.seeds < 1:
+        return f"--seeds must be at least 1, not {options.seeds}"
+    try:
+        binary = configuration(options).quantizer_pair().binary
+    except ProxbitError as error:
+        return str(error)
+    return None if binary else f"--weights: the levels of {options.weights} are not -1 and +1, so it cannot be packed"
+
+
 def show(runs: list[dict]) -> None:
     """The table, with mean and spread where there is more than one run."""
 
@@ -262,8 +281,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/solar-cells"), help="folder for models and pictures")
     parser.add_argument("--evaluate", type=Path, help="evaluate a packed model of an earlier run, and print JSON")
     options = parser.parse_args()
+    if wrong := check(options):
+        parser.error(wrong)
     if options.evaluate:
         return evaluate_reloaded(options.evaluate)
+    options.out.mkdir(parents=True, exist_ok=True)
     images, labels = load_cells(options.uncertain, 160 if options.smoke else None)
     print(f"{len(images)} pictures, {labels.mean():.0%} defective", flush=True)
     runs = []

@@ -38,6 +38,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import proxbit
+from proxbit.errors import ProxbitError
 
 TRAIN_PICTURES = 1_281_167
 
@@ -162,6 +163,10 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="two steps on made pictures: does it run?")
     parser.add_argument("--out", type=Path, default=Path("runs/imagenet"))
     options = parser.parse_args()
+    try:
+        proxbit.get_recipe(options.recipe)
+    except ProxbitError as error:
+        parser.error(str(error))
     teacher, processor = make_model(options)
     teacher.eval()
     model = copy.deepcopy(teacher)

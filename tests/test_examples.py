@@ -47,6 +47,28 @@ def test_solar_cells_leaves_models_curves_and_results(solar_cells):
     assert packed["bytes"] == (run / RELEASE / "model.safetensors").stat().st_size < latent["bytes"] / 8
 
 
+@pytest.mark.parametrize(
+    ("example", "options", "message"),
+    [
+        ("finetune_solar_cells", ["--recipe", "w1a3"], "Unknown recipe 'w1a3'"),
+        ("finetune_solar_cells", ["--weights", "bnn+++"], "Unknown quantizer pair 'bnn+++'"),
+        ("finetune_solar_cells", ["--weights", "fp"], "--weights: the levels of fp are not -1 and +1"),
+        ("finetune_solar_cells", ["--seeds", "0"], "--seeds must be at least 1, not 0"),
+        ("finetune_solar_cells", ["--evaluate", "nowhere"], "--evaluate: nowhere holds no model"),
+        ("imagenet", ["--recipe", "w1a3"], "Unknown recipe 'w1a3'"),
+    ],
+)
+def test_a_command_line_is_checked_before_anything_is_trained(example, options, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [example, *options])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(example).main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_custom_pair_is_judged_trained_and_packed(tmp_path):
     """In a few lines: fewer than 60, as its page promises."""
     example = EXAMPLES / "custom_quantizer_pair.py"
