@@ -356,17 +356,27 @@ def test_a_compiled_model_is_binarized_inside(crops):
     assert model.config.quantization_config == plain.config.quantization_config
 
 
-def test_models_of_one_configuration(tmp_path):
+@pytest.mark.parametrize("kind", [hf.ViTForImageClassification, hf.ViTModel])
+def test_models_of_one_configuration(kind, tmp_path):
     """What one is saved with is not what another one was binarized with."""
     shared = vit(attn_implementation="sdpa")
-    models = {name: hf.ViTForImageClassification(shared) for name in ("bc", "bnn++", "parq")}
+    models = {name: kind(shared) for name in ("bc", "bnn++", "parq")}
     for name, model in models.items():
         proxbit.binarize(model, proxbit.BinarizationConfig(weights=name))
     for name, model in models.items():
         proxbit.pack(model).save_pretrained(tmp_path / name)
         assert hf.AutoConfig.from_pretrained(tmp_path / name).quantization_config["weights"] == name
         model.set_attn_implementation("eager")
-        assert model.vit.layers[0].attention.config._attn_implementation == "eager"
+        assert model.base_model.layers[0].attention.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "segformer"])
+def test_a_teacher_of_the_same_configuration_stays_float(family, tmp_path):
+    model = FAMILIES[family]()
+    teacher = type(model)(model.config)
+    proxbit.binarize(model)
+    teacher.save_pretrained(tmp_path)
+    assert state_of(type(teacher).from_pretrained(tmp_path)) == "float"
 
 
 def test_a_bare_layer_has_nothing_inside_to_binarize():

@@ -179,10 +179,12 @@ def attach(model: PreTrainedModel, config: BinarizationConfig) -> None:
 
 
 def take_own_config(model: PreTrainedModel) -> None:
-    """Give a model a copy of its configuration, for all its modules, if the one it has says how another one, made of
-    the same object, was binarized.
+    """Give a float model a copy of its configuration, for all its modules: others may be made of the same object, which
+    are not binarized as this one will be.
+
+    A base model keeps the one it shares with the task model around it, unless that says already how another was.
     """
-    if getattr(model.config, "quantization_config", None) is None:
+    if model.base_model is model and getattr(model.config, "quantization_config", None) is None:
         return
     copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
