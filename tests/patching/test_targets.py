@@ -202,7 +202,7 @@ class Reader(nn.Module):
         self.kernel = nn.Conv2d(8, 8, 1)
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2))
         self.steps = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
-        self.turn = nn.Linear(8, 8)
+        self.turn, self.gates = nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8)])
 
     @torch.no_grad()
     def start(self):
@@ -220,6 +220,8 @@ class Reader(nn.Module):
         x = nn.functional.conv2d(x, self.kernel.weight) @ self.blocks[-1][0].weight
         for step in self.steps:
             x = nn.functional.linear(x, step.weight)
+        for number, (gate, _) in enumerate(zip(self.gates, self.steps, strict=True)):
+            x = nn.functional.linear(x, gate.weight) + number
         turn = self.turn
         x = x @ turn.weight
         return nn.functional.linear(x @ self.inner.deep.weight, weight=self.own.weight) + self.inner.called(x)
@@ -228,7 +230,19 @@ class Reader(nn.Module):
 @pytest.mark.parametrize("changes", [{}, {"include": ["*"]}], ids=["by default", "on request"])
 def test_layers_that_are_read_instead_of_called_are_left(changes):
     model = nn.ModuleDict({"block": Reader()})
-    read = ["own", "cast", "table", "inner.deep", "kernel", "blocks.0.0", "blocks.1.0", "steps.0", "steps.1", "turn"]
+    read = [
+        "own",
+        "cast",
+        "table",
+        "inner.deep",
+        "kernel",
+        "blocks.0.0",
+        "blocks.1.0",
+        "steps.0",
+        "steps.1",
+        "turn",
+        "gates.0",
+    ]
     assert reasons(model, **changes) == {f"block.{name}": BY_ITSELF for name in read}
     called = ["called", "inner.called", "filters", "blocks.0.1", "blocks.1.1"]
     assert selected(model, **changes) == [f"block.{name}" for name in called]

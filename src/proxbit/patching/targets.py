@@ -6,7 +6,7 @@ import glob
 import inspect
 import re
 import textwrap
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
@@ -72,19 +72,28 @@ def _path(node: ast.AST, known: Mapping[str, str]) -> str | None:
     return f"{owner}.{child}".removeprefix(".")
 
 
+def _variables(target: ast.AST, values: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """The variables of a loop, and what each of them runs over: also in `enumerate(...)` and `zip(...)`."""
+    if isinstance(target, ast.Name):
+        yield target.id, values
+    elif isinstance(target, ast.Tuple) and isinstance(values, ast.Call):
+        for each, argument in zip(target.elts[-len(values.args) :], values.args, strict=False):
+            yield from _variables(each, argument)
+
+
 def _names(nodes: Iterable[ast.AST]) -> dict[str, str]:
     """What the variables of a method name below `self`: its parts, and, in loops, those of its lists."""
     known = {"self": ""}
     for node in nodes:
-        if isinstance(node, ast.For | ast.comprehension) and isinstance(node.target, ast.Name):
-            target, path = node.target, _path(node.iter, known)
-            path = None if path is None else f"{path}.*"
+        if isinstance(node, ast.For | ast.comprehension):
+            found, index = list(_variables(node.target, node.iter)), ".*"
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            target, path = node.targets[0], _path(node.value, known)
+            found, index = [(node.targets[0].id, node.value)], ""
         else:
             continue
-        if path is not None:
-            known.setdefault(target.id, path)
+        for name, values in found:
+            if (path := _path(values, known)) is not None:
+                known.setdefault(name, path + index)
     return known
 
 
