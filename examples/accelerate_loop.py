@@ -9,6 +9,7 @@ The engine is the file's matter, not this one's: `examples/accelerate_configs/` 
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -33,6 +34,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--batch", type=int, default=32, help="pictures in a step, in each process")
     parser.add_argument("--out", default="digits-1bit", help="folder of the packed model")
     args = parser.parse_args(argv)
+    if min(args.steps, args.batch) < 1:
+        parser.error("--steps and --batch must be at least 1")
+    if Path(args.out).is_file():
+        parser.error(f"--out: {args.out} is a file; name a folder")
 
     accelerator = Accelerator()
     torch.manual_seed(0)

@@ -167,14 +167,17 @@ def main() -> None:
         proxbit.get_recipe(options.recipe)
     except ProxbitError as error:
         parser.error(str(error))
+    epochs = (300 if options.from_scratch else 100) if options.epochs is None else options.epochs
+    usual = 5e-4 if options.from_scratch else 3e-4
+    rate = usual if options.learning_rate is None else options.learning_rate
+    if min(epochs, options.batch) < 1 or rate <= 0 or not 0 <= options.ema <= 1:
+        parser.error("--epochs and --batch must be at least 1, --learning-rate above 0, --ema from 0 to 1")
     teacher, processor = make_model(options)
     teacher.eval()
     model = copy.deepcopy(teacher)
     if options.from_scratch:
         model = type(teacher)(teacher.config)
     side = teacher.config.image_size
-    epochs = options.epochs or (300 if options.from_scratch else 100)
-    rate = options.learning_rate or (5e-4 if options.from_scratch else 3e-4)
     batch = 4 if options.smoke else options.batch
     arguments = proxbit.ProxConnectArguments(
         str(options.out),

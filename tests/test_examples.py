@@ -56,6 +56,11 @@ def test_solar_cells_leaves_models_curves_and_results(solar_cells):
         ("finetune_solar_cells", ["--seeds", "0"], "--seeds must be at least 1, not 0"),
         ("finetune_solar_cells", ["--evaluate", "nowhere"], "--evaluate: nowhere holds no model"),
         ("imagenet", ["--recipe", "w1a3"], "Unknown recipe 'w1a3'"),
+        ("imagenet", ["--epochs", "0"], "--epochs and --batch must be at least 1"),
+        ("imagenet", ["--learning-rate", "0"], "--learning-rate above 0"),
+        ("imagenet", ["--ema", "2"], "--ema from 0 to 1"),
+        ("accelerate_loop", ["--steps", "0"], "--steps and --batch must be at least 1"),
+        ("accelerate_loop", ["--out", __file__], "is a file; name a folder"),
     ],
 )
 def test_a_command_line_is_checked_before_anything_is_trained(example, options, message, monkeypatch, tmp_path, capsys):
