@@ -195,6 +195,14 @@ def test_a_run_that_ends_soft_is_told(model, recwarn):
     assert not list(recwarn)
 
 
+def test_a_run_too_short_for_a_hard_step_is_told(model):
+    arguments = ProxConnectArguments("unused", hard_fraction=0.1, use_cpu=True, report_to="none")
+    callback = MuCallback(model, lambda steps: MuSchedule("linear", 1.0, 3.0, steps=steps, hard_fraction=0.1))
+    callback.on_train_begin(None, state(0, 4), TrainerControl())
+    with pytest.warns(UserWarning, match=r"hard part \(hard_fraction, now 0\.1, which of 4 steps is none\)"):
+        callback.on_train_end(arguments, state(4, 4), TrainerControl())
+
+
 @pytest.mark.parametrize(
     ("pair", "kind", "larger"),
     [

@@ -81,12 +81,15 @@ class MuCallback(TrainerCallback):
         if gap > SOFT and state.is_world_process_zero:
             layer = next(layer for _, layer in latent_layers(self.model))
             # The steps must outweigh the pull of a pair that updates from P(w*): there a larger mu learns nothing.
-            goes = self.schedule is not None and self.schedule.goes_to_end
+            schedule = self.schedule
+            goes = schedule is not None and schedule.goes_to_end
+            none = schedule is not None and schedule.hard_fraction > 0 and schedule.soft_steps == schedule.steps
+            short = f", which of {state.max_steps} steps is none" if none else ""
             sharper = ", or a larger mu_end" if goes and layer.pair.update_from is None else ""
             warnings.warn(
                 f"Training ended soft, at mu = {float(layer.mu):.3g}: the hardening gap |soft - hard| / |hard| of the "
                 f"weights is {gap:.3f}, so the packed model is not the one that was trained. Give the training a hard "
-                f"part (hard_fraction, now {args.hard_fraction:g}){sharper}.",
+                f"part (hard_fraction, now {args.hard_fraction:g}{short}){sharper}.",
                 stacklevel=2,
             )
 

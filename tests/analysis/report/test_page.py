@@ -99,9 +99,12 @@ def test_everything_drawn_is_told_in_words(tmp_path):
     )
 
 
-def test_the_card_is_shown_as_it_is(tmp_path):
+@pytest.mark.parametrize("place", [".", "packed"])
+def test_the_card_is_shown_as_it_is(place, tmp_path):
     card = {"model": {"class": "ViT", "base": None}, "bytes": {"packed": 12345}, "ok": True, "skipped": ["head"]}
-    (write_run(tmp_path) / "quantization_card.json").write_text(json.dumps(card | {"none": [], "ratio": 3.25}))
+    folder = write_run(tmp_path) / place
+    folder.mkdir(exist_ok=True)
+    (folder / "quantization_card.json").write_text(json.dumps(card | {"none": [], "ratio": 3.25}))
     words = " ".join(" ".join(page(tmp_path)[1].texts).split())
     for row in ("model · class ViT", "model · base unknown", "bytes · packed 12,345", "ok yes", "skipped head"):
         assert row in words

@@ -18,7 +18,8 @@ from proxbit.hub.files import read_json
 
 __all__ = ["write_report"]
 
-CARD = "quantization_card.json"
+# Of a release into the folder of the run, and of that which `proxbit train` leaves in it.
+CARDS = ("quantization_card.json", "packed/quantization_card.json")
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -38,7 +39,7 @@ def write_report(run: str | Path, path: str | Path | None = None) -> Path:
     """
     folder = Path(run)
     log = read_log(folder)
-    card = _card(folder / CARD)
+    card = _card([folder / name for name in CARDS])
     target = folder / "report.html" if path is None else Path(path)
     if target.is_dir():
         raise ConfigError(f"{target} is a folder; name the page in it, such as {target / 'report.html'}.")
@@ -54,8 +55,9 @@ def write_report(run: str | Path, path: str | Path | None = None) -> Path:
     return target
 
 
-def _card(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
+def _card(paths: list[Path]) -> dict[str, Any] | None:
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
         return None
     try:
         card = read_json(path)
