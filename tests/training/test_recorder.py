@@ -156,6 +156,37 @@ def test_snapshots_are_bounded(tmp_path, crops, monkeypatch):
     assert [row["step"] for row in log.layers] == [0, 1, 4, 8, 12, 16]
 
 
+class StopAt(TrainerCallback):
+    """Ends a training early."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "stop", "found"),
+    [(5, 500, 5, [0, 5]), (5, 2, 5, [0, 2, 4, 5]), (6, 2, 6, [0, 2, 4, 6]), (9, 2, 3, [0, 2, 3])],
+)
+def test_the_end_is_kept_where_no_log_is(tmp_path, crops, steps, every, stop, found):
+    """However many steps a log takes, and with another model, the best one, in its place at the end."""
+    latents, model = Latents(), make()
+    settings = dict(max_steps=steps, logging_steps=every, eval_strategy="steps", eval_steps=2, save_steps=2)
+    best = dict(save_strategy="steps", load_best_model_at_end=True, learning_rate=0.1)
+    prepare(tmp_path, crops, model, [latents, StopAt(stop)], **settings, **best).train()
+    log = read_log(tmp_path)
+    assert [row["step"] for row in log.layers] == found
+    last, before = latents.found[stop], latents.found[found[-2]]
+    for place, name in enumerate(last):
+        counts = np.histogram(row_units(last[name]), np.array([-np.inf, *np.linspace(-3, 3, 42), np.inf]))[0]
+        assert np.abs(np.cumsum(counts) - np.cumsum(log.layers[-1]["latents"][place])).max() <= 2
+        flipped = (before[name] >= 0) != (last[name] >= 0)
+        assert log.layers[-1]["flip_ratio"][place] == pytest.approx(flipped.mean(), abs=1e-6)
+    assert "No flips have been counted yet" not in write_report(tmp_path).read_text()
+
+
 def test_a_training_that_resumes_goes_on_in_the_same_file(tmp_path, crops):
     settings = dict(save_strategy="steps", save_steps=2)
     prepare(tmp_path, crops, **settings).train()

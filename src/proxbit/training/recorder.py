@@ -39,7 +39,7 @@ SETTINGS = (
 
 
 class RunRecorder(TrainerCallback):
-    """Writes `proxbit_run.jsonl` into the output folder: every log, and at up to 60 logs how each layer is.
+    """Writes `proxbit_run.jsonl` into the output folder: every log, and at up to 60 logs and at the end how each layer is.
 
     Every process counts, for each may hold a part of the weights; the first one writes.
 
@@ -57,7 +57,7 @@ class RunRecorder(TrainerCallback):
         self.flips = flips
         self.about = _about(model)  # now, while this process has the whole model
         self.active = self.writes = self.training = False
-        self.snapshots = -1
+        self.snapshots = self.taken = -1
         self.found: Gallery | None = None
 
     def on_train_begin(
@@ -68,7 +68,8 @@ class RunRecorder(TrainerCallback):
         self.writes = self.active and state.is_world_process_zero
         if not self.active:
             return
-        self.training, self.snapshots, self.found = True, -1, None
+        self.training, self.found = True, None
+        self.snapshots = self.taken = -1
         if self.writes:
             start_log(args.output_dir, self._run(args, state), state.global_step)
         if state.global_step == 0:
@@ -94,6 +95,15 @@ class RunRecorder(TrainerCallback):
         due = state.global_step * SNAPSHOTS // max(1, state.max_steps)
         if due > self.snapshots:
             self.snapshots = due
+            self._add_layers(args, state, counted=True)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add a snapshot of the end, where no log does; once training has ended, the best model may be in its place."""
+        ends = control.should_training_stop or state.global_step >= state.max_steps
+        if self.active and ends and not control.should_log and self.taken < state.global_step:
+            self.flips().flip_ratio()
             self._add_layers(args, state, counted=True)
 
     def evaluated(self, found: Gallery | None) -> None:
@@ -129,6 +139,7 @@ class RunRecorder(TrainerCallback):
             "flip_ratio": [round(ratios[name], 7) for name in counts] if counted else None,
             "latents": list(counts.values()),
         }
+        self.taken = state.global_step
         self._write(args, event)
 
     def _write(self, args: TrainingArguments, event: dict[str, Any]) -> None:
