@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import partial
 from inspect import getdoc
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,6 +43,7 @@ from proxbit.training.trainer import ProxConnectTrainer
 
 __all__ = ["PictureArguments", "parse", "train"]
 
+SETTINGS_FILES = (".yaml", ".yml", ".json")
 HELD_OUT = ("validation", "test")
 # By which `accelerate launch` says that no process has the whole model.
 SPREADING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
@@ -103,6 +105,9 @@ def parse(arguments: list[str]) -> tuple[PictureArguments, ProxConnectArguments]
     if arguments and not arguments[0].startswith("-"):
         _take(parser, read_settings(Path(arguments[0])), arguments[0])
         arguments = arguments[1:]
+    for before, each in pairwise(arguments):
+        if Path(each).suffix in SETTINGS_FILES and not before.startswith("-"):
+            raise ConfigError(f"A file of settings comes first: `proxbit train {each} ...`.")
     try:
         pictures, training, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     except ProxbitError:

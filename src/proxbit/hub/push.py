@@ -104,8 +104,8 @@ def prepare_upload(
     state = _stored_state(Path(source)) if isinstance(source, str | Path) else state_of(source)
     if state == "latent" and not latent:
         raise ModelStateError(
-            "This model is latent, as large as a float one. Pack it first, proxbit.pack(model); or, if the latent "
-            "weights are to be uploaded, say so: --latent, latent=True."
+            "This model is latent, as large as a float one. Pack it first, proxbit.pack(model) or `proxbit pack`; "
+            "or, if the latent weights are to be uploaded, say so: latent=True, --latent."
         )
     with one_line(repo):
         validate_repo_id(repo)

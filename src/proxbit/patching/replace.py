@@ -65,7 +65,7 @@ def to_latent(model: nn.Module, config: BinarizationConfig) -> tuple[Binarizatio
     if state_of(model) != "float":
         raise ModelStateError(
             f"This model is {state_of(model)} already; binarize takes a float model. "
-            "Call proxbit.dequantize(model) first to start again from plus and minus the scales."
+            "To start again from plus and minus the scales: proxbit.dequantize(model) first, or `proxbit unpack`."
         )
     decisions = select(model, config)
     pair = config.quantizer_pair()
@@ -144,14 +144,16 @@ def to_packed(model: nn.Module) -> None:
     """
     state = state_of(model)
     if state != "latent":
-        hint = "it is packed already" if state == "packed" else "call proxbit.binarize(model, config) first"
+        first = "call proxbit.binarize(model, config) first, or `proxbit binarize`"
+        hint = "it is packed already" if state == "packed" else first
         raise ModelStateError(f"pack takes a latent model, this one is {state}: {hint}.")
     for name, layer in latent_layers(model):
         if not layer.pair.binary:
             levels = ", ".join(f"{level:g}" for level in layer.pair.levels)
             raise ConfigError(
                 f"{name}: one bit a weight stores the levels -1 and +1; this pair has {levels or 'no levels at all'}. "
-                "Such a model stays latent; proxbit.dequantize(model) makes it a float one with its hard weights."
+                "Such a model stays latent; proxbit.dequantize(model), or `proxbit unpack`, makes it a float one "
+                "with its hard weights."
             )
         if not layer.weight.is_meta:
             layer.check_latent(name)

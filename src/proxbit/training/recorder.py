@@ -39,7 +39,7 @@ SETTINGS = (
 
 
 class RunRecorder(TrainerCallback):
-    """Writes `proxbit_run.jsonl` into the output folder: every log, and at up to 60 logs and at the end how each layer is.
+    """Writes `proxbit_run.jsonl` into the output folder: every log, and the layers at up to 60 logs and at the end.
 
     Every process counts, for each may hold a part of the weights; the first one writes.
 
