@@ -105,7 +105,7 @@ def prepare_upload(
     if state == "latent" and not latent:
         raise ModelStateError(
             "This model is latent, as large as a float one. Pack it first, proxbit.pack(model) or `proxbit pack`; "
-            "or, if the latent weights are to be uploaded, say so: latent=True, --latent."
+            "or, if the latent weights are to be uploaded, say so: --latent, latent=True."
         )
     with one_line(repo):
         validate_repo_id(repo)
