@@ -90,6 +90,30 @@ def test_frozen_weights_stay(name, data):
     assert not torch.equal(optimizer.duals[1].latent, moving)
 
 
+@pytest.mark.parametrize("name", ["bnn++", "proxquant"])
+def test_latents_go_where_a_model_is_moved_after_it_was_wrapped(name, data):
+    """As with the optimizers of torch, whose states are made where the parameters are at the first step."""
+    pair = get_pair(name)
+    schedule = MuSchedule(*pair.schedule, steps=6)
+    moved, model = network().float(), network().float().double()
+    late, ours = (wrapped(each, name, schedule=schedule) for each in (moved, model))
+    moved.double()
+    for _ in range(6):
+        backward(moved, data)
+        backward(model, data)
+        late.step()
+        ours.step()
+    for dual, expected in zip(late.duals, ours.duals, strict=True):
+        assert dual.latent.dtype == torch.float64
+        # The weights of the first step were of float32.
+        torch.testing.assert_close(dual.latent, expected.latent, rtol=0, atol=1e-6)
+    state = copy.deepcopy(late.state_dict())
+    backward(moved, data)
+    late.step()
+    late.load_state_dict(state)
+    assert all(map(torch.equal, (dual.latent for dual in late.duals), state["proxconnect"]["latents"]))
+
+
 class Failing(torch.optim.SGD):
     """Writes into the parameters, then fails."""
 

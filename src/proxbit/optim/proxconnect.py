@@ -182,6 +182,8 @@ class ProxConnect(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         next_mus = [self._next_mu(dual) for dual in self.duals]
+        for dual in self.duals:  # A model may have been moved since: `accelerator.prepare` does so.
+            dual.latent = dual.latent.to(dual.parameter)
         # The base optimizer would go on with the gradient that a parameter had before it was frozen.
         moving = [dual for dual in self.duals if dual.parameter.requires_grad and dual.parameter.grad is not None]
         try:
