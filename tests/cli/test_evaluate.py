@@ -35,6 +35,7 @@ def test_the_table_says_what_was_left_out(place):
     done = run(place / "model", place / "photos")
     assert done.exit_code == 0, done.exception
     assert "accuracy" in done.stdout and f"{len(UNREADABLE)} left out:" in done.stdout
+    assert "photos, train" not in done.stdout
     assert f"{place / 'photos' / 'flower' / 'text.jpg'}: not a picture" in done.stdout
 
 

@@ -155,6 +155,9 @@ class ModelSummary:
         console.print(table)
         for line in self._totals():
             console.print(line, soft_wrap=width >= WIDTH)
+        if width < WIDTH:
+            more = ", ".join(column.title for column in COLUMNS if column.at == "wide")
+            console.print(f"In {WIDTH} columns also: {more}")
         return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
     def to_dict(self) -> dict[str, Any]:

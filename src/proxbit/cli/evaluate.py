@@ -51,7 +51,8 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps({**facts, **asdict(result)}, indent=1))
         return
-    show(f"{model} ({facts['state']}) on {data}, {chosen}", result, batch)
+    part = f", {chosen}" if len(splits) > 1 else ""  # datasets calls all of a folder "train"
+    show(f"{model} ({facts['state']}) on {data}{part}", result, batch)
 
 
 def show(title: str, result: Evaluation, batch: int) -> None:
