@@ -19,7 +19,10 @@ def packed(tmp_path_factory):
     return folder / "packed"
 
 
-@pytest.mark.parametrize(("width", "columns"), [(80, ["MACs", "In 120 columns also: bits"]), (140, ["1-bit MACs", "float MACs", "kernel", "bits"])])
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [(80, ["MACs", "In 120 columns also: bits"]), (140, ["1-bit MACs", "float MACs", "kernel", "bits"])],
+)
 def test_the_table_fits_the_terminal(packed, width, columns):
     done = CliRunner().invoke(app, ["summary", str(packed)], env={"COLUMNS": str(width)})
     assert done.exit_code == 0, done.exception
