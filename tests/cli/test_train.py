@@ -73,6 +73,11 @@ def test_options_win_over_the_file(tmp_path):
     assert args.remove_unused_columns is False
 
 
+def test_a_value_may_have_the_name_of_a_file_of_settings():
+    given, _ = parse(["--model", "m", "--data=d.json", "--teacher", "t.yaml"])
+    assert (given.data, given.teacher) == ("d.json", "t.yaml")
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "words"),
     [

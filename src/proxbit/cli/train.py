@@ -106,7 +106,7 @@ def parse(arguments: list[str]) -> tuple[PictureArguments, ProxConnectArguments]
         _take(parser, read_settings(Path(arguments[0])), arguments[0])
         arguments = arguments[1:]
     for before, each in pairwise(arguments):
-        if Path(each).suffix in SETTINGS_FILES and not before.startswith("-"):
+        if Path(each).suffix in SETTINGS_FILES and not before.startswith("-") and not each.startswith("-"):
             raise ConfigError(f"A file of settings comes first: `proxbit train {each} ...`.")
     try:
         pictures, training, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
