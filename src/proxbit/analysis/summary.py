@@ -137,9 +137,10 @@ class ModelSummary:
 
     def to_text(self, width: int = WIDTH) -> str:
         """The table for a terminal of so many columns: a narrow one gets fewer."""
-        columns = [column for column in COLUMNS if column.at in (None, "wide" if width >= WIDTH else "narrow")]
+        wide = width >= WIDTH
+        columns = [column for column in COLUMNS if column.at in (None, "wide" if wide else "narrow")]
         table = Table(title=f"{self.model} ({self.state})", box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
-        table.add_column("module", overflow="fold", min_width=38 if width >= WIDTH else None)
+        table.add_column("module", overflow="fold", min_width=38 if wide else None)
         for column in columns:
             table.add_column(column.title, justify=column.justify, no_wrap=True)
         shown = ""
@@ -154,8 +155,8 @@ class ModelSummary:
         console = Console(file=stream, width=width, color_system=None, highlight=False)
         console.print(table)
         for line in self._totals():
-            console.print(line, soft_wrap=width >= WIDTH)
-        if width < WIDTH:
+            console.print(line, soft_wrap=wide)
+        if not wide:
             more = ", ".join(column.title for column in COLUMNS if column.at == "wide")
             console.print(f"In {WIDTH} columns also: {more}")
         return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
