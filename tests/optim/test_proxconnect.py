@@ -114,6 +114,20 @@ def test_latents_go_where_a_model_is_moved_after_it_was_wrapped(name, data):
     assert all(map(torch.equal, (dual.latent for dual in late.duals), state["proxconnect"]["latents"]))
 
 
+def test_a_state_is_loaded_as_exact_as_a_model_that_was_moved(data):
+    """Before its first step too: the latents of float32, from before the move, are not in between."""
+    model = network()
+    trained = wrapped(model, "bnn++")
+    backward(model, data)
+    trained.step()
+    moved = network().float()
+    resumed = wrapped(moved, "bnn++")
+    moved.double()
+    state = trained.state_dict()
+    resumed.load_state_dict(state)
+    assert all(map(torch.equal, (dual.latent for dual in resumed.duals), state["proxconnect"]["latents"]))
+
+
 class Failing(torch.optim.SGD):
     """Writes into the parameters, then fails."""
 

@@ -271,7 +271,7 @@ class ProxConnect(Optimizer):
         self._load_base({key: value for key, value in state_dict.items() if key != KEY})
         self.steps, self.hardened = own["steps"], own["hardened"]
         for dual, latent, mu in zip(self.duals, own["latents"], own["mu"], strict=True):
-            dual.latent.copy_(latent)
+            dual.latent = latent.detach().to(dual.parameter, copy=True)
             dual.mu = mu if self.schedule is None else self.schedule.mu(self.steps)
         self._write()
 
