@@ -65,6 +65,8 @@ def test_everything_lies_in_the_frame():
 def test_one_value_is_seen_and_no_share_is_beyond_all():
     chart = line_chart("Accuracy", [Curve("hard", ((5.0, 0.97),))], end=5.0, percent=True)
     assert {label for _, label in chart.yticks} <= {f"{share} %" for share in range(0, 101)}
+    assert chart.curves[0][0] == "hard 97 %"
+    assert chart.text == "Accuracy over the epochs. hard: 97 %."
 
 
 def test_a_logarithmic_axis_takes_equal_steps_for_equal_ratios():

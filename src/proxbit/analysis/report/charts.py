@@ -42,7 +42,7 @@ class Chart:
     Attributes:
         title: above it.
         text: what it shows, in words.
-        curves: name, style and path.
+        curves: name (of a single point with its value), style and path.
         data: names and points, as JSON for the script.
         xticks: place and label.
         yticks: place and label.
@@ -112,16 +112,23 @@ def line_chart(
     def label(y: float) -> str:
         return f"{short(100 * y)} %" if percent else short(y)
 
+    def in_words(points: Sequence[Point]) -> str:
+        first, last = label(points[0][1]), label(points[-1][1])
+        return first if len(points) == 1 else f"from {first} to {last}"
+
     drawn, data = [], []
     for curve in thinned:
         places = [[x_place(x), y_place(y), round(x, 4), float(f"{y:.5g}")] for x, y in curve.points]
         path = "M" + "L".join(f"{x} {y}" for x, y, *_ in places)
-        drawn.append((curve.name, curve.style, path + ("m-4 0h8" if len(places) == 1 else "")))
+        if len(places) == 1:  # A mark says little: its value stands in the legend.
+            drawn.append((f"{curve.name} {label(curve.points[0][1])}", curve.style, f"{path}m-4 0h8"))
+        else:
+            drawn.append((curve.name, curve.style, path))
         data.append({"name": curve.name, "points": places})
-    ends = "; ".join(f"{c.name}: from {label(c.points[0][1])} to {label(c.points[-1][1])}" for c in thinned)
+    words = "; ".join(f"{curve.name}: {in_words(curve.points)}" for curve in thinned)
     return Chart(
         title=title,
-        text=f"{title} over the epochs. {ends}.",
+        text=f"{title} over the epochs. {words}.",
         curves=tuple(drawn),
         data=json.dumps(data, separators=(",", ":")),
         xticks=tuple((x_place(x), short(x)) for x in _ticks(0.0, end) if x <= end),
