@@ -109,34 +109,30 @@ def line_chart(
     def y_place(y: float) -> float:
         return round(BOTTOM - (BOTTOM - TOP) * (scale(y) - bottom) / (top - bottom), 1)
 
-    def label(y: float) -> str:
-        return f"{short(100 * y)} %" if percent else short(y)
-
-    def in_words(points: Sequence[Point]) -> str:
-        first, last = label(points[0][1]), label(points[-1][1])
-        return first if len(points) == 1 else f"from {first} to {last}"
-
-    drawn, data = [], []
+    drawn, data, words = [], [], []
     for curve in thinned:
         places = [[x_place(x), y_place(y), round(x, 4), float(f"{y:.5g}")] for x, y in curve.points]
         path = "M" + "L".join(f"{x} {y}" for x, y, *_ in places)
-        if len(places) == 1:  # A mark says little: its value stands in the legend.
-            drawn.append((f"{curve.name} {label(curve.points[0][1])}", curve.style, f"{path}m-4 0h8"))
-        else:
-            drawn.append((curve.name, curve.style, path))
+        first, last = _label(curve.points[0][1], percent), _label(curve.points[-1][1], percent)
+        single = len(places) == 1  # Its mark says little, so that its value stands in the legend.
+        drawn.append((f"{curve.name} {first}" if single else curve.name, curve.style, path + "m-4 0h8" * single))
+        words.append(f"{curve.name}: {first if single else f'from {first} to {last}'}")
         data.append({"name": curve.name, "points": places})
-    words = "; ".join(f"{curve.name}: {in_words(curve.points)}" for curve in thinned)
     return Chart(
         title=title,
-        text=f"{title} over the epochs. {words}.",
+        text=f"{title} over the epochs. {'; '.join(words)}.",
         curves=tuple(drawn),
         data=json.dumps(data, separators=(",", ":")),
         xticks=tuple((x_place(x), short(x)) for x in _ticks(0.0, end) if x <= end),
-        yticks=tuple((y_place(y), label(y)) for y in ticks),
+        yticks=tuple((y_place(y), _label(y, percent)) for y in ticks),
         shaded=None if hard_from is None else (x_place(hard_from), float(RIGHT)),
         note=note,
         percent=percent,
     )
+
+
+def _label(y: float, percent: bool) -> str:
+    return f"{short(100 * y)} %" if percent else short(y)
 
 
 def _thin(points: Sequence[Point]) -> tuple[Point, ...]:
