@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ __all__ = ["LayerSummary", "ModelSummary", "summary"]
 
 FLOAT32_BYTES = 4
 WIDTH = 120
+# Dtype and shape of tensors, by name.
+Header = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -74,7 +77,8 @@ class ModelSummary:
     Attributes:
         model: class of the model.
         layers: the lines of the table.
-        header_bytes: of the header of a checkpoint, which holds names and shapes (from the names in memory).
+        header_bytes: of the header of a checkpoint, which holds shapes and names: those in memory, of which
+            `save_pretrained` writes some differently.
         packed_header_bytes: the same once the model is packed, with the names of the scales.
         total_macs: multiply-accumulates for one picture, attention included; None if not counted.
         note: what the multiply-accumulates stand for, or why they were not counted.
@@ -254,27 +258,36 @@ def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None, *, count_
     """
     macs, total, note = _count_macs(model, inputs) if count_macs else (None, None, "not asked for")
     seen: set[int] = set()
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    of_packed: dict[str, Any] = {}
+    header: Header = {}
+    of_packed: Header = {}
     layers = []
     for name, module in model.named_modules():
-        tensors = {}
+        tensors, prefix = {}, f"{name}." if name else ""
         for key, tensor in _stored(module).items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 tensors[key] = tensor
-                header[f"{name}.{key}"] = _entry(list(tensor.shape))
-        if isinstance(module, LatentWeight):
-            of_packed |= {f"{name}.{part}": _entry([len(module.weight)]) for part in _beside_bits(module)}
+                header[f"{prefix}{key}"] = tensor.dtype, tuple(tensor.shape)
+        if isinstance(module, LatentWeight) and "weight" in tensors:
+            rows, columns = module.weight.flatten(1).shape
+            of_packed[f"{prefix}weight"] = torch.uint8, (rows, packed_columns(columns))
+            of_packed |= {f"{prefix}{part}": (module.weight.dtype, (rows,)) for part in _beside_bits(module)}
         if tensors:
             layers.append(_describe(name, module, tensors, None if macs is None else macs.get(name, 0)))
-    sizes = [8 + len(json.dumps(each, separators=(",", ":"))) for each in (header, header | of_packed)]
+    sizes = [_header_bytes(each) for each in (header, header | of_packed)]
     return ModelSummary(type(model).__name__, tuple(_fold(layers)), sizes[0], sizes[1], total, note)
 
 
-def _entry(shape: list[int]) -> dict[str, Any]:
-    """Of a tensor in the header, with as many digits as places in a file have."""
-    return {"dtype": "F32", "shape": shape, "data_offsets": [10**7, 10**7]}
+def _header_bytes(tensors: Header) -> int:
+    """Bytes before the tensors of a safetensors file: the length, and JSON padded to a multiple of 8."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        kind = str(dtype).removeprefix("torch.")
+        tag = "BOOL" if kind == "bool" else f"{'BF' if kind[0] == 'b' else kind[0].upper()}{8 * dtype.itemsize}"
+        header[name] = {"dtype": tag, "shape": shape, "data_offsets": [begin, end]}
+    return 8 + 8 * -(-len(json.dumps(header, separators=(",", ":"))) // 8)
 
 
 def _beside_bits(layer: LatentWeight) -> tuple[str, ...]:
