@@ -17,7 +17,8 @@ from transformers import (
 
 import proxbit
 from proxbit.errors import CheckpointError
-from proxbit.hub.weights import is_model_folder, load_weights
+from proxbit.hub.checkpoint import tensor_headers
+from proxbit.hub.weights import as_saved, is_model_folder, load_weights
 from tiny_models import vit
 
 
@@ -40,6 +41,17 @@ def test_every_weight_is_loaded(tmp_path, latent):
     load_weights(model, tmp_path)
     assert equal(model, saved)
     assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_names_are_those_of_the_file(tmp_path, device):
+    model = make(0, True)
+    model.save_pretrained(tmp_path)
+    tensors = {name: tensor.to(device) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in as_saved(model, tensors).items()}
+    file = tensor_headers(tmp_path / "model.safetensors")
+    assert found == {name: shape for name, (_, shape) in file.items()}
+    assert found.keys() != tensors.keys() == as_saved(nn.Linear(1, 1), tensors).keys()
 
 
 class Wider(ViTForImageClassification):
@@ -109,6 +121,7 @@ def test_tied_weights_and_weights_that_are_stored_in_another_form(tmp_path):
         assert not equal(model, saved)
         load_weights(model, tmp_path / kind.__name__)
         assert equal(model, saved)
+        assert proxbit.summary(model).file_bytes == (tmp_path / kind.__name__ / "model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize(

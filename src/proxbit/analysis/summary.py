@@ -2,9 +2,8 @@
 
 import io
 import json
-import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from proxbit.hub.weights import as_saved
 from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, evaluating
 from proxbit.packing import packed_columns
 from proxbit.patching import PICTURE_ERRORS, blank_picture
@@ -24,8 +24,6 @@ __all__ = ["LayerSummary", "ModelSummary", "summary"]
 
 FLOAT32_BYTES = 4
 WIDTH = 120
-# Dtype and shape of tensors, by name.
-Header = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -77,8 +75,7 @@ class ModelSummary:
     Attributes:
         model: class of the model.
         layers: the lines of the table.
-        header_bytes: of the header of a checkpoint, which holds shapes and names: those in memory, of which
-            `save_pretrained` writes some differently.
+        header_bytes: of the header of a checkpoint, which holds names and shapes.
         packed_header_bytes: the same once the model is packed, with the names of the scales.
         total_macs: multiply-accumulates for one picture, attention included; None if not counted.
         note: what the multiply-accumulates stand for, or why they were not counted.
@@ -258,8 +255,8 @@ def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None, *, count_
     """
     macs, total, note = _count_macs(model, inputs) if count_macs else (None, None, "not asked for")
     seen: set[int] = set()
-    header: Header = {}
-    of_packed: Header = {}
+    header: dict[str, Tensor] = {}
+    of_packed: dict[str, Tensor] = {}
     layers = []
     for name, module in model.named_modules():
         tensors, prefix = {}, f"{name}." if name else ""
@@ -267,26 +264,30 @@ def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None, *, count_
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 tensors[key] = tensor
-                header[f"{prefix}{key}"] = tensor.dtype, tuple(tensor.shape)
+                header[f"{prefix}{key}"] = _meta(tensor.shape, tensor.dtype)
         if isinstance(module, LatentWeight) and "weight" in tensors:
             rows, columns = module.weight.flatten(1).shape
-            of_packed[f"{prefix}weight"] = torch.uint8, (rows, packed_columns(columns))
-            of_packed |= {f"{prefix}{part}": (module.weight.dtype, (rows,)) for part in _beside_bits(module)}
+            of_packed[f"{prefix}weight"] = _meta((rows, packed_columns(columns)), torch.uint8)
+            of_packed |= {f"{prefix}{part}": _meta((rows,), module.weight.dtype) for part in _beside_bits(module)}
         if tensors:
             layers.append(_describe(name, module, tensors, None if macs is None else macs.get(name, 0)))
-    sizes = [_header_bytes(each) for each in (header, header | of_packed)]
+    sizes = [_header_bytes(as_saved(model, each)) for each in (header, header | of_packed)]
     return ModelSummary(type(model).__name__, tuple(_fold(layers)), sizes[0], sizes[1], total, note)
 
 
-def _header_bytes(tensors: Header) -> int:
+def _meta(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _header_bytes(tensors: dict[str, Tensor]) -> int:
     """Bytes before the tensors of a safetensors file: the length, and JSON padded to a multiple of 8."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
-        begin, end = end, end + dtype.itemsize * math.prod(shape)
-        kind = str(dtype).removeprefix("torch.")
-        tag = "BOOL" if kind == "bool" else f"{'BF' if kind[0] == 'b' else kind[0].upper()}{8 * dtype.itemsize}"
-        header[name] = {"dtype": tag, "shape": shape, "data_offsets": [begin, end]}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        begin, end = end, end + tensor.nbytes
+        kind = str(tensor.dtype).removeprefix("torch.")
+        tag = "BOOL" if kind == "bool" else f"{'BF' if kind[0] == 'b' else kind[0].upper()}{8 * tensor.element_size()}"
+        header[name] = {"dtype": tag, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     return 8 + 8 * -(-len(json.dumps(header, separators=(",", ":"))) // 8)
 
 

@@ -1,9 +1,10 @@
 """Weights of a checkpoint for a model that is there already."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -12,7 +13,7 @@ from proxbit.hub.checkpoint import tensor_headers
 from proxbit.hub.folders import folder_files
 from proxbit.patching import check_latents
 
-__all__ = ["is_model_folder", "load_weights"]
+__all__ = ["as_saved", "is_model_folder", "load_weights"]
 
 
 def is_model_folder(folder: str | Path) -> bool:
@@ -52,6 +53,16 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     check_latents(model)
 
 
+def as_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model under the names that `save_pretrained` writes, of which some differ from those in memory.
+
+    Args:
+        model: a transformers model; of any other one the names stay.
+        tensors: by their names in memory; those on the meta device do as well.
+    """
+    return revert_weight_conversion(model, dict(tensors)) if isinstance(model, PreTrainedModel) else dict(tensors)
+
+
 def _saved_names(model: PreTrainedModel, own: dict[str, Tensor]) -> dict[str, str] | None:
     """The names of a model's tensors by those that `save_pretrained` gives them; None if it does more than rename.
 
@@ -59,7 +70,7 @@ def _saved_names(model: PreTrainedModel, own: dict[str, Tensor]) -> dict[str, st
     of one's own, and not fewer blocks.
     """
     names = {id(tensor): name for name, tensor in own.items()}
-    saved = revert_weight_conversion(model, dict(own))
+    saved = as_saved(model, own)
     found = {name: names[id(tensor)] for name, tensor in saved.items() if id(tensor) in names}
     return found if len(found) == len(saved) == len(own) else None
 
