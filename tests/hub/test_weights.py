@@ -14,9 +14,10 @@ from transformers import (
     TrainingArguments,
     ViTForImageClassification,
 )
+from transformers.core_model_loading import Chunk, WeightConverter
 
 import proxbit
-from proxbit.errors import CheckpointError
+from proxbit.errors import CheckpointError, ConfigError
 from proxbit.hub.checkpoint import tensor_headers
 from proxbit.hub.weights import as_saved, is_model_folder, load_weights
 from tiny_models import vit
@@ -52,6 +53,33 @@ def test_names_are_those_of_the_file(tmp_path, device):
     file = tensor_headers(tmp_path / "model.safetensors")
     assert found == {name: shape for name, (_, shape) in file.items()}
     assert found.keys() != tensors.keys() == as_saved(nn.Linear(1, 1), tensors).keys()
+
+
+class Joined(ViTForImageClassification):
+    """Its queries, keys and values are one tensor in the file, rows upon rows, as in many a checkpoint."""
+
+    _weight_conversions = (
+        WeightConverter("qkv.weight", [f"{each}_proj.weight" for each in "qkv"], operations=[Chunk(dim=0)]),
+    )
+
+
+def test_layers_that_are_stored_as_one_are_converted_as_one(tmp_path):
+    model = Joined(vit())
+    before = {name: type(module) for name, module in model.named_modules()}
+    config = proxbit.BinarizationConfig(modules_to_not_convert=["vit.layers.1.attention.k_proj"])
+    message = r"layers\.1\.attention\.q_proj\.weight would be of 1 bit and .*\.1\.attention\.k_proj\.weight not"
+    for wrapped in (model, nn.Sequential(model)):
+        given = config if wrapped is model else config.replace(modules_to_not_convert=["0.vit.layers.1.*.k_proj"])
+        with pytest.raises(ConfigError, match=message):
+            proxbit.binarize(wrapped, given)
+        assert {name: type(module) for name, module in model.named_modules()} == before
+    make(0, False).save_pretrained(tmp_path / "float")
+    with pytest.raises(ConfigError, match=message):
+        Joined.from_pretrained(tmp_path / "float", quantization_config=config)
+    every = config.replace(modules_to_not_convert=["vit.layers.1.attention.?_proj"])
+    proxbit.pack(proxbit.binarize(model, every)).save_pretrained(tmp_path / "packed")
+    written = [shape for name, (_, shape) in tensor_headers(tmp_path / "packed" / "model.safetensors").items()]
+    assert (3 * 36, 5) in written and (3 * 36, 36) in written
 
 
 class Wider(ViTForImageClassification):

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from proxbit.hub.weights import as_saved
+from proxbit.hub.weights import as_saved, packed_outline
 from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, evaluating
 from proxbit.packing import packed_columns
 from proxbit.patching import PICTURE_ERRORS, blank_picture
@@ -266,9 +266,9 @@ def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None, *, count_
                 tensors[key] = tensor
                 header[f"{prefix}{key}"] = _meta(tensor.shape, tensor.dtype)
         if isinstance(module, LatentWeight) and "weight" in tensors:
-            rows, columns = module.weight.flatten(1).shape
-            of_packed[f"{prefix}weight"] = _meta((rows, packed_columns(columns)), torch.uint8)
-            of_packed |= {f"{prefix}{part}": _meta((rows,), module.weight.dtype) for part in _beside_bits(module)}
+            of_packed[f"{prefix}weight"] = packed_outline(module.weight)
+            row_values = _meta(module.weight.shape[:1], module.weight.dtype)
+            of_packed |= dict.fromkeys((f"{prefix}{part}" for part in _beside_bits(module)), row_values)
         if tensors:
             layers.append(_describe(name, module, tensors, None if macs is None else macs.get(name, 0)))
     sizes = [_header_bytes(as_saved(model, each)) for each in (header, header | of_packed)]

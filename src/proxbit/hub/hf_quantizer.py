@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from proxbit.hub.files import check_against_card
 from proxbit.hub.folders import check_folder
 from proxbit.hub.push_method import give_push, take_push
 from proxbit.hub.tensor_parallel import check_not_split
+from proxbit.hub.weights import check_storable
 from proxbit.nn import learned_modules
 from proxbit.patching import check_latents, check_packed_layers, matches, packed_layers, to_float, to_latent, to_packed
 
@@ -81,7 +83,8 @@ class ProxbitHfQuantizer(HfQuantizer):
                 tensor_headers(file)
             check_against_card(checkpoint_files or [], model.config.name_or_path)
             self.quantization_config = _fit_patterns(model, self.quantization_config)
-        _, self.quantization_config = to_latent(model, self.quantization_config)
+        check = None if self.pre_quantized else partial(check_storable, model)
+        _, self.quantization_config = to_latent(model, self.quantization_config, check)
         if not self.pre_quantized:
             # What is learned beside the weights is in no float checkpoint: it starts at its defaults.
             own = [rf"^{re.escape(name)}\." for name, _ in learned_modules(model)]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, ModelStateError, ProxbitError
 from proxbit.hub.hf_quantizer import attach, detach, take_own_config
+from proxbit.hub.weights import check_storable
 from proxbit.patching import (
     PICTURE_ERRORS,
     beyond_float,
@@ -105,12 +106,14 @@ def binarize(model: Model, config: BinarizationConfig | None = None) -> Model:
         The same model, with a `binarization_report`. It is simulated: one bit a weight comes with `pack`.
 
     Raises:
-        ConfigError: if the configuration is something else than a BinarizationConfig.
+        ConfigError: if the configuration is something else than a BinarizationConfig, or if it takes only some of the
+            layers whose weights transformers stores as one, such as the inputs of a SwiGLU in DINOv2.
         ModelStateError: if the model is latent or packed already.
         PatternError: for patterns that match nothing, tied weights, or an empty selection.
         LatentError: for NaN or infinite weights, or rows that are all zero. The model is unchanged after an error.
     """
-    report, resolved = to_latent(model, (_given(config) or BinarizationConfig()).replace(state="latent"))
+    given = (_given(config) or BinarizationConfig()).replace(state="latent")
+    report, resolved = to_latent(model, given, partial(_check_parts, model))
     for name, part in _parts(model):
         take_own_config(part)
         attach(part, config_of_part(model, report, resolved, name))
@@ -138,14 +141,25 @@ def pack(model: Model) -> Model:
     return model
 
 
-def _parts(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
-    """The transformers models in a model that are not float, by name: itself, or those in a module around them."""
+def _outermost(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
+    """The transformers models in a model, by name: itself, or those in a module around them."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and not name.startswith(inside):
             inside += (f"{name}." if name else "",)
-            if state_of(module) != "float":
-                yield name, module
+            yield name, module
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Those that are not float."""
+    return ((name, part) for name, part in _outermost(model) if state_of(part) != "float")
+
+
+def _check_parts(model: nn.Module, layers: list[str]) -> None:
+    """Check that the transformers models in a float model could be saved once they are packed."""
+    for name, part in _outermost(model):
+        prefix = f"{name}." if name else ""
+        check_storable(part, [layer.removeprefix(prefix) for layer in layers if layer.startswith(prefix)])
 
 
 def _stored(model: nn.Module) -> list[tuple[PreTrainedModel, BinarizationConfig]]:

@@ -1,19 +1,21 @@
 """Weights of a checkpoint for a model that is there already."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from proxbit.errors import CheckpointError
+from proxbit.errors import CheckpointError, ConfigError
 from proxbit.hub.checkpoint import tensor_headers
 from proxbit.hub.folders import folder_files
+from proxbit.packing import packed_columns
 from proxbit.patching import check_latents
 
-__all__ = ["as_saved", "is_model_folder", "load_weights"]
+__all__ = ["as_saved", "check_storable", "is_model_folder", "load_weights", "packed_outline"]
 
 
 def is_model_folder(folder: str | Path) -> bool:
@@ -59,8 +61,49 @@ def as_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     Args:
         model: a transformers model; of any other one the names stay.
         tensors: by their names in memory; those on the meta device do as well.
+
+    Raises:
+        ConfigError: if they cannot be written: weights that are stored as one tensor, and of which only some are 1-bit.
     """
-    return revert_weight_conversion(model, dict(tensors)) if isinstance(model, PreTrainedModel) else dict(tensors)
+    if not isinstance(model, PreTrainedModel):
+        return dict(tensors)
+    try:
+        saved: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
+        return saved
+    except RuntimeError as error:
+        stored: dict[str, list[str]] = {}
+        for name, tensor in tensors.items():
+            for target in revert_weight_conversion(model, {name: tensor}):
+                stored.setdefault(target, []).append(name)
+        for names in stored.values():
+            first, *others = sorted(names, key=lambda name: tensors[name].dtype != torch.uint8)
+            if others and tensors[first].dtype == torch.uint8 != tensors[others[-1]].dtype:
+                raise ConfigError(
+                    f"{first} would be of 1 bit and {others[-1]} not, and transformers stores them as one: the packed "
+                    "model could not be saved. Convert both, or name both in modules_to_not_convert."
+                ) from error
+        raise
+
+
+def check_storable(model: PreTrainedModel, layers: Iterable[str]) -> None:
+    """Check that a float model could be saved once it is packed.
+
+    Args:
+        model: float; it stays as it is.
+        layers: names of those that will be 1-bit.
+
+    Raises:
+        ConfigError: as by `as_saved`.
+    """
+    tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+    bits = {f"{name}.weight": packed_outline(tensors[f"{name}.weight"]) for name in layers}
+    as_saved(model, tensors | bits)
+
+
+def packed_outline(weight: Tensor) -> Tensor:
+    """What stands in the file for a weight `[rows, ...]` once it is packed, without its bits."""
+    rows, columns = weight.flatten(1).shape
+    return torch.empty(rows, packed_columns(columns), dtype=torch.uint8, device="meta")
 
 
 def _saved_names(model: PreTrainedModel, own: dict[str, Tensor]) -> dict[str, str] | None:

@@ -47,12 +47,15 @@ def check_packed_layers(model: nn.Module) -> None:
         layer.check_packed(name)
 
 
-def to_latent(model: nn.Module, config: BinarizationConfig) -> tuple[BinarizationReport, BinarizationConfig]:
+def to_latent(
+    model: nn.Module, config: BinarizationConfig, check: Callable[[list[str]], None] | None = None
+) -> tuple[BinarizationReport, BinarizationConfig]:
     """Replace the selected linear and convolutional layers of a float model by latent ones.
 
     Args:
         model: a float model; its parameters are kept, not copied.
         config: what to select, and which quantizer.
+        check: called with the names of what was selected, before anything is changed; its errors go through.
 
     Returns:
         The report, and a copy of the configuration whose patterns name exactly what was selected.
@@ -88,6 +91,8 @@ def to_latent(model: nn.Module, config: BinarizationConfig) -> tuple[Binarizatio
         if not latent.weight.is_meta:
             latent.check_latent(decision.name)
         replacements[decision.name] = latent
+    if check is not None:
+        check(list(replacements))
     swap(model, replacements)
     call_layers(model, replacements)
     learn_scales(model, attentions)
