@@ -284,7 +284,7 @@ def run(what: Run, cache: Path) -> dict[str, Any]:
         recipe = proxbit.get_recipe(COLUMNS[what.column])
         # A residual around a layer that was not trained with one would only destroy it.
         proxbit.binarize(model, recipe.binarization(weights="bc", residual=False, rprelu=False))
-        proxbit.pack(proxbit.calibrate(model, DataLoader(pictures, task.batch, collate_fn=collate)))
+        proxbit.pack(proxbit.calibrate(model, DataLoader(pictures, task.batch, collate_fn=collate), weights=False))
     elif what.method != FLOAT:
         recipe = COLUMNS[what.column]
         weights, changes = METHODS[what.method]

@@ -137,7 +137,7 @@ def packed_models() -> dict[str, tuple[nn.Module, list[Tensor]]]:
     found = {}
     for name, (model, recipe) in made.items():
         latent = proxbit.binarize(model, proxbit.get_recipe(recipe).binarization())
-        proxbit.calibrate(latent, [torch.randn(4, 3, 32, 32)])
+        proxbit.calibrate(latent, [torch.randn(4, 3, 32, 32)], weights=False)
         pictures = [torch.randn(batch, 3, 32, 32) for batch in (1, 2, 3, 5)]
         found[name] = (proxbit.pack(latent).eval(), pictures)
     return found

@@ -97,7 +97,7 @@ def make_trainer(name: str, size: str, batch: int, folder: str) -> Trainer:
     if name == FLOAT:
         return Trainer(model, TrainingArguments(folder, **fixed), train_dataset=pictures)
     recipe = proxbit.get_recipe(name)
-    proxbit.calibrate(proxbit.binarize(model, recipe.binarization()), [torch.randn(2, 3, 224, 224)])
+    proxbit.calibrate(proxbit.binarize(model, recipe.binarization()), [torch.randn(2, 3, 224, 224)], weights=False)
     arguments = proxbit.ProxConnectArguments(folder, hard_fraction=0.0, **fixed)
     return proxbit.ProxConnectTrainer(model, arguments, train_dataset=pictures)
 

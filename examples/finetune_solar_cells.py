@@ -172,7 +172,7 @@ def run(options: argparse.Namespace, fold: int, seed: int, out: Path, images: np
 
     signs = proxbit.get_recipe(options.recipe).binarization(residual=False, rprelu=False)
     untrained = proxbit.binarize(copy.deepcopy(control), signs)
-    proxbit.pack(proxbit.calibrate(untrained, DataLoader(train, BATCH)))
+    proxbit.pack(proxbit.calibrate(untrained, DataLoader(train, BATCH), weights=False))
     rows["post-training sign, packed"] = row(measure(untrained.eval(), test), truth, None)
 
     proxbit.binarize(model, configuration(options))

@@ -24,7 +24,7 @@ def packed(pictures, activations="float", **changes):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     config = proxbit.BinarizationConfig(activations=activations, include=["vit"])
-    return proxbit.pack(proxbit.calibrate(proxbit.binarize(model, config), [pictures])).eval()
+    return proxbit.pack(proxbit.calibrate(proxbit.binarize(model, config), [pictures], weights=False)).eval()
 
 
 @torch.no_grad()

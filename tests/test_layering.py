@@ -20,13 +20,14 @@ LAYERS = {
     "nn": 4,
     "config": 5,
     "patching": 6,
-    "analysis": 7,
-    "export": 7,
-    "hub": 7,
-    "training": 8,
-    "cli": 9,
-    "": 10,
-    "__main__": 11,
+    "posttraining": 7,
+    "analysis": 8,
+    "export": 8,
+    "hub": 8,
+    "training": 9,
+    "cli": 10,
+    "": 11,
+    "__main__": 12,
 }
 MAY_IMPORT_TRANSFORMERS = {"config", "hub", "training", "cli"}
 BANNED_NAMES = {"utils", "helpers", "common", "misc", "core", "engine", "manager"}

@@ -151,6 +151,13 @@ class BinarizationConfig(QuantizationConfigMixin):
             "again after F and stored beside the scale. None: the default of the pair, 'none' for most."
         },
     )
+    calibration: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "What the latents were fitted to by `calibrate`, if they were: how many images, and the mean "
+            "relative error of the layers. proxbit sets it."
+        },
+    )
     state: str = field(
         default="latent",
         metadata={"help": "What the checkpoint holds: 'latent' weights or 'packed' bits. proxbit sets it."},
@@ -176,6 +183,8 @@ class BinarizationConfig(QuantizationConfigMixin):
         self._resolve_pair()
         for name in ("include", "modules_to_not_convert", "learned_attention"):
             self._check_patterns(name)
+        if not isinstance(self.calibration, dict | None):
+            raise ConfigError(f"calibration must be what `calibrate` wrote, or None; not {self.calibration!r}.")
 
     def _resolve_pair(self) -> None:
         """Name the pair and its parameters, and fill in its default row units."""

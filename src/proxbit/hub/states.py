@@ -112,7 +112,7 @@ def binarize(model: Model, config: BinarizationConfig | None = None) -> Model:
         PatternError: for patterns that match nothing, tied weights, or an empty selection.
         LatentError: for NaN or infinite weights, or rows that are all zero. The model is unchanged after an error.
     """
-    given = (_given(config) or BinarizationConfig()).replace(state="latent")
+    given = (_given(config) or BinarizationConfig()).replace(state="latent", calibration=None)
     report, resolved = to_latent(model, given, partial(_check_parts, model))
     for name, part in _parts(model):
         take_own_config(part)

@@ -1,6 +1,7 @@
 """What all activation quantizers have in common, and what they are where there is nothing to quantize."""
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,10 @@ from proxbit.nn.learned import Learned
 from proxbit.nn.levels import level_pass
 from proxbit.quantizers import QuantizerPair, get_pair
 
-__all__ = ["DEFAULT_ACTIVATION_PAIR", "ActivationQuantizer", "Folded"]
+__all__ = ["DEFAULT_ACTIVATION_PAIR", "ActivationQuantizer", "Folded", "Total"]
+
+# Sums, in fp64, of what a function gives for each part of all inputs: `total(lambda x: [x.sum()])`.
+Total = Callable[[Callable[[Tensor], Sequence[Tensor]]], list[Tensor]]
 
 DEFAULT_ACTIVATION_PAIR = "bireal"
 
@@ -80,6 +84,14 @@ class ActivationQuantizer(Learned):
         Args:
             x: `[..., I]`.
             may_shift: whether a constant may be taken off the input, see `shift`.
+        """
+
+    def fit(self, total: Total, may_shift: bool = True) -> None:
+        """Set the parameters by inputs where the weights are fitted to the result afterwards.
+
+        Args:
+            total: sums over all inputs, which come in parts `[..., I]`.
+            may_shift: whether the layer can take up a constant.
         """
 
     @property

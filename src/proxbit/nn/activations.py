@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from proxbit.errors import ConfigError
 from proxbit.kernels import INT8, Levels, quantize_activations, round_activations, unpack_signs
-from proxbit.nn.activation_quantizer import ActivationQuantizer, Folded
+from proxbit.nn.activation_quantizer import ActivationQuantizer, Folded, Total
 from proxbit.nn.learned import SMALLEST, lsq_scale
 from proxbit.nn.surrogate import binarize_units, clip, straight_through
 from proxbit.quantizers import QuantizerPair, compiled_functions
 from proxbit.sign import sign
 
-__all__ = ["ACTIVATIONS", "check_activations", "make_activation", "upper_level"]
+__all__ = ["ACTIVATIONS", "check_activations", "fitted_upper_level", "make_activation", "upper_level"]
 
 
 class Int8Activation(ActivationQuantizer):
@@ -64,6 +64,21 @@ class Int4Activation(ActivationQuantizer):
 
     def calibrate(self, x: Tensor, may_shift: bool = True) -> None:
         self._set_step(float(x.float().abs().mean()))
+
+    def fit(self, total: Total, may_shift: bool = True) -> None:
+        """The step with the least squared error, of 64 from one that clips nearly all to one that clips nothing."""
+        (power,) = total(lambda x: [torch.stack([x.double().square().sum(), x.new_tensor(x.numel()).double()])])
+        size = math.sqrt(float(power[0] / power[1]))
+        steps = max(size, SMALLEST) * torch.logspace(-1.3, 0.7, 64).to(power)
+
+        def errors(x: Tensor) -> list[Tensor]:
+            tokens = x.flatten(0, -2).float()
+            tokens = tokens[:: -(-len(tokens) // 256)]
+            made = [(tokens / step).round().clamp(self.low, self.high) * step - tokens for step in steps.float()]
+            return [torch.stack([each.square().sum() for each in made])]
+
+        with torch.no_grad():
+            self.step.fill_(float(steps[total(errors)[0].argmin()]))
 
     def _set_step(self, mean: float) -> None:
         with torch.no_grad():
@@ -139,6 +154,13 @@ class SignActivation(ActivationQuantizer):
             self.threshold.copy_(x.mean(dim=tuple(range(x.dim() - 1)))) if may_shift else self.threshold.zero_()
             self.scale.fill_(max(float((x - self.threshold.float().cpu()).abs().mean()), SMALLEST))
 
+    def fit(self, total: Total, may_shift: bool = True) -> None:
+        """The threshold is the mean of each channel, or 0 where no bias can take it up; the scale the mean distance."""
+        threshold = _means(total) if may_shift else torch.zeros_like(self.threshold)
+        with torch.no_grad():
+            self.threshold.copy_(threshold)
+            self.scale.fill_(max(_mean_distance(total, self.threshold), SMALLEST))
+
     def _positive_scale(self) -> Tensor:
         return lsq_scale(self.scale, self.columns)
 
@@ -205,6 +227,17 @@ class ElasticActivation(SignActivation):
             self.threshold.zero_()
             self.scale.fill_(max(scale, SMALLEST))
 
+    def fit(self, total: Total, may_shift: bool = True) -> None:
+        """The upper level is taken above the mean of each channel; without a bias, zero and the level nearest to x."""
+        with torch.no_grad():
+            if may_shift:
+                middle = _means(total)
+                self.scale.fill_(max(2 * _mean_distance(total, middle), SMALLEST))
+                self.threshold.copy_(middle - self.scale.double() / 2)
+            else:
+                self.threshold.zero_()
+                self.scale.fill_(max(fitted_upper_level(total), SMALLEST))
+
     def _boundary(self) -> Tensor:
         return self.threshold + self._positive_scale() / 2
 
@@ -223,12 +256,47 @@ class ElasticActivation(SignActivation):
 
 def upper_level(values: Tensor, start: float) -> float:
     """The s of the two levels 0 and s that are nearest to some values, in least squares."""
+    return _upper_level(lambda function: list(function(values)), start)
+
+
+def fitted_upper_level(total: Total) -> float:
+    """The same of all inputs, from twice the mean of those above 0 on."""
+    (sums,) = total(lambda x: [torch.stack([x.double().clamp(min=0).sum(), x.new_tensor(x.numel()).double()])])
+    return _upper_level(total, 2 * float(sums[0] / sums[1]))
+
+
+def _upper_level(total: Total, start: float) -> float:
     level = start
     for _ in range(10):
         # The best s is the mean of what lies above s / 2.
-        above = values[values >= level / 2]
-        level = float(above.mean()) if above.numel() else level / 2
+        def above(x: Tensor, half: float = level / 2) -> list[Tensor]:
+            high = x >= half
+            return [torch.stack([torch.where(high, x, 0).double().sum(), high.double().sum()])]
+
+        (sums,) = total(above)
+        level = float(sums[0] / sums[1]) if sums[1] > 0 else level / 2
     return level
+
+
+def _means(total: Total) -> Tensor:
+    """Of each channel, `[I]`, fp64."""
+
+    def sums(x: Tensor) -> list[Tensor]:
+        tokens = x.flatten(0, -2)
+        return [tokens.sum(dim=0, dtype=torch.float64), tokens.new_tensor(len(tokens)).double()]
+
+    found, count = total(sums)
+    return found / count
+
+
+def _mean_distance(total: Total, middle: Tensor) -> float:
+    """Mean |x - middle| over all channels."""
+
+    def sums(x: Tensor) -> list[Tensor]:
+        return [torch.stack([(x.double() - middle).abs().sum(), x.new_tensor(x.numel()).double()])]
+
+    (found,) = total(sums)
+    return float(found[0] / found[1])
 
 
 ACTIVATIONS: dict[str, type[ActivationQuantizer]] = {

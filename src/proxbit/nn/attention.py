@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from proxbit.nn.activation_quantizer import DEFAULT_ACTIVATION_PAIR
 from proxbit.nn.blockwise import Blockwise, is_plain
+from proxbit.nn.modes import attends_in_floats
 from proxbit.nn.probabilities import BinaryProbabilities, binarize_probabilities, even_share
 from proxbit.nn.surrogate import binarize_units, clip, straight_through
 from proxbit.quantizers import get_pair
@@ -158,7 +159,8 @@ class Attention:
         key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
         is_causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
         is_causal = query.shape[2] > 1 and attention_mask is None and is_causal
-        learned = getattr(module, LEARNED_SCALE, None)
+        in_floats = attends_in_floats()
+        learned = None if in_floats else getattr(module, LEARNED_SCALE, None)
         learned = learned if isinstance(learned, BinaryProbabilities) else None
         batch, heads, length, _ = query.shape
         shape = (batch, heads, length, key.shape[2])
@@ -170,7 +172,8 @@ class Attention:
 
         def attend(learned: OfProbabilities, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Codes:
             given: dict[str, Any] = dict(zip(rows, others, strict=True))
-            return self._attend(q, k, v, learned, scaling=scaling, is_causal=is_causal, **given)
+            kind = _FLOAT if in_floats else self
+            return kind._attend(q, k, v, learned, scaling=scaling, is_causal=is_causal, **given)
 
         tensors = (query, key, value, *rows.values())
         result, probabilities = _in_blocks(attend, learned, tensors, math.prod(shape[1:]))
@@ -199,6 +202,11 @@ class Attention:
             return (p @ v) * p_step * v_step, p * p_step
 
 
+def _itself(x: Tensor, dim: Any) -> Codes:
+    return x, x.new_ones(())
+
+
+_FLOAT = Attention(_itself, _itself)
 # q, k, v rounded to -127..127 by the largest; p = round(255 P / max P).
 int8_attention = Attention(_int8, _uint8)
 # Signs, and the mean size; p = 1 where P is at least the even share of the keys that can be seen, s_p the mean of these

@@ -1,11 +1,15 @@
-"""Training and evaluation mode, for a while."""
+"""Modes, for a while: training and evaluation, and attention on floats."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
+import torch
 from torch import nn
 
-__all__ = ["evaluating"]
+__all__ = ["attends_in_floats", "evaluating", "float_attention"]
+
+_floats: ContextVar[bool] = ContextVar("proxbit_float_attention", default=False)
 
 
 @contextmanager
@@ -21,3 +25,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+@contextmanager
+def float_attention() -> Iterator[None]:
+    """Within the context, in this thread, attention on quantized operands computes with floats instead."""
+    token = _floats.set(True)
+    try:
+        yield
+    finally:
+        _floats.reset(token)
+
+
+def attends_in_floats() -> bool:
+    """Whether the caller is within `float_attention`."""
+    return not torch.compiler.is_compiling() and _floats.get()

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from proxbit.nn.activations import upper_level
+from proxbit.nn.activation_quantizer import Total
+from proxbit.nn.activations import fitted_upper_level, upper_level
 from proxbit.nn.learned import SMALLEST, Learned, lsq_scale
 from proxbit.nn.surrogate import clip, straight_through
 from proxbit.sign import reaches
@@ -62,6 +63,12 @@ class BinaryProbabilities(Learned):
         units = torch.cat([(row / even_share(row)).flatten() for row in rows])
         with torch.no_grad():
             self.scale.fill_(max(upper_level(units, 2.0), SMALLEST))
+
+    def fit(self, total: Total) -> None:
+        """Likewise, of probabilities that come in parts, see `ActivationQuantizer.fit`."""
+        units = fitted_upper_level(lambda function: total(lambda rows: function(rows / even_share(rows))))
+        with torch.no_grad():
+            self.scale.fill_(max(units, SMALLEST))
 
     def forward(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize.

@@ -26,11 +26,18 @@ class Call(NamedTuple):
 
 
 class Use(NamedTuple):
-    """An operation that reads a tensor, and the module that it is part of; None between modules."""
+    """An operation that reads a tensor, and the module that it is part of; None between modules.
+
+    Attributes:
+        tensors: what it reads.
+        result: what it makes, if that is one tensor.
+    """
 
     function: Any
     options: dict[str, Any]
     within: nn.Module | None
+    tensors: tuple[Tensor, ...]
+    result: Tensor | None
 
 
 @dataclass
@@ -70,10 +77,13 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
-        for argument in torch.utils._pytree.arg_tree_leaves(*args, **options):
-            if isinstance(argument, Tensor):
-                self.seen.keep(argument, Use(func, options, self.within[0] if self.within else None))
-        return func(*args, **options)
+        leaves = torch.utils._pytree.arg_tree_leaves(*args, **options)
+        tensors = tuple(each for each in leaves if isinstance(each, Tensor))
+        result = func(*args, **options)
+        made = result if isinstance(result, Tensor) else None
+        for tensor in tensors:
+            self.seen.keep(tensor, Use(func, options, self.within[0] if self.within else None, tensors, made))
+        return result
 
     def hook(self, name: str, module: nn.Module) -> list[Any]:
         """Follow the calls of a module. Modules inside of it are part of it. The handles of the hooks."""

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from proxbit.errors import ConfigError
 from proxbit.quantizers import SCHEDULES
-from proxbit.training.recipes import DEFAULT_RECIPE, Recipe, get_recipe
+from proxbit.training.recipes import DEFAULT_RECIPE, FROM_CALIBRATION, Recipe, get_recipe
 from proxbit.training.stages import PROGRESSIONS
 
 __all__ = ["DistillationArguments", "ProxConnectArguments"]
@@ -108,7 +108,7 @@ class ProxConnectArguments(DistillationArguments):
         default=None,  # type: ignore[assignment]
         metadata={
             "help": "The last fraction of the steps, in which F is the sign and the rest settles on what ships. None: "
-            "that of the recipe, or 0.1."
+            "that of the recipe, or 0.1; 1 for a model that was calibrated."
         },
     )
     activations_first: float = field(
@@ -126,7 +126,11 @@ class ProxConnectArguments(DistillationArguments):
         },
     )
     latent_learning_rate_factor: float = field(
-        default=1.0, metadata={"help": "The learning rate of latent weights, as a multiple of learning_rate."}
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "The learning rate of latent weights, as a multiple of learning_rate. None: that of the recipe, or "
+            "1; 0.1 for a model that was calibrated."
+        },
     )
     overflow_penalty: float = field(
         default=None,  # type: ignore[assignment]
@@ -141,6 +145,7 @@ class ProxConnectArguments(DistillationArguments):
     )
 
     def __post_init__(self) -> None:
+        self._open = frozenset(name for name in FROM_CALIBRATION if getattr(self, name) is None)
         if self.recipe is not None:
             recipe = get_recipe(self.recipe)
             inherited = {item.name for item in fields(TrainingArguments)}
@@ -161,3 +166,9 @@ class ProxConnectArguments(DistillationArguments):
             )
         _check_not_negative("overflow_penalty", self.overflow_penalty)
         _check_positive("latent_learning_rate_factor", self.latent_learning_rate_factor)
+
+    def begin_at_calibration(self) -> None:
+        """Set what nobody has given to what suits a model whose weights were fitted by `calibrate`."""
+        for name in self._open:
+            setattr(self, name, FROM_CALIBRATION[name])
+        self.activations_first = min(self.activations_first, 1 - self.hard_fraction)

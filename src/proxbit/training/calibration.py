@@ -1,185 +1,207 @@
-"""Calibration: where the quantizers of activations and attention of a latent model start, seen from a few batches."""
+"""Calibration: a latent model fitted to images without labels, or only where its quantizers start."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from itertools import islice
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, reduce
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from transformers import default_data_collator
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
+from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, ModelStateError
-from proxbit.nn import ActivationQuantizer, BinaryLinear, BinaryProbabilities, evaluating, soft_evaluation
+from proxbit.nn import Learned, RPReLU, binary_activations, learned_modules
 from proxbit.patching import state_of
+from proxbit.posttraining import CalibrationReport, Told, calibration_of, fit_weights
+from proxbit.training.quantizer_start import start_quantizers
+from proxbit.training.shown import CHUNK, batches_of, chunks_of, length
 
-__all__ = ["BATCHES", "calibrate"]
+__all__ = ["IMAGES", "IMAGES_OF_SIGNS", "IMAGES_OF_STARTS", "calibrate", "was_calibrated"]
 
-# Batches that are looked at before training.
-BATCHES = 4
-# Tokens a layer is shown. Means over more of them do not differ by what matters.
-TOKENS = 8192
+EMPTY = "There is nothing to calibrate with: the data is empty."
+# Images that are looked at unless told otherwise: for weights, where activations are signs too, for quantizers.
+IMAGES, IMAGES_OF_SIGNS, IMAGES_OF_STARTS = 256, 2048, 64
 
 
-def calibrate(model: nn.Module, data: Iterable[Any], *, batches: int = BATCHES, batch_size: int = 16) -> nn.Module:
-    """Set thresholds, steps and scales of quantizers from a few batches, which run with float activations.
+def calibrate(
+    model: nn.Module,
+    data: Any,
+    *,
+    weights: bool = True,
+    num_images: int | None = None,
+    processor: Any | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> nn.Module:
+    r"""Make a latent model answer as its float weights do, from some images, without labels and without training.
 
-    The threshold of a sign is the mean of its channel, and the bias takes over what that mean contributed; scales,
-    those of probabilities too, and steps are least-squares or LSQ's. `ProxConnectTrainer` does this by itself before a
-    first training.
+    Layer by layer, in the order in which the model computes, with x the inputs that a layer has once all before it are
+    binarized, and y what the float layer gives in the float model:
+
+        W' = (T + r W)(H + r I)^{-1},  H = Cov(x, x),  T = Cov(y, x);  signs s and scales a of W' by compensation;
+        bias = E y - a s E x;  latents whose signs are s and whose mean size is a
+
+    Thresholds, steps and scales of activations and of probabilities are set on the way, batch norms take their
+    statistics anew, an RPReLU gets slope and lift in least squares. See `docs/posttraining.md`.
 
     Args:
-        model: a latent model; changed in place.
-        data: batches (dicts of keyword arguments, or tensors), such as a DataLoader, or one of them; or a map-style
-            dataset, from whose examples batches are made.
-        batches: how many to look at, >= 1.
-        batch_size: of batches that are made.
+        model: a latent model, of `binarize` or `from_pretrained`, with its float weights; changed in place, after an
+            error not at all. What is excluded from binarization stays as it is, except batch norms behind 1-bit layers.
+        data: a dataset, a DataLoader, a list of PIL images or of tensors `[C, H, W]`; or batches, or one of them, as
+            the model takes them. Labels are not looked at.
+        weights: whether weights are fitted. If not, they stay, and thresholds, steps and scales start from float
+            activations, as `ProxConnectTrainer` does it before a first training.
+        num_images: how many are looked at; of single images they are drawn at random. None: 256, 2,048 where
+            activations are signs, and 64 without weights.
+        processor: the image processor for PIL images; None: the one beside the model.
+        seed: of the draw.
+        progress: whether a terminal shows a bar.
 
     Returns:
-        The same model.
+        The same model, with a `calibration_report`. With processes that are started by Accelerate, each looks at its
+        part of the images, and all get the same weights.
 
     Raises:
-        ModelStateError: if the model is not latent.
-        ConfigError: if `data` is empty, or a layer was not reached.
+        ModelStateError: if the model is not latent, or spread over processes.
+        ConfigError: if there are no images, a layer is not reached, or is given NaN or infinite activations.
+
+    Source:
+        GPTQ: Frantar et al., ICLR 2023; GPTAQ: Li et al., ICML 2025; the rest is ours.
     """
-    if state_of(model) != "latent":
-        raise ModelStateError(f"calibrate takes a latent model, this one is {state_of(model)}.")
-    for name, number in {"batches": batches, "batch_size": batch_size}.items():
-        if not isinstance(number, int) or number < 1:
-            raise ConfigError(f"{name} must be a whole number, at least 1, not {number!r}.")
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BinaryLinear)}
-    layers = {name: layer for name, layer in layers.items() if layer.activation.learns}
-    attentions = {name: module for name, module in model.named_modules() if isinstance(module, BinaryProbabilities)}
-    if not layers and not attentions:
+    _check(model, num_images)
+    if not weights and not any(True for _ in _quantizers(model)):
         return model
-    seen = _inputs(model, layers, attentions, islice(_batches(data, batch_size), batches), batches)
-    for name, rows in seen.items():
-        if not rows:
-            raise ConfigError(f"{name} was not called with these batches: nothing is known about its activations.")
-        if not all(bool(torch.isfinite(values).all()) for values in rows):
-            raise ConfigError(f"{name} was given NaN or infinite activations.")
-    for name, module in attentions.items():
-        module.calibrate(seen[name])
-        module.calibrated = True
-    for name, layer in layers.items():
-        values = torch.cat(seen[name])
-        _give_back(layer, -1)
-        layer.activation.calibrate(values, may_shift=layer.bias is not None)
-        _give_back(layer, 1)
-        layer.activation.calibrated = True
+    count = num_images
+    if count is None:
+        count = IMAGES_OF_STARTS if not weights else IMAGES_OF_SIGNS if any(binary_activations(model)) else IMAGES
+    batches = [_placed(model, batch) for batch in batches_of(model, data, images=count, processor=processor, seed=seed)]
+    if weights:
+        _fit(model, batches, data, progress)
+    elif batches:
+        start_quantizers(model, batches)
+    else:
+        raise ConfigError(EMPTY)
     return model
 
 
+def _fit(model: nn.Module, batches: list[dict[str, Any]], data: Any, progress: bool) -> None:
+    state = PartialState()
+    chunks = _own(chunks_of(batches), data, state)
+    images, ready = (int(each) for each in _summed([sum(map(length, chunks)), int(bool(chunks))]))
+    if ready < state.num_processes:
+        few = f"{images} images are too few for {state.num_processes} processes: each takes {CHUNK} at a time."
+        raise ConfigError(few if images else EMPTY)
+    with _bar(progress and state.is_main_process) as told:
+        report = fit_weights(model, chunks, images=images, told=told, reduce=_reduced)
+    _warn_of_few(report)
+    if state.num_processes > 1:
+        _as_in_the_first_process(model)
+    for config in _configs(model):  # A training that begins there goes another way.
+        config.calibration = {"images": report.images, "error": round(report.after, 6)}
+
+
+def was_calibrated(model: nn.Module) -> bool:
+    """Whether the weights of a latent model were fitted by `calibrate`, in this process or before it was saved."""
+    return calibration_of(model) is not None or any(config.calibration for config in _configs(model))
+
+
+def _configs(model: nn.Module) -> Iterator[BinarizationConfig]:
+    """How the transformers models in a model were binarized."""
+    for part in model.modules():
+        config = getattr(getattr(part, "config", None), "quantization_config", None)
+        if isinstance(part, PreTrainedModel) and isinstance(config, BinarizationConfig):
+            yield config
+
+
+def _check(model: nn.Module, num_images: int | None) -> None:
+    state = state_of(model)
+    if state != "latent":
+        hint = {"float": " Call proxbit.binarize(model, config) first.", "packed": " Load its latent checkpoint."}
+        raise ModelStateError(f"calibrate takes a latent model, this one is {state}.{hint[state]}")
+    spread = [name for name, each in model.named_parameters() if isinstance(each, DTensor) or hasattr(each, "ds_id")]
+    if spread:
+        raise ModelStateError(
+            f"calibrate needs the whole model in every process, and {spread[0]} is spread over processes: call it "
+            "before accelerator.prepare, or the Trainer."
+        )
+    if num_images is not None and (not isinstance(num_images, int) or isinstance(num_images, bool) or num_images < 1):
+        raise ConfigError(f"num_images must be a whole number, at least 1, or None; not {num_images!r}.")
+
+
+def _quantizers(model: nn.Module) -> Iterator[Learned]:
+    """What starts from data where weights stay."""
+    return (module for _, module in learned_modules(model) if not isinstance(module, RPReLU))
+
+
+def _placed(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch where the model is, and in its dtype unless autocast sees to that."""
+    like = next(each for each in model.parameters() if each.is_floating_point())
+    cast = not torch.is_autocast_enabled(like.device.type)
+
+    def place(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(like.device, like.dtype if cast and value.is_floating_point() else None)
+
+    return {key: place(value) for key, value in batch.items()}
+
+
+def _own(chunks: list[dict[str, Any]], data: Any, state: PartialState) -> list[dict[str, Any]]:
+    """What this process looks at: a DataLoader gives each process its own, of all else it takes every n-th chunk."""
+    if isinstance(data, DataLoader) or state.num_processes == 1:
+        return chunks
+    return chunks[state.process_index :: state.num_processes]
+
+
+def _reduced(tensors: list[Tensor]) -> list[Tensor]:
+    """Sums over processes."""
+    if PartialState().num_processes == 1:
+        return tensors
+    return [reduce(each.to(PartialState().device), "sum").to(each.device) for each in tensors]
+
+
+def _summed(numbers: list[int]) -> list[Tensor]:
+    return _reduced([torch.tensor(number, dtype=torch.float64) for number in numbers])
+
+
 @torch.no_grad()
-def _give_back(layer: BinaryLinear, times: int) -> None:
-    """Add to the bias what the shift of the activation takes off, or take it away again."""
-    shift = layer.activation.shift
-    if layer.bias is not None and shift is not None:
-        weight = layer.effective_weight(hard=False).float()
-        layer.bias.add_((weight @ shift.float()).to(layer.bias.dtype), alpha=times)
+def _as_in_the_first_process(model: nn.Module) -> None:
+    """Whatever a process made of the same sums, to the last bit that of the first."""
+    device = PartialState().device
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.copy_(broadcast(tensor.detach().to(device)).to(tensor.device))
 
 
 @contextmanager
-def _without_shift(layer: BinaryLinear) -> Iterator[None]:
-    """Within the context, the bias is that of a layer which takes nothing off its input."""
-    before = None if layer.bias is None else layer.bias.detach().clone()
-    _give_back(layer, -1)
-    try:
-        yield
-    finally:
-        if before is not None and layer.bias is not None:
-            with torch.no_grad():
-                layer.bias.copy_(before)
+def _bar(shown: bool) -> Iterator[Told]:
+    """A bar on a terminal: the block that is fitted, and how long the rest will take."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("Calibrating"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not shown or not console.is_terminal) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda name, share: bar.update(task, advance=share, description=name)
 
 
-def _batches(data: Iterable[Any], batch_size: int) -> Iterator[dict[str, Any]]:
-    if isinstance(data, Tensor | Mapping):
-        data = [data]
-    elif isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not isinstance(data, list | tuple)):
-        data = DataLoader(data, batch_size=batch_size, collate_fn=_collate)  # type: ignore[arg-type]
-    if not isinstance(data, Iterable):
-        raise ConfigError(f"calibrate takes batches, or a dataset, not {data!r}.")
-    for batch in data:
-        if isinstance(batch, Tensor):
-            batch = {"pixel_values": batch}
-        if not isinstance(batch, Mapping):
-            raise ConfigError(
-                "calibrate: a batch is a dictionary of what the model takes, as {'pixel_values': ...}, or a tensor of "
-                f"pictures, not a {type(batch).__name__}."
-            )
-        lengths = [len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim]
-        if not lengths or 0 in lengths:
-            found = {key: getattr(value, "shape", type(value).__name__) for key, value in batch.items()}
-            raise ConfigError(f"calibrate: a batch holds tensors with at least one example, not {found}.")
-        yield dict(batch)
-
-
-def _collate(examples: list[Any]) -> Any:
-    for example in examples:
-        if not isinstance(example, Mapping):
-            raise ConfigError(
-                "calibrate: an example is a dictionary of what the model takes, as {'pixel_values': ...}, not a "
-                f"{type(example).__name__}."
-            )
-    return default_data_collator(examples)
-
-
-@contextmanager
-def _as_float(layer: BinaryLinear) -> Iterator[None]:
-    """Within the context, the layer multiplies its input as it is."""
-    name, before, accumulator = layer.activations, layer.activation, layer.accumulator
-    layer.accumulator = None
-    layer.set_activation("float", ActivationQuantizer(layer.in_features))
-    try:
-        yield
-    finally:
-        layer.set_activation(name, before)
-        layer.accumulator = accumulator
-
-
-def _as_they_are(module: nn.Module, arguments: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """As a hook: probabilities that are not quantized, in units of one."""
-    return arguments[0], torch.ones_like(output[1])
-
-
-def _inputs(
-    model: nn.Module,
-    layers: dict[str, BinaryLinear],
-    attentions: dict[str, BinaryProbabilities],
-    batches: Iterable[dict[str, Any]],
-    count: int,
-) -> dict[str, list[Tensor]]:
-    """A sample of the tokens that each layer is given, and of the rows of each attention."""
-    watched: dict[str, nn.Module] = {**layers, **attentions}
-    seen: dict[str, list[Tensor]] = {name: [] for name in watched}
-    share = max(1, TOKENS // count)
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            tokens = arguments[0].detach().flatten(0, -2)
-            seen[name].append(tokens[:: -(-len(tokens) // share)].float().cpu())
-
-        return hook
-
-    device = next(model.parameters()).device
-    some = False
-    with ExitStack() as stack:
-        for layer in layers.values():
-            stack.enter_context(_without_shift(layer))
-            stack.enter_context(_as_float(layer))
-        for attention in attentions.values():
-            stack.callback(attention.register_forward_hook(_as_they_are).remove)
-        for name, module in watched.items():
-            stack.callback(module.register_forward_pre_hook(watch(name)).remove)
-        stack.enter_context(evaluating(model))
-        stack.enter_context(soft_evaluation(model))
-        stack.enter_context(torch.no_grad())
-        for batch in batches:
-            some = True
-            inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-            inputs.pop("labels", None)
-            model(**inputs)
-    if not some:
-        raise ConfigError("There is nothing to calibrate with: the data is empty.")
-    return seen
+def _warn_of_few(report: CalibrationReport) -> None:
+    """Say so where there were fewer tokens than inputs."""
+    few = [layer for layer in report.layers if layer.tokens < layer.columns]
+    if few:
+        warnings.warn(
+            f"{len(few)} of {len(report.layers)} layers were fitted to fewer tokens than they have inputs, the first "
+            f"{few[0].name} to {few[0].tokens} with {few[0].columns} inputs: what the images do not show stays as the "
+            "float weights say it. Give more than these images.",
+            stacklevel=3,
+        )

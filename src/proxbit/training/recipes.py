@@ -8,7 +8,7 @@ from typing import Any
 from proxbit.config import BinarizationConfig
 from proxbit.registry import Registry
 
-__all__ = ["DEFAULT_RECIPE", "RECIPES", "Recipe", "get_recipe", "register_recipe"]
+__all__ = ["DEFAULT_RECIPE", "FROM_CALIBRATION", "RECIPES", "Recipe", "get_recipe", "register_recipe"]
 
 
 def _frozen(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -76,7 +76,12 @@ _SOFT_TO_HARD: dict[str, Any] = {
     "activations_first": 0.0,
     "progression": "together",
     "overflow_penalty": 0.0,
+    "latent_learning_rate_factor": 1.0,
 }
+
+# What a training that begins at calibrated weights does otherwise, unless it is told: its signs are a code of many that
+# make up for each other, which a soft phase and large steps of the latents throw away.
+FROM_CALIBRATION: Mapping[str, Any] = _frozen({"hard_fraction": 1.0, "latent_learning_rate_factor": 0.1})
 
 register_recipe(
     "w1a32",

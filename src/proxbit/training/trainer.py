@@ -23,7 +23,7 @@ from proxbit.patching import check_latents, state_of
 from proxbit.quantizers import AGGREGATE, CONSTANT, MuSchedule
 from proxbit.training.anomalies import watch_activations
 from proxbit.training.arguments import ProxConnectArguments
-from proxbit.training.calibration import BATCHES, calibrate
+from proxbit.training.calibration import calibrate, was_calibrated
 from proxbit.training.callbacks import LayerScores, MuCallback
 from proxbit.training.gallery import choose
 from proxbit.training.monitor import FlipCounter, hardening_gap, overflow_penalty, overflow_shares
@@ -33,7 +33,10 @@ from proxbit.training.run_record import run_record
 from proxbit.training.saving import SavingTrainer
 from proxbit.training.stages import PROGRESSIONS, Stage, stages
 
-__all__ = ["ProxConnectTrainer"]
+__all__ = ["BATCHES", "ProxConnectTrainer"]
+
+# Batches that are looked at before the first step.
+BATCHES = 4
 
 
 class ProxConnectTrainer(SavingTrainer):
@@ -52,6 +55,8 @@ class ProxConnectTrainer(SavingTrainer):
     - the output folder gets a `proxbit_run.jsonl`, from which `proxbit report` makes a page;
     - `run_record` tells what cards say of the training, and `create_model_card` writes the model card of proxbit;
     - `push_to_hub` uploads the packed model, with its cards;
+    - a model that `calibrate` has fitted is trained with hard weights and small steps of the latents unless told
+      otherwise, is evaluated before the first step, and with `load_best_model_at_end` that start is kept if it is best;
     - checkpoints are complete or not there, and nothing is lost when something breaks, see `SavingTrainer`.
 
     Args:
@@ -94,7 +99,12 @@ class ProxConnectTrainer(SavingTrainer):
             )
             raise ModelStateError(f"ProxConnectTrainer trains latent models, this one is {state}. {hint}")
         check_latents(model)
+        self._calibrated = was_calibrated(model)
+        if self._calibrated:
+            args.begin_at_calibration()
         super().__init__(model=model, args=args, teacher=teacher, **kwargs)
+        self._looks_first = self._calibrated and self.eval_dataset is not None and not self.args.eval_on_start
+        self.args.eval_on_start |= self._looks_first
         if PROGRESSIONS.get(self.args.progression).score is not None:
             self.add_callback(LayerScores())
         self.add_callback(MuCallback(self.model, self._begin, self._stages))
@@ -214,8 +224,9 @@ class ProxConnectTrainer(SavingTrainer):
             return
         self.model.to(self.args.device)
         with torch.random.fork_rng(), self.accelerator.autocast():
-            calibrate(self.model, self._first_batches())
-        seen = BATCHES * self.args.per_device_train_batch_size
+            seen = BATCHES * self.args.per_device_train_batch_size
+            batches = list(islice(self._first_batches(), BATCHES))
+            calibrate(self.model, batches, weights=False, num_images=seen)
         self._calibration_samples = min(len(self.train_dataset), seen) if has_length(self.train_dataset) else seen
 
     def _first_batches(self) -> Iterable[Any]:
@@ -269,6 +280,19 @@ class ProxConnectTrainer(SavingTrainer):
         learned = [name for name, _ in learned_modules(model)]
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if name.rpartition(".")[0] not in learned]
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """As the Trainer's; the start of a calibrated model is a checkpoint, which may be the best one in the end."""
+        at_start = skip_scheduler and self._calibrated
+        if at_start and self._looks_first and self.state.global_step > 0:
+            return {}  # A run that goes on has looked at its start.
+        metrics: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if at_start and self.args.load_best_model_at_end and self._determine_best_metric(metrics, trial):
+            self._save_checkpoint(self.model_wrapped, trial)
+            self.state.best_model_checkpoint = self._complete
+        return metrics
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's; remembers what is of other data than its own, of which cards tell."""
