@@ -134,9 +134,14 @@ def logits(model: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
     return torch.cat([model(pixel_values=part).logits for part in images.split(batch)])
 
 
+def file_of(task: Task, fold: int, side: int, cache: Path) -> Path:
+    """Where the float classifier of a fold is kept."""
+    return cache / f"{task.name}-{side}-{fold}.safetensors"
+
+
 def finetune(task: Task, fold: int, side: int, cache: Path, epochs: int = EPOCHS) -> Dinov2ForImageClassification:
     """The float classifier of a fold, from the cache if it is there: AdamW, cosine, bf16 products."""
-    file = cache / f"{task.name}-{side}-{fold}.safetensors"
+    file = file_of(task, fold, side, cache)
     set_seed(fold)
     model = pretrained(task.classes, cache)
     if file.is_file():

@@ -18,6 +18,7 @@ GOOD = {
     "counts": [{}, {"W1A8": 12}],
     "metrics": [{}, {"hard": {"accuracy": 0.5}}],
     "latency": [{"batch": 1, "rounds": 3, "machine": "m", "milliseconds": {"a": 1.0}, "spread": {"a": 0.1}}],
+    "errors": [{}, {"layer": {"before": 0.5, "after": 0.25}}],
     "object": [{}, {"a": [1, None, {"b": "c"}]}],
     "files": [{}, {"model.safetensors": {"bytes": 3, "sha256": "ab" * 32}}],
 }
@@ -33,6 +34,7 @@ BAD = {
     "counts": [{"a": -1}, {1: 1}, {"": 1}, []],
     "metrics": [{"hard": 1}, {"hard": {"accuracy": math.nan}}],
     "latency": [{}, {"batch": 1, "rounds": 3, "machine": "m", "milliseconds": {"a": 1.0}, "spread": {"b": 0.1}}],
+    "errors": [{"layer": {"before": 0.5}}, {"layer": {"before": math.nan, "after": 0.1}}, []],
     "object": [{"a": math.nan}, {"a": {1}}, {1: "a"}, []],
     "files": [{"a": {"bytes": 1}}, {"a": {"bytes": 1, "sha256": "0"}}, {"a": {"bytes": -1, "sha256": "ab" * 32}}, []],
 }

@@ -19,6 +19,8 @@ from proxbit.hub.files import CARD_NAME, read_json, save_weights
 __all__ = ["CARD_FIELDS", "CARD_FORMAT", "CARD_NAME", "QuantizationCard", "quantization_card"]
 
 CARD_FORMAT = 1
+# Fields that cards of earlier versions do not have.
+_ADDED = ("calibration_errors",)
 
 _MODEL, _WEIGHTS, _INPUTS, _SIZE, _WORK, _RUN = "model", "weights", "activations", "size", "computation", "training"
 
@@ -41,6 +43,12 @@ CARD_FIELDS: tuple[Field, ...] = (
     Field("first_layer_bits", "number", "of a weight of the first linear or convolutional layer", _WEIGHTS),
     Field("last_layer_bits", "number", "of a weight of the last such layer", _WEIGHTS),
     Field("mixed_precision_policy", "counts", "such layers, by bits of weights (W) and inputs (A)", _WEIGHTS),
+    Field(
+        "calibration_errors",
+        "errors",
+        "relative error of the output of each layer whose weights were fitted to data, before and after",
+        _WEIGHTS,
+    ),
     Field("activation_bits", "whole numbers", "of the inputs of binarized layers", _INPUTS),
     Field("activation_symmetry", "texts", "where the levels of quantized inputs lie", _INPUTS),
     Field("activation_granularity", "texts", "what shares one step or scale", _INPUTS),
@@ -181,7 +189,7 @@ class QuantizationCard:
             raise CardError(f"{file} is no quantization card: it holds no JSON object.")
         if values.get("card_format") != CARD_FORMAT:
             raise CardError(f"{file} has card_format {values.get('card_format')!r}; this proxbit reads {CARD_FORMAT}.")
-        return cls(values)
+        return cls(dict.fromkeys(_ADDED) | values)
 
 
 def quantization_card(

@@ -19,6 +19,7 @@ from proxbit.config import BinarizationConfig
 from proxbit.hub.files import sha256
 from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, Surroundings, evaluating
 from proxbit.patching import PICTURE_ERRORS, FusedLayerNorm, blank_picture, packed_layers, state_of
+from proxbit.posttraining import calibration_of
 
 __all__ = ["FORMATS", "Format", "checkpoint_sha", "file_facts", "hub_name", "model_facts"]
 
@@ -76,6 +77,7 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
         "norm_folding": any(isinstance(module, FusedLayerNorm) for module in model.modules()),
         "peak_activation_bytes": peak_activation_bytes(model),
         **_weights(model, binary),
+        "calibration_errors": _errors(model),
         **_activations(model, binary),
         **_layers(model),
         **_sizes(model),
@@ -137,6 +139,13 @@ def _weights(model: nn.Module, binary: Sequence[nn.Module]) -> dict[str, Any]:
     }
 
 
+def _errors(model: nn.Module) -> dict[str, dict[str, float]] | None:
+    report = calibration_of(model)
+    if report is None:
+        return None
+    return {layer.name: {"before": layer.before, "after": layer.after} for layer in report.layers}
+
+
 def _biases(modules: Sequence[nn.Module]) -> list[Tensor]:
     return [bias for module in modules if isinstance(bias := module._parameters.get("bias"), Tensor)]
 
@@ -175,7 +184,7 @@ def _formats(binary: Sequence[nn.Module]) -> list[str]:
 
 
 def _activations(model: nn.Module, binary: Sequence[nn.Module]) -> dict[str, Any]:
-    quantized = [FORMATS[name] for name in _formats(binary)]
+    report, quantized = calibration_of(model), [FORMATS[name] for name in _formats(binary)]
     learned = [one for one in quantized if one.observer != NONE]
     narrow = {layer.accumulator.bits for layer in binary if isinstance(layer, Surroundings) and layer.accumulator}
     wide = any(not isinstance(layer, Surroundings) or layer.accumulator is None for layer in binary) or not binary
@@ -187,7 +196,7 @@ def _activations(model: nn.Module, binary: Sequence[nn.Module]) -> dict[str, Any
         "static_or_dynamic": _different(one.timing for one in quantized),
         "accumulator_bits": sorted(narrow | ({FLOAT32_BITS} if wide else set())),
         "calibration_observer": _different(one.observer for one in learned),
-        "calibration_samples": None if learned else 0,
+        "calibration_samples": report.images if report is not None else None if learned else 0,
     }
 
 

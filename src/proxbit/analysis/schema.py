@@ -66,6 +66,22 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def _errors(value: Mapping[str, Mapping[str, float]]) -> str:
+    """Of many layers, their number, the means, and the worst one."""
+    if not value:
+        return ""
+    before, after = (sum(each[when] for each in value.values()) / len(value) for when in ("before", "after"))
+    worst = max(value, key=lambda name: value[name]["after"])
+    return (
+        f"{len(value)} layers, on average {before:.3f} before and {after:.3f} after; the largest, {worst}: "
+        f"{value[worst]['before']:.3f} before, {value[worst]['after']:.3f} after"
+    )
+
+
+def _is_error(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"before", "after"} and all(map(_is_number, value.values()))
+
+
 def _pairs(show: Callable[[Any], str]) -> Callable[[Any], str]:
     return lambda value: ", ".join(f"{name}: {show(each)}" for name, each in value.items())
 
@@ -94,6 +110,7 @@ KINDS: dict[str, Kind] = {
     "whole numbers": Kind(_each(_is_whole), lambda value: ", ".join(map(str, value))),
     "counts": Kind(_named(_is_whole), _pairs(_number)),
     "metrics": Kind(_named(_named(_is_number)), _pairs(_pairs(_number))),
+    "errors": Kind(_named(_is_error), _errors),
     "latency": Kind(_is_latency, lambda value: _pairs(_number)(value["milliseconds"])),
     "object": Kind(
         lambda value: isinstance(value, dict) and _is_json(value),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from proxbit.hub.weights import as_saved, packed_outline
 from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, evaluating
 from proxbit.packing import packed_columns
 from proxbit.patching import PICTURE_ERRORS, blank_picture
+from proxbit.posttraining import calibration_of
 
 __all__ = ["LayerSummary", "ModelSummary", "summary"]
 
@@ -52,6 +54,8 @@ class LayerSummary:
         float32_bytes: of the layer's tensors in the same model in fp32.
         macs: multiply-accumulates for one picture; None if not counted.
         kernel: what computes a latent or packed layer.
+        error: the mean relative error of the layer's output, before and after its weight was fitted to data; None
+            where it was not, or nobody knows.
     """
 
     name: str
@@ -66,6 +70,7 @@ class LayerSummary:
     float32_bytes: int
     macs: int | None
     kernel: str
+    error: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,7 @@ class ModelSummary:
         """The table for a terminal of so many columns: a narrow one gets fewer."""
         wide = width >= WIDTH
         columns = [column for column in COLUMNS if column.at in (None, "wide" if wide else "narrow")]
+        columns += [ERROR] if any(layer.error for layer in self.layers) else []
         table = Table(title=f"{self.model} ({self.state})", box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
         table.add_column("module", overflow="fold", min_width=38 if wide else None)
         for column in columns:
@@ -239,6 +245,7 @@ COLUMNS = (
     _Column("MACs", _macs, at="narrow"),
     _Column("kernel", lambda layer: layer.kernel, "left", at="wide"),
 )
+ERROR = _Column("error", lambda layer: f"{layer.error[0]:.2f} → {layer.error[1]:.2f}" if layer.error else "")
 
 
 def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None, *, count_macs: bool = True) -> ModelSummary:
@@ -257,7 +264,8 @@ def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None, *, count_
     seen: set[int] = set()
     header: dict[str, Tensor] = {}
     of_packed: dict[str, Tensor] = {}
-    layers = []
+    layers, report = [], calibration_of(model)
+    errors = {layer.name: (layer.before, layer.after) for layer in report.layers} if report else {}
     for name, module in model.named_modules():
         tensors, prefix = {}, f"{name}." if name else ""
         for key, tensor in _stored(module).items():
@@ -270,7 +278,8 @@ def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None, *, count_
             row_values = _meta(module.weight.shape[:1], module.weight.dtype)
             of_packed |= dict.fromkeys((f"{prefix}{part}" for part in _beside_bits(module)), row_values)
         if tensors:
-            layers.append(_describe(name, module, tensors, None if macs is None else macs.get(name, 0)))
+            described = _describe(name, module, tensors, None if macs is None else macs.get(name, 0))
+            layers.append(replace(described, error=errors.get(name)))
     sizes = [_header_bytes(as_saved(model, each)) for each in (header, header | of_packed)]
     return ModelSummary(type(model).__name__, tuple(_fold(layers)), sizes[0], sizes[1], total, note)
 
@@ -343,7 +352,7 @@ def _fold(layers: list[LayerSummary]) -> Iterator[LayerSummary]:
     """Put layers that differ only in the numbers of their names on one line, where the first of them stands."""
     groups: dict[tuple[Any, ...], list[LayerSummary]] = {}
     for layer in layers:
-        groups.setdefault((NUMBER.sub("#", layer.name), replace(layer, name="")), []).append(layer)
+        groups.setdefault((NUMBER.sub("#", layer.name), replace(layer, name="", error=None)), []).append(layer)
     for alike in groups.values():
         numbers = zip(*(map(int, NUMBER.findall(layer.name)) for layer in alike), strict=True)
         spans = iter([f"{min(n)}-{max(n)}" if min(n) < max(n) else str(n[0]) for n in numbers])
@@ -353,7 +362,9 @@ def _fold(layers: list[LayerSummary]) -> Iterator[LayerSummary]:
         }
         macs = None if alike[0].macs is None else sum(layer.macs or 0 for layer in alike)
         name = ".".join(next(spans) if part.isdigit() else part for part in alike[0].name.split("."))
-        yield replace(alike[0], name=name, macs=macs, **sums)
+        errors = [layer.error for layer in alike if layer.error]
+        error = (fmean(before for before, _ in errors), fmean(after for _, after in errors)) if errors else None
+        yield replace(alike[0], name=name, macs=macs, error=error, **sums)
 
 
 @contextmanager

@@ -1,22 +1,39 @@
-"""`proxbit binarize`: from a float model to a latent checkpoint."""
+"""`proxbit binarize`: from a float model to a latent checkpoint, or, with some images, to a packed model."""
 
+import copy
 import json
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from datasets import Dataset
+from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
+from torch import nn
 
+from proxbit.analysis.timing import time_rounds, torch_threads
 from proxbit.cli.checkpoints import check_new_folder, load_model, load_processor, save
+from proxbit.cli.progress import watch
 from proxbit.config import BinarizationConfig
-from proxbit.errors import ConfigError
+from proxbit.errors import CheckpointError, ConfigError, DataError
 from proxbit.hub import binarize as binarize_model
+from proxbit.hub import pack
+from proxbit.posttraining import calibration_of
+from proxbit.training.calibration import calibrate
+from proxbit.training.evaluation import Evaluation, evaluate_pictures
+from proxbit.training.image_folders import LeftOut, load_splits, pick_split, read_pictures, unlabelled
 from proxbit.training.recipes import DEFAULT_RECIPE, get_recipe
 
 __all__ = ["binarize"]
 
 HELP = {item.name: item.metadata["help"] for item in fields(BinarizationConfig)}
+# What only training makes worth something: around a layer that was not trained with it, it would do harm.
+FOR_TRAINING = {"residual": False, "rprelu": False}
+HELD_OUT, ROUNDS = ("test", "validation"), 11
 
 
 def _option(name: str, metavar: str | None = None) -> Any:
@@ -40,7 +57,33 @@ def _object(name: str, text: str | None) -> dict[str, Any] | None:
 
 def binarize(
     model: Annotated[str, typer.Argument(help="A float model: a folder, or a name on the hub.")],
-    out: Annotated[Path, typer.Argument(help="A new folder for the latent checkpoint.")],
+    out: Annotated[Path | None, typer.Argument(help="A new folder; or --output_dir.", show_default=False)] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Images like those that the model will see, in a folder or a dataset on the hub; labels are not "
+            "looked at. With them the weights are fitted, and OUT is a packed model.",
+        ),
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output_dir", "--output-dir", help="The new folder.")] = None,
+    num_images: Annotated[
+        int | None,
+        typer.Option(
+            "--num_images",
+            "--num-images",
+            min=1,
+            help="How many images are looked at, drawn at random. [default: 256; 2048 if activations are signs]",
+        ),
+    ] = None,
+    labels: Annotated[
+        bool,
+        typer.Option(
+            "--labels",
+            help="Compare accuracies too: the folder of images has a folder for each class, and a part "
+            "'test' or 'validation'.",
+        ),
+    ] = False,
     recipe: Annotated[
         str,
         typer.Option(metavar="NAME", help="See `proxbit recipes`. Options below take the place of its fields."),
@@ -61,15 +104,138 @@ def binarize(
     scale: Annotated[str | None, _option("scale", "NAME")] = None,
     center: Annotated[str | None, _option("center", "NAME")] = None,
 ) -> None:
-    """Make a float model latent: ready to be trained.
+    """Make a float model 1-bit: with some images at once, without them latent, ready to be trained.
 
-    It is as large as before, and simulated; `proxbit train` trains it, `proxbit pack` packs it. Objects are given as
-    JSON, lists by repeating the option.
+    With --images the model is packed, in minutes and without labels: its weights are fitted, layer by layer, to what
+    the float model computes on the images. Residuals and RPReLUs of a recipe, which only training makes worth
+    something, are left out then. Without --images the model is as large as before, and simulated; `proxbit train`
+    trains it, `proxbit pack` packs it. Objects are given as JSON, lists by repeating the option.
+
+    Example: proxbit binarize google/vit-base-patch16-224 --images photos --output_dir vit-1bit --recipe w1a8
 
     Example: proxbit binarize google/vit-base-patch16-224 latent --recipe w1a8 --weights parq
     """
     given = {name: value for name, value in locals().items() if name in HELP and value}
     given |= {name: _object(name, given[name]) for name in ("pair_parameters", "overrides") if name in given}
-    config = get_recipe(recipe).binarization(**given)
-    check_new_folder(out)
-    save(binarize_model(load_model(model), config), load_processor(model), out)
+    folder = _folder(out, output_dir)
+    if images is None:
+        if num_images is not None or labels:
+            raise ConfigError("--num_images and --labels are about images: name them, --images FOLDER.")
+        config = get_recipe(recipe).binarization(**given)
+        check_new_folder(folder)
+        save(binarize_model(load_model(model), config), load_processor(model), folder)
+        return
+    config = get_recipe(recipe).binarization(**(FOR_TRAINING | given))
+    check_new_folder(folder)
+    from_images(_Source(model, images, num_images, labels, recipe), config, folder)
+
+
+def _folder(out: Path | None, output_dir: Path | None) -> Path:
+    if (out is None) == (output_dir is None):
+        raise ConfigError("Where to? Name one new folder: proxbit binarize MODEL --images FOLDER --output_dir OUT.")
+    folder = out or output_dir
+    assert folder is not None
+    return folder
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What the command was told."""
+
+    model: str
+    images: str
+    num_images: int | None
+    labels: bool
+    recipe: str
+
+
+def from_images(source: _Source, config: BinarizationConfig, folder: Path) -> None:
+    """Fit the weights, pack the model, write it, and show it beside its float form."""
+    model, processor = load_model(source.model), load_processor(source.model)
+    if processor is None:
+        raise CheckpointError(
+            f"{source.model!r} has no preprocessor_config.json that can be read: it is not known how images are "
+            "prepared."
+        )
+    test = _labelled(source.images) if source.labels else None
+    evaluations = {} if test is None else {"float": _evaluate(model, processor, source.model, test)}
+    plain = copy.deepcopy(model)
+    left_out: list[LeftOut] = []
+    binarize_model(model, config)
+    calibrate(model, unlabelled(source.images, 0, left_out), num_images=source.num_images, processor=processor)
+    for each in left_out:
+        typer.echo(f"left out: {each.picture}: {each.reason}", err=True)
+    report = calibration_of(model)
+    assert report is not None
+    pack(model)
+    if test is not None:
+        evaluations["packed"] = _evaluate(model, processor, source.model, test)
+    metrics = {
+        name: {"accuracy": each.accuracy, "balanced_accuracy": each.balanced_accuracy}
+        for name, each in evaluations.items()
+    }
+    run = {
+        "recipe": source.recipe,
+        "dataset": Path(source.images).name if Path(source.images).is_dir() else source.images,
+        "steps": 0,
+        "train_samples": 0,
+        "calibration_samples": report.images,
+        "teacher": "none",
+        "metrics": metrics or None,
+        "eval_samples": evaluations["packed"].pictures if evaluations else None,
+    }
+    save(model, processor, folder, run)
+    Console().print(str(report).splitlines()[0], highlight=False)
+    image = next(unlabelled(source.images, 0, []))
+    show(plain, model, dict(processor(images=[image], return_tensors="pt")), folder, evaluations)
+
+
+def _labelled(images: str) -> Dataset:
+    """The part with labels that nothing is fitted to."""
+    splits = load_splits(images)
+    if len(splits) < 2:
+        raise DataError(
+            f"--labels: {images} has one part, which the weights are fitted to. Accuracies are of another one: lay "
+            "the images out as DATA/train/cat/1.jpg and DATA/test/cat/1.jpg."
+        )
+    return splits[pick_split(splits, None, HELD_OUT)]
+
+
+def _evaluate(model: Any, processor: Any, name: str, dataset: Dataset) -> Evaluation:
+    pictures = read_pictures(dataset, partial(watch, "Reading images"))
+    names = model.config.id2label  # which the evaluation replaces by numbers
+    try:
+        return evaluate_pictures(
+            model, processor, pictures, name=repr(name), batch=16, watch=partial(watch, "Classifying")
+        )
+    finally:
+        model.config.id2label = names
+
+
+def show(
+    plain: nn.Module, packed: nn.Module, inputs: dict[str, Any], folder: Path, evaluations: dict[str, Evaluation]
+) -> None:
+    """The two forms of the model, in one table."""
+    sizes = {
+        "float": sum(tensor.nbytes for tensor in plain.state_dict().values()),
+        "packed": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+    }
+    with torch_threads(1), torch.inference_mode():
+        timings = time_rounds({"float": partial(plain, **inputs), "packed": partial(packed, **inputs)}, ROUNDS)
+    table = Table()
+    for column in ("", "float", "1 bit", ""):
+        table.add_column(column, justify="right" if column else "left")
+    if evaluations:
+        for title, name in (("accuracy", "accuracy"), ("balanced accuracy", "balanced_accuracy")):
+            before, after = (getattr(evaluations[form], name) for form in ("float", "packed"))
+            table.add_row(title, f"{before:.2%}", f"{after:.2%}", f"{100 * (after - before):+.1f} points")
+    before, after = sizes["float"], sizes["packed"]
+    table.add_row("bytes", f"{before:,}", f"{after:,}", f"{before / after:.1f}x smaller")
+    old, new = (1e3 * timings.median(form) for form in ("float", "packed"))
+    table.add_row("ms an image, 1 thread", f"{old:.2f}", f"{new:.2f}", f"{old / new:.1f}x as fast")
+    console = Console()
+    console.print(table)
+    if evaluations:
+        count = evaluations["packed"].pictures
+        console.print(f"Accuracies are of {count:,} images that the weights were not fitted to.", highlight=False)
+    console.print(f"Next: proxbit evaluate {folder} DATA; proxbit summary {folder}", highlight=False, soft_wrap=True)

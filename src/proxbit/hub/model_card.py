@@ -110,7 +110,7 @@ def model_card(
         snippet=_snippet(model, card, data.get("pipeline_tag"), processing_class, facts["model_id"] or title),
         use=_use(model, card, data.get("pipeline_tag")),
         limits=list(_limits(card, facts)),
-        training=_training(facts, card),
+        training=_fitting(card) + _training(facts, card),
         results=_results(facts),
         size=_size(card),
         latency=_latency(facts),
@@ -271,6 +271,20 @@ def _limits(card: QuantizationCard, run: Mapping[str, Any]) -> Iterator[str]:
         yield f"It inherits the limits of {line(card['base_model'])}."
     if run["license"] is None:
         yield "Its license is unknown: ask before using it."
+
+
+def _fitting(card: QuantizationCard) -> str:
+    """Of weights that were fitted to images, what was done with them."""
+    errors = card["calibration_errors"]
+    if not errors:
+        return ""
+    told = KINDS["errors"].show(errors)
+    start = "then trained" if card["task"] == "QAT" else "without training"
+    images = "some" if card["calibration_samples"] is None else f"{card['calibration_samples']:,}"
+    return (
+        f"Its weights were fitted in closed form to {images} images without labels, {start}. Relative error of the "
+        f"outputs of {told}.\n\n"
+    )
 
 
 def _training(run: Mapping[str, Any], card: QuantizationCard) -> str:

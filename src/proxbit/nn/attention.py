@@ -203,7 +203,7 @@ class Attention:
 
 
 def _itself(x: Tensor, dim: Any) -> Codes:
-    return x, x.new_ones(())
+    return x, x.new_ones(1, 1)
 
 
 _FLOAT = Attention(_itself, _itself)

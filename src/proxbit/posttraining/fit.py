@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +41,13 @@ class Layer:
         module: the layer.
         original: what it was.
         takes_means: whether a bias, or a batch norm behind it, takes up a constant.
+        calls: how often it is called in a forward pass: it is fitted anew each time, to all inputs so far.
     """
 
     groups = 1
 
-    def __init__(self, module: LatentWeight, original: Float, takes_means: bool) -> None:
-        self.module, self.original, self.takes_means = module, original, takes_means
+    def __init__(self, module: LatentWeight, original: Float, takes_means: bool, calls: int = 1) -> None:
+        self.module, self.original, self.takes_means, self.calls = module, original, takes_means, calls
         self.known: Moments | None = None
 
     def floating(self, input: Tensor) -> Tensor:
@@ -109,7 +111,9 @@ class Layer:
             return self.outputs(outputs[k], gathered.pairs[k].binarized)[::step]
 
         found = moments(gathered, lambda k: self.inputs(gathered.pairs[k].binarized)[::step], wanted, self.takes_means)
-        known = self.known = found.joined(self.known)
+        known = found.joined(self.known)
+        self.calls -= 1
+        self.known = known if self.calls > 0 else None
         if not bool(torch.isfinite(known.covariance).all() & torch.isfinite(known.cross).all()):
             raise ConfigError(f"{name} was given NaN or infinite activations.")
         start = self.hard()
@@ -167,8 +171,8 @@ def _constant(known: Moments) -> str | None:
 class _Linear(Layer):
     module: BinaryLinear
 
-    def __init__(self, module: BinaryLinear, original: Float, takes_means: bool) -> None:
-        super().__init__(module, original, takes_means)
+    def __init__(self, module: BinaryLinear, *args: Any) -> None:
+        super().__init__(module, *args)
         if module.activation.binary:
             self.ridge = RIDGE_OF_SIGNS
 
@@ -221,8 +225,8 @@ class _Linear(Layer):
 class _Conv(Layer):
     module: BinaryConv2d
 
-    def __init__(self, module: BinaryConv2d, original: Float, takes_means: bool) -> None:
-        super().__init__(module, original, takes_means)
+    def __init__(self, module: BinaryConv2d, *args: Any) -> None:
+        super().__init__(module, *args)
         self.groups = module.groups
 
     def floating(self, input: Tensor) -> Tensor:
@@ -259,10 +263,10 @@ class _Conv(Layer):
 _KINDS: dict[type[LatentWeight], type[Layer]] = {BinaryLinear: _Linear, BinaryConv2d: _Conv}
 
 
-def layer_of(module: LatentWeight, original: Float, takes_means: bool) -> Layer:
+def layer_of(module: LatentWeight, original: Float, takes_means: bool, calls: int = 1) -> Layer:
     """The layer, as rows and columns."""
     kind = next(kind for cls, kind in _KINDS.items() if isinstance(module, cls))
-    return kind(module, original, takes_means)
+    return kind(module, original, takes_means, calls)
 
 
 @torch.no_grad()

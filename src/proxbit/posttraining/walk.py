@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -65,14 +66,15 @@ def fit_weights(
             f"{unreached[0]} was not called with these images{_more(unreached)}: nothing is known about its inputs. "
             f"Leave it out with modules_to_not_convert=[{unreached[0]!r}], or give what it is for."
         )
-    before = {name: _saved(module) for name, module in sites.items()}
-    walk = _Walk(model, sites, seen, reduce)
+    before = {name: _Saved.of(module) for name, module in sites.items()}
+    walk = _Walk(model, sites, before, seen, reduce)
+    del seen
     try:
         with one_thread() as workers, evaluating(model):
             walk.go(chunks, workers, told)
     except BaseException:
         for name, module in sites.items():
-            _restore(module, before[name])
+            before[name].restore(module)
         raise
     report = CalibrationReport(images, tuple(walk.fits.values()), walk.left, time.perf_counter() - start)
     report.attach(model)
@@ -94,17 +96,24 @@ def _sites(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _saved(module: nn.Module) -> tuple[dict[str, Tensor], list[tuple[Learned, bool]]]:
-    tensors = {name: tensor.detach().clone() for name, tensor in module.state_dict(keep_vars=True).items()}
-    return tensors, [(each, each.calibrated) for each in module.modules() if isinstance(each, Learned)]
+@dataclass(frozen=True)
+class _Saved:
+    """A site as it came."""
 
+    tensors: Mapping[str, Tensor]
+    calibrated: Sequence[tuple[Learned, bool]]
 
-@torch.no_grad()
-def _restore(module: nn.Module, saved: tuple[dict[str, Tensor], list[tuple[Learned, bool]]]) -> None:
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        tensor.copy_(saved[0][name])
-    for learned, calibrated in saved[1]:
-        learned.calibrated = calibrated
+    @classmethod
+    def of(cls, module: nn.Module) -> "_Saved":
+        tensors = {name: tensor.detach().clone() for name, tensor in module.state_dict(keep_vars=True).items()}
+        return cls(tensors, [(each, each.calibrated) for each in module.modules() if isinstance(each, Learned)])
+
+    @torch.no_grad()
+    def restore(self, module: nn.Module) -> None:
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            tensor.copy_(self.tensors[name])
+        for learned, calibrated in self.calibrated:
+            learned.calibrated = calibrated
 
 
 def _one(inputs: Inputs) -> dict[str, Any]:
@@ -127,6 +136,7 @@ class _Walk:
         self,
         model: nn.Module,
         sites: Mapping[str, nn.Module],
+        before: Mapping[str, "_Saved"],
         seen: Seen,
         reduce: Callable[[list[Tensor]], list[Tensor]],
     ) -> None:
@@ -135,9 +145,9 @@ class _Walk:
         self.layers: dict[str, Layer] = {}
         for name, module in sites.items():
             if isinstance(module, LatentWeight):
-                weight, bias = module.weight.detach().clone(), module._parameters["bias"]
-                original = Float(weight, None if bias is None else bias.detach().clone())
-                self.layers[name] = layer_of(module, original, bias is not None or id(module) in normed)
+                original = Float(before[name].tensors["weight"], before[name].tensors.get("bias"))
+                takes_means = original.bias is not None or id(module) in normed
+                self.layers[name] = layer_of(module, original, takes_means, seen.times[id(module)])
         self.shortcuts = shortcuts(seen, {name: layer.module for name, layer in self.layers.items()})
         work = {name: _work(module) * seen.times[id(module)] for name, module in sites.items()}
         self.shares = {name: part / max(1, sum(work.values())) for name, part in work.items()}
@@ -193,7 +203,7 @@ class _Walk:
         shortcut = self.shortcuts.get(name)
         if shortcut is None:
             return outputs
-        streams = [[each[stream].kept[shortcut.module] for stream in (BINARIZED, FLOATING)] for each in both]
+        streams = [[each[stream].kept.pop(shortcut.module) for stream in (BINARIZED, FLOATING)] for each in both]
         return [
             shortcut.wanted(output, floating - binarized, FEEDBACK)
             for output, (binarized, floating) in zip(outputs, streams, strict=True)

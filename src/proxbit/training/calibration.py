@@ -203,5 +203,5 @@ def _warn_of_few(report: CalibrationReport) -> None:
             f"{len(few)} of {len(report.layers)} layers were fitted to fewer tokens than they have inputs, the first "
             f"{few[0].name} to {few[0].tokens} with {few[0].columns} inputs: what the images do not show stays as the "
             "float weights say it. Give more than these images.",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -1,12 +1,13 @@
 """Pictures in folders, one a class, or of a dataset on the hub: read, checked, and with the labels of a model."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets.exceptions import DatasetsError
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -21,6 +22,7 @@ __all__ = [
     "pick_split",
     "read_pictures",
     "relabel",
+    "unlabelled",
 ]
 
 IMAGE, LABEL = "image", "label"
@@ -69,6 +71,41 @@ def load_splits(source: str) -> datasets.DatasetDict:
         if path.is_dir():
             raise DataError(f"{source} holds no pictures that can be read as a dataset: {reason}. {LAYOUT}") from error
         raise DataError(f"There is no folder and no dataset on the hub named {source!r}: {reason}") from error
+
+
+def unlabelled(source: str, seed: int, left_out: list[LeftOut]) -> Iterator[Image.Image]:
+    """The images of a folder, however deep, or of a dataset on the hub, in random order: RGB, turned as EXIF says.
+
+    Args:
+        source: a folder, of which the part `train` is taken where there is one; or a name on the hub, likewise.
+        seed: of the order.
+        left_out: gets what could not be read, as far as the images are asked for.
+
+    Raises:
+        DataError: if there are no images.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        splits = load_splits(source)
+        found = splits[pick_split(splits, None, ["train"])]
+        column = next((name for name, kind in found.features.items() if isinstance(kind, datasets.Image)), None)
+        if column is None:
+            raise DataError(f"{source!r} has no column of images, but {list(found.features)}.")
+        yield from (example[column].convert("RGB") for example in found.shuffle(seed))
+        return
+    part = path / "train"
+    kinds = {kind for kind, form in Image.registered_extensions().items() if form in Image.OPEN}
+    files = sorted(each for each in (part if part.is_dir() else path).rglob("*") if each.suffix.lower() in kinds)
+    if not files:
+        raise DataError(f"{source} holds no images. {LAYOUT}")
+    for i in np.random.default_rng(seed).permutation(len(files)):
+        stored = {"path": str(files[i]), "bytes": None}
+        reason = _why_unreadable(stored)
+        if reason is None:
+            with Image.open(files[i]) as image:
+                yield ImageOps.exif_transpose(image).convert("RGB")
+        else:
+            left_out.append(LeftOut(str(files[i]), reason))
 
 
 def pick_split(splits: Mapping[str, datasets.Dataset], wanted: str | None, preferred: Sequence[str]) -> str:
