@@ -188,3 +188,11 @@ def traffic(pictures: torch.Tensor, latent: bool, hook: str) -> int:
     finally:
         torch.distributed.all_reduce = send
     return sum(sent)
+
+
+def calibrate_and_answer(pictures: torch.Tensor, activations: str) -> dict[str, Any]:
+    """A calibrated model's answers, and how many pictures it says it has seen."""
+    model = proxbit.calibrate(make(activations=activations), pictures)
+    with torch.no_grad():
+        answers = model.eval()(pixel_values=pictures).logits
+    return {"images": model.calibration_report.images, "answers": answers}
