@@ -1,15 +1,30 @@
 """`proxbit summary`: a model's layers in one table."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from torch import nn
 
+from proxbit.analysis.card import CARD_NAME, QuantizationCard
 from proxbit.analysis.summary import summary as summarize
 from proxbit.cli.checkpoints import load_model
+from proxbit.posttraining import CalibrationReport, LayerFit
 
 __all__ = ["summary"]
+
+
+def _recall(model: nn.Module, folder: Path) -> None:
+    """Give a model that was read from a folder the errors of its layers that the card beside it tells."""
+    if not (folder / CARD_NAME).is_file():
+        return
+    card = QuantizationCard.load(folder)
+    errors = card["calibration_errors"] or {}
+    layers = tuple(LayerFit(name, 0, 0, each["before"], each["after"]) for name, each in errors.items())
+    if layers:
+        CalibrationReport(card["calibration_samples"] or 0, layers, {}, 0.0).attach(model)
 
 
 def summary(
@@ -20,7 +35,9 @@ def summary(
 
     Example: proxbit summary vit-1bit
     """
-    found = summarize(load_model(model))
+    loaded = load_model(model)
+    _recall(loaded, Path(model))
+    found = summarize(loaded)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
         return
