@@ -19,7 +19,7 @@ __all__ = ["COMMANDS", "LazyGroup", "app", "main"]
 # One line a command: its name, and the first line of its help.
 COMMANDS = {
     "bench": "Time a model, float and packed, and show where its time goes.",
-    "binarize": "Make a float model 1-bit from some images, or latent, ready to be trained.",
+    "binarize": "Make a float model 1-bit from images, or latent for training.",
     "card": "Show the quantization card of a model, or compare two.",
     "demo": "Classify ten pictures with a small 1-bit model.",
     "env": "Show versions, the processor, and which kernels run.",

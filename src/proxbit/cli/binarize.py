@@ -104,7 +104,7 @@ def binarize(
     scale: Annotated[str | None, _option("scale", "NAME")] = None,
     center: Annotated[str | None, _option("center", "NAME")] = None,
 ) -> None:
-    """Make a float model 1-bit: with some images at once, without them latent, ready to be trained.
+    """Make a float model 1-bit from images, or latent for training.
 
     With --images the model is packed, in minutes and without labels: its weights are fitted, layer by layer, to what
     the float model computes on the images. Residuals and RPReLUs of a recipe, which only training makes worth
