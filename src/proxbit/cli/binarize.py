@@ -66,14 +66,14 @@ def binarize(
             "looked at. With them the weights are fitted, and OUT is a packed model.",
         ),
     ] = None,
-    output_dir: Annotated[Path | None, typer.Option("--output_dir", "--output-dir", help="The new folder.")] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output_dir", help="The new folder.")] = None,
     num_images: Annotated[
         int | None,
         typer.Option(
             "--num_images",
-            "--num-images",
-            min=1,
-            help="How many images are looked at, drawn at random. [default: 256; 2048 if activations are signs]",
+            metavar="N",
+            help="How many images are looked at, drawn at random: 256, or 2048 if activations are signs, by default.",
+            show_default=False,
         ),
     ] = None,
     labels: Annotated[
@@ -116,6 +116,8 @@ def binarize(
     Example: proxbit binarize google/vit-base-patch16-224 latent --recipe w1a8 --weights parq
     """
     given = {name: value for name, value in locals().items() if name in HELP and value}
+    if num_images is not None and num_images < 1:
+        raise ConfigError(f"--num_images must be at least 1, not {num_images}.")
     given |= {name: _object(name, given[name]) for name in ("pair_parameters", "overrides") if name in given}
     folder = _folder(out, output_dir)
     if images is None:
