@@ -8,8 +8,9 @@
 
 Trains a float vision transformer on four fifths of the 1,797 digits of scikit-learn (8 x 8 grey pictures), makes it
 latent, trains it with ProxConnect++ and distillation from the float model, packs it, and writes a release with its
-cards, and the first test picture of each digit: what src/proxbit/demo/digits holds. model_cards/digits-vit-1bit.md is
-the model card of that release.
+cards, and the first test picture of each digit: what src/proxbit/demo/digits holds. Beside it lies the float model in
+bf16, with 256 training pictures without labels and all test pictures, from which the demo makes a 1-bit model without
+training: src/proxbit/demo/digits-float. model_cards/digits-vit-1bit.md is the model card of the release.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from proxbit.analysis.latency import measure_latency
 from proxbit.training import DistillationArguments, DistillationTrainer
 from proxbit.training.metrics import classification_metrics
 
-SIDE, FLOAT_EPOCHS, BINARY_EPOCHS = 8, 80, 60
+SIDE, FLOAT_EPOCHS, BINARY_EPOCHS, UNLABELLED = 8, 80, 60, 256
 FACTS = {
     "model_id": "digits-vit-1bit",
     "license": "apache-2.0",
@@ -89,8 +90,25 @@ def predictions(model: torch.nn.Module, examples: list[dict]) -> np.ndarray:
     return model.eval()(torch.stack([one["pixel_values"] for one in examples])).logits.numpy()
 
 
+def sheet(chosen: list[Image.Image]) -> Image.Image:
+    """Pictures side by side, 16 in a row."""
+    made = Image.new("L", (16 * SIDE, -(-len(chosen) // 16) * SIDE), 255)
+    for i, one in enumerate(chosen):
+        made.paste(one, (i % 16 * SIDE, i // 16 * SIDE))
+    return made
+
+
+def write_float(model: torch.nn.Module, processor, folder: Path, train: list, test: list, labels: np.ndarray) -> None:
+    """The float model in bf16, and what the demo binarizes it with."""
+    copy.deepcopy(model).bfloat16().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    sheet(train[:UNLABELLED]).save(folder / "unlabelled.png")
+    sheet(test).save(folder / "test.png")
+    (folder / "test.txt").write_text("".join(map(str, labels)) + "\n")
+
+
 def main() -> None:
-    """Train, pack, and write the folder of the demo."""
+    """Train, pack, and write the folders of the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder for the model and the samples")
     parser.add_argument("--smoke", action="store_true", help="one epoch on few pictures: does it run?")
@@ -112,6 +130,8 @@ def main() -> None:
     trainer.train()
     in_float = trainer.evaluate()["eval_accuracy"]
 
+    parts = [[drawn[i] for i in part] for part in (train, test)]
+    write_float(model, processor, options.out / "digits-float", *parts, labels[test])
     teacher = copy.deepcopy(model).eval()
     proxbit.binarize(model, proxbit.BinarizationConfig(weights="bnn++"))
     args = arguments(proxbit.ProxConnectArguments, options.out / "latent", binary_epochs)

@@ -21,7 +21,7 @@ COMMANDS = {
     "bench": "Time a model, float and packed, and show where its time goes.",
     "binarize": "Make a float model 1-bit from images, or latent for training.",
     "card": "Show the quantization card of a model, or compare two.",
-    "demo": "Classify ten pictures with a small 1-bit model.",
+    "demo": "Make a small model 1-bit, and classify pictures with it.",
     "env": "Show versions, the processor, and which kernels run.",
     "evaluate": "Measure accuracy, latency and throughput on pictures.",
     "pack": "Make a latent model packed: one bit a weight.",
