@@ -27,9 +27,12 @@ for answer in classify("runs/digits/samples/7.png", top_k=2):
 """
 # What is done, with which command; a text that is no command is a program.
 STEPS = {
-    "A 1-bit model at work. It came with the package, and needs no network.": "proxbit demo",
+    "A model becomes 1-bit and goes to work. It came with the package, and needs no network.": "proxbit demo",
     "Train one: float, then 1-bit with distillation, then packed, as a release.": "python examples/train_digits.py",
-    "What it is made of.": f"proxbit summary {RELEASE}",
+    "The float model of before, binarized from unlabelled pictures instead of trained.": (
+        "proxbit binarize runs/digits/digits-float --images runs/digits/pictures --labels --output_dir fitted"
+    ),
+    "What the trained one is made of.": f"proxbit summary {RELEASE}",
     "A page about its training, to be opened in a browser.": "proxbit report runs/digits/latent",
     "To the Hub.": f"proxbit push {RELEASE} {REPOSITORY}",
     "And on another machine.": CLASSIFY,

@@ -107,6 +107,15 @@ def write_float(model: torch.nn.Module, processor, folder: Path, train: list, te
     (folder / "test.txt").write_text("".join(map(str, labels)) + "\n")
 
 
+def write_pictures(drawn: list[Image.Image], labels: np.ndarray, parts: dict[str, np.ndarray], folder: Path) -> None:
+    """All pictures as files, in a folder for each part and digit, as the commands of proxbit read them."""
+    for part, chosen in parts.items():
+        for i in chosen:
+            place = folder / part / str(labels[i])
+            place.mkdir(parents=True, exist_ok=True)
+            drawn[i].save(place / f"{i}.png")
+
+
 def main() -> None:
     """Train, pack, and write the folders of the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,6 +141,7 @@ def main() -> None:
 
     parts = [[drawn[i] for i in part] for part in (train, test)]
     write_float(model, processor, options.out / "digits-float", *parts, labels[test])
+    write_pictures(drawn, labels, {"train": train, "test": test}, options.out / "pictures")
     teacher = copy.deepcopy(model).eval()
     proxbit.binarize(model, proxbit.BinarizationConfig(weights="bnn++"))
     args = arguments(proxbit.ProxConnectArguments, options.out / "latent", binary_epochs)
