@@ -174,6 +174,8 @@ def run(options: argparse.Namespace, fold: int, seed: int, out: Path, images: np
     untrained = proxbit.binarize(copy.deepcopy(control), signs)
     proxbit.pack(proxbit.calibrate(untrained, DataLoader(train, BATCH), weights=False))
     rows["post-training sign, packed"] = row(measure(untrained.eval(), test), truth, None)
+    fitted = proxbit.calibrate(proxbit.binarize(copy.deepcopy(control), signs), train)
+    rows["fitted without labels, packed"] = row(measure(proxbit.pack(fitted).eval(), test), truth, None)
 
     proxbit.binarize(model, configuration(options))
     extra = {"eval_strategy": "epoch", "recipe": options.recipe}

@@ -100,8 +100,17 @@ def test_what_is_refused(crops):
     assert same(state(model), before) and not was_calibrated(model)
 
 
+def test_a_configuration_that_is_used_again_says_nothing_of_another_model(tmp_path, crops):
+    model = proxbit.calibrate(latent(), crops(12, SIDE))
+    FAMILIES["vit"]().save_pretrained(tmp_path)
+    used = model.config.quantization_config
+    assert not was_calibrated(ViTForImageClassification.from_pretrained(tmp_path, quantization_config=used))
+
+
 def test_of_a_spread_model_nothing_is_changed(crops):
     model = latent()
+    with pytest.raises(ModelStateError, match="the device 'meta', which has no numbers"):
+        proxbit.calibrate(latent().to("meta"), crops(2, SIDE))
     model.vit.layers[0].mlp.fc1.weight.ds_id = 7
     with pytest.raises(ModelStateError, match=r"vit.layers.0.mlp.fc1.weight is spread over processes"):
         proxbit.calibrate(model, crops(2, SIDE))

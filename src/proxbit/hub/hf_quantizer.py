@@ -77,6 +77,8 @@ class ProxbitHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         state = self.quantization_config.state
+        if not self.pre_quantized:  # Whatever the configuration was of before, these weights are of a float file.
+            self.quantization_config = self.quantization_config.replace(calibration=None)
         if self.pre_quantized:
             check_downloads(checkpoint_files or [])
             for file in checkpoint_files or []:

@@ -5,6 +5,8 @@ by layer, in the order in which it computes, whatever its forward does between i
 """
 
 import contextvars
+import ctypes
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -156,6 +158,13 @@ class Meeting:
     passes: Sequence[Pass]
 
 
+def _give_back_memory() -> None:
+    """Let glibc return what was freed: it keeps that for each thread by itself, and here are many."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 @contextmanager
 def _stopping(sites: Mapping[str, nn.Module]) -> Iterator[None]:
     """Within the context, passes stop where these modules are called; other callers do not notice."""
@@ -205,6 +214,7 @@ def lockstep(
         try:
             ready: Sequence[Pass] = passes
             while ready:
+                _give_back_memory()
                 room.enter(len(ready))
                 for each in ready:
                     each.go()

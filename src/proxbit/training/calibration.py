@@ -131,6 +131,10 @@ def _check(model: nn.Module, num_images: int | None) -> None:
             f"calibrate needs the whole model in every process, and {spread[0]} is spread over processes: call it "
             "before accelerator.prepare, or the Trainer."
         )
+    device = next(model.parameters()).device.type
+    if device in ("mps", "meta"):
+        why = "has no float64" if device == "mps" else "has no numbers"
+        raise ModelStateError(f"calibrate cannot compute on the device {device!r}, which {why}: model.to('cpu') first.")
     if num_images is not None and (not isinstance(num_images, int) or isinstance(num_images, bool) or num_images < 1):
         raise ConfigError(f"num_images must be a whole number, at least 1, or None; not {num_images!r}.")
 
