@@ -49,6 +49,7 @@ class Layer:
     def __init__(self, module: LatentWeight, original: Float, takes_means: bool, calls: int = 1) -> None:
         self.module, self.original, self.takes_means, self.calls = module, original, takes_means, calls
         self.known: Moments | None = None
+        self.ridge = RIDGE
 
     def floating(self, input: Tensor) -> Tensor:
         """What the float layer gives."""
@@ -75,8 +76,6 @@ class Layer:
         bias = self.original.bias
         zero = weight.new_zeros(weight.shape[:2])
         return zero if bias is None else bias.to(weight).view_as(zero)
-
-    ridge = RIDGE
 
     def stride(self, gathered: Gathered) -> int:
         """Of how many tokens one is looked at."""
