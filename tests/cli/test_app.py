@@ -105,7 +105,7 @@ def test_help_needs_neither_torch_nor_transformers():
 
 def test_the_program_that_is_installed():
     program = Path(sysconfig.get_path("scripts")) / "proxbit"
-    for command, status, words in (("--help", 0, "Classify ten pictures"), ("pakc", 2, "Did you mean 'pack'")):
+    for command, status, words in (("--help", 0, "Make a small model 1-bit"), ("pakc", 2, "Did you mean 'pack'")):
         done = subprocess.run([program, command], capture_output=True, text=True)
         assert done.returncode == status and words in done.stdout + done.stderr
 

@@ -36,6 +36,36 @@ FOR_TRAINING = {"residual": False, "rprelu": False}
 HELD_OUT, ROUNDS = ("test", "validation"), 11
 
 
+Images = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Images like those that the model will see, in a folder or a dataset on the hub; labels are ignored. "
+        "With them the weights are fitted, and OUT is a packed model.",
+    ),
+]
+NumImages = Annotated[
+    int | None,
+    typer.Option(
+        "--num_images",
+        metavar="N",
+        help="How many images are looked at, drawn at random: 256, or 2048 if activations are signs, by default.",
+        show_default=False,
+    ),
+]
+Labels = Annotated[
+    bool,
+    typer.Option(
+        "--labels",
+        help="Compare accuracies too: the folder of images has a folder for each class, and a part 'test' or "
+        "'validation'.",
+    ),
+]
+RecipeName = Annotated[
+    str, typer.Option(metavar="NAME", help="See `proxbit recipes`. Options below take the place of its fields.")
+]
+
+
 def _option(name: str, metavar: str | None = None) -> Any:
     """An option with the help of the field of the configuration that it sets."""
     flag = f"--{name.replace('_', '-')}"
@@ -58,36 +88,11 @@ def _object(name: str, text: str | None) -> dict[str, Any] | None:
 def binarize(
     model: Annotated[str, typer.Argument(help="A float model: a folder, or a name on the hub.")],
     out: Annotated[Path | None, typer.Argument(help="A new folder; or --output_dir.", show_default=False)] = None,
-    images: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Images like those that the model will see, in a folder or a dataset on the hub; labels are not "
-            "looked at. With them the weights are fitted, and OUT is a packed model.",
-        ),
-    ] = None,
+    images: Images = None,
     output_dir: Annotated[Path | None, typer.Option("--output_dir", help="The new folder.")] = None,
-    num_images: Annotated[
-        int | None,
-        typer.Option(
-            "--num_images",
-            metavar="N",
-            help="How many images are looked at, drawn at random: 256, or 2048 if activations are signs, by default.",
-            show_default=False,
-        ),
-    ] = None,
-    labels: Annotated[
-        bool,
-        typer.Option(
-            "--labels",
-            help="Compare accuracies too: the folder of images has a folder for each class, and a part "
-            "'test' or 'validation'.",
-        ),
-    ] = False,
-    recipe: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="See `proxbit recipes`. Options below take the place of its fields."),
-    ] = DEFAULT_RECIPE,
+    num_images: NumImages = None,
+    labels: Labels = False,
+    recipe: RecipeName = DEFAULT_RECIPE,
     weights: Annotated[str | None, _option("weights", "NAME")] = None,
     pair_parameters: Annotated[str | None, _option("pair_parameters", "JSON")] = None,
     activations: Annotated[str | None, _option("activations", "NAME")] = None,

@@ -5,16 +5,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from proxbit.errors import MuRangeError
 from proxbit.nn import ActivationQuantizer, binary_activations, latent_layers, set_mu, start_update
 from proxbit.quantizers import AGGREGATE, MuSchedule
 from proxbit.training.monitor import hardening_gap
 from proxbit.training.stages import Stage
 
-__all__ = ["LayerScores", "MuCallback"]
+__all__ = ["LayerScores", "MuCallback", "learning_rates"]
 
 # The hardening gap above which a user is told: a hundredth of the weights' size is below what a picture shows.
 SOFT = 0.01
@@ -134,3 +136,18 @@ def _from(schedule: MuSchedule, begin: int) -> MuSchedule:
         return schedule
     left = schedule.steps - begin
     return replace(schedule, steps=left, hard_fraction=min(1.0, (schedule.steps - schedule.soft_steps) / left))
+
+
+def learning_rates(scheduler: Any, steps: int) -> list[float]:
+    """The learning rate of the latents, the last group, at every step, from the scheduler's own formula.
+
+    Raises:
+        MuRangeError: for a learning rate that is no function of the step.
+    """
+    inner = getattr(scheduler, "scheduler", scheduler)
+    if not isinstance(inner, torch.optim.lr_scheduler.LambdaLR):
+        raise MuRangeError(
+            "The schedule 'aggregate' needs a learning rate that is a function of the step (a LambdaLR, such as "
+            f"linear, cosine or constant), not {type(inner).__name__}."
+        )
+    return [float(inner.base_lrs[-1] * inner.lr_lambdas[-1](step)) for step in range(steps)]

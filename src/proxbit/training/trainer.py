@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from proxbit.analysis.card import quantization_card
-from proxbit.errors import ConfigError, ModelStateError, MuRangeError, ProxbitError
+from proxbit.errors import ConfigError, ModelStateError, ProxbitError
 from proxbit.hub import binarize
 from proxbit.hub.model_card import README, model_card
 from proxbit.nn import latent_layers, learned_modules, soft_evaluation
@@ -24,7 +24,7 @@ from proxbit.quantizers import AGGREGATE, CONSTANT, MuSchedule
 from proxbit.training.anomalies import watch_activations
 from proxbit.training.arguments import ProxConnectArguments
 from proxbit.training.calibration import calibrate, was_calibrated
-from proxbit.training.callbacks import LayerScores, MuCallback
+from proxbit.training.callbacks import LayerScores, MuCallback, learning_rates
 from proxbit.training.gallery import choose
 from proxbit.training.monitor import FlipCounter, hardening_gap, overflow_penalty, overflow_shares
 from proxbit.training.recipes import get_recipe
@@ -145,7 +145,7 @@ class ProxConnectTrainer(SavingTrainer):
             end=end,
             steps=steps,
             hard_fraction=self.args.hard_fraction,
-            learning_rates=self._learning_rates(steps) if kind == AGGREGATE else (),
+            learning_rates=learning_rates(self.lr_scheduler, steps) if kind == AGGREGATE else (),
         )
         for layer in layers:
             for step in (0, steps):
@@ -240,17 +240,6 @@ class ProxConnectTrainer(SavingTrainer):
             collator = self._get_collator_with_removed_columns(collator, description="training")
         for batch in DataLoader(dataset, self.args.per_device_train_batch_size, collate_fn=collator):
             yield broadcast_object_list([batch])[0]
-
-    def _learning_rates(self, steps: int) -> list[float]:
-        """The learning rate of the latents at every step, from the scheduler's own formula."""
-        scheduler = self.lr_scheduler
-        inner = getattr(scheduler, "scheduler", scheduler)
-        if not isinstance(inner, torch.optim.lr_scheduler.LambdaLR):
-            raise MuRangeError(
-                "The schedule 'aggregate' needs a learning rate that is a function of the step (a LambdaLR, such as "
-                f"linear, cosine or constant), not {type(inner).__name__}."
-            )
-        return [float(inner.base_lrs[-1] * inner.lr_lambdas[-1](step)) for step in range(steps)]
 
     def penalty(self) -> Tensor | None:
         """By how much the sums of narrow accumulators overflow, if that has a weight."""
