@@ -1,7 +1,9 @@
 """Fitting one layer, at the moment when all forward passes have come to it."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +51,7 @@ class Layer:
     def __init__(self, module: LatentWeight, original: Float, takes_means: bool, calls: int = 1) -> None:
         self.module, self.original, self.takes_means, self.calls = module, original, takes_means, calls
         self.known: Moments | None = None
+        self.before: float | None = None
         self.ridge = RIDGE
 
     def floating(self, input: Tensor) -> Tensor:
@@ -82,12 +85,7 @@ class Layer:
         return 1
 
     @torch.no_grad()
-    def fit(
-        self,
-        name: str,
-        gathered: Gathered,
-        outputs: list[Tensor],
-    ) -> LayerFit | str:
+    def fit(self, name: str, gathered: Gathered, outputs: list[Tensor]) -> LayerFit | str:
         """Fit weight, bias and what is around them, from the passes that wait at the layer.
 
         Args:
@@ -119,12 +117,13 @@ class Layer:
         if (reason := _constant(known)) is not None:
             self.fit_bias(known, start)
             return reason
-        before = known.error(start, self.start_bias(start) if self.takes_means else None)
+        if self.before is None:
+            self.before = known.error(start, self.start_bias(start) if self.takes_means else None)
         self.solve(known, gathered.workers)
         weight = self.hard()
         self.fit_bias(known, weight)
         self.fit_behind(gathered, wanted, step)
-        return LayerFit(name, known.tokens, weight.shape[2], before, known.error(weight, None))
+        return LayerFit(name, known.tokens, weight.shape[2], self.before, known.error(weight, None))
 
     def fit_bias(self, known: Moments, weight: Tensor) -> None:
         """Let the bias make up for the means."""
@@ -142,14 +141,19 @@ class Layer:
         """Align, round, and set the latents."""
         rounding, prior, rows = rounding_of(self.module), self.prior(), []
         _, scale, _ = self.module.hard_rows()
+
+        def rounded(part: Tensor, start: Tensor, covariance: Tensor) -> Tensor:
+            return latents(compensate(part, covariance, rounding, start), self.module)
+
         scales = scale.double().view(self.groups, -1)
         for group in range(self.groups):
             covariance = known.covariance[group]
             ridge = self.ridge * float(covariance.diagonal().mean())
             wanted = align(known.cross[group], prior[group], covariance, ridge)
             size = len(wanted) if rounding.scale == "tensor" else ROWS
-            for part, start in zip(wanted.split(size), scales[group].split(size), strict=True):
-                rows.append(latents(compensate(part, covariance, rounding, start), self.module))
+            with ThreadPoolExecutor(workers) as pool:
+                one = partial(rounded, covariance=covariance)
+                rows += list(pool.map(one, wanted.split(size), scales[group].split(size)))
         self.module.weight.copy_(torch.cat(rows).view_as(self.module.weight))
 
     def fit_behind(self, gathered: Gathered, wanted: Callable[[int], Tensor], step: int) -> None:
