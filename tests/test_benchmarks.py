@@ -1,14 +1,16 @@
 """What the pages of the benchmarks of speed say of their goals, from made-up times."""
 
 import argparse
+import copy
 import importlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import proxbit
 from proxbit.analysis.environment import environment
 from proxbit.analysis.timing import Timings
 
@@ -217,3 +219,33 @@ def test_a_row_says_why_there_is_nothing(script):
     said = engines.explanation("rank 0: Traceback\n  File x\nlib.SomeError: it | broke\n\nOther: ...\nValueError: so")
     cells = engines.cells(engines.ROWS[1], engines.Found(failed=said))
     assert said == "lib.SomeError: it | broke" and cells[2] == "lib.SomeError: it / broke"
+
+
+def test_every_variant_of_the_closed_form_changes_it(script):
+    """What is patched is what is read: a variant that changed nothing would say that a step is worth nothing."""
+    posttraining = script("posttraining")
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(24, 24), torch.nn.ReLU(), torch.nn.Linear(24, 8))
+    x = torch.randn(200, 24) @ torch.randn(24, 24)
+    found = {}
+    for name in posttraining.VARIANTS:
+        if "feedback" not in name:  # These layers write into no residual stream.
+            model = proxbit.binarize(copy.deepcopy(plain), proxbit.BinarizationConfig(include=["*"]))
+            with posttraining.variant(name):
+                proxbit.calibrate(model, x, progress=False)
+            found[name] = tuple(layer.after for layer in model.calibration_report.layers)
+    assert len(set(found.values())) == len(found)
+    assert found["without compensation"] > found["without flips"] > found[posttraining.CLOSED]
+
+
+def test_points_lost_are_judged_by_their_mean(script):
+    posttraining = script("posttraining")
+    rows = {}
+    for fold, accuracy in enumerate((0.900, 0.890)):
+        run = posttraining.Run("solar", fold, "W1A32", 256)
+        numbers = {"float_accuracy": 0.9, "accuracy": accuracy, "balanced": 0.8, "kl": 0.1, "agreement": 0.9}
+        rows[run] = asdict(run) | numbers | {"seconds": 60, "shown": 256}
+    text = "\n".join(posttraining.main_table(rows))
+    assert "| W1A32 | closed form | 90.0 ± 0.0 | 89.5 ± 0.5 | 80.0 ± 0.0 | 0.5 ± 0.5 | 0.7 | met |" in text
+    rows = {run: row | {"accuracy": 0.89} for run, row in rows.items()}
+    assert "| 1.0 ± 0.0 | 0.7 | **missed** |" in "\n".join(posttraining.main_table(rows))
