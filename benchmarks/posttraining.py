@@ -334,6 +334,8 @@ def write(found: dict[Run, dict[str, Any]]) -> str:
         ("## Trained from there (fold 0)", "training", lambda run: run.variant),
     ):
         rows = rows_of(found, PARTS[part](), label)
+        if part == "curve" and len({row[3] for row in rows}) < 2:
+            continue  # One point is no curve.
         if rows and part == "curve":
             draw(found)
             lines += [
