@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from proxbit.sign import sign
+
 __all__ = ["DAMPING", "Rounding", "Signs", "align", "compensate", "quadratic"]
 
 # Of the mean variance of the inputs: what is added to H before it is inverted to spread rounding errors.
@@ -140,7 +142,7 @@ class _Problem:
 
     def fitted(self, sources: Tensor) -> Signs:
         """The signs of some sources with the scale, and the offset, that are best for them."""
-        signs = _sign(sources)
+        signs = sign(sources)
         seen = signs @ self.covariance
         ss, sw = (seen * signs).sum(dim=1), (seen * self.weight).sum(dim=1)
         if not self.rounding.offset:
@@ -179,10 +181,6 @@ def _turned(found: Signs) -> Signs:
     return Signs(turn * found.signs, found.scale.abs().clamp(min=SMALLEST), found.offset, turn * found.sources)
 
 
-def _sign(values: Tensor) -> Tensor:
-    return torch.where(values >= 0, 1.0, -1.0).to(values.dtype)
-
-
 def _blocks(columns: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + BLOCK, columns)) for start in range(0, columns, BLOCK))
 
@@ -193,7 +191,7 @@ def _pass(weight: Tensor, scale: Tensor, upper: Tensor) -> Tensor:
     for start, end in _blocks(len(left)):
         errors = torch.empty_like(left[start:end])
         for j in range(start, end):
-            error = torch.sub(left[j], _sign(left[j]) * scale).div_(upper[j, j])
+            error = torch.sub(left[j], sign(left[j]) * scale).div_(upper[j, j])
             errors[j - start] = error
             if j + 1 < end:
                 left[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)

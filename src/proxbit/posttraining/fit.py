@@ -1,5 +1,6 @@
 """Fitting one layer, at the moment when all forward passes have come to it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Float:
     bias: Tensor | None
 
 
-class Layer:
+class Layer(ABC):
     """A latent layer as rows and columns, whatever its shape.
 
     Args:
@@ -54,20 +55,21 @@ class Layer:
         self.before: float | None = None
         self.ridge = RIDGE
 
+    @abstractmethod
     def floating(self, input: Tensor) -> Tensor:
         """What the float layer gives."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fit_inputs(self, gathered: Gathered) -> None:
         """Set what the layer makes of its inputs."""
 
+    @abstractmethod
     def inputs(self, input: Tensor) -> Tensor:
         """What the layer multiplies, `[n, G, I]`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outputs(self, output: Tensor, input: Tensor) -> Tensor:
         """What its products are to be, where its output is to be that, `[n, G, O]`."""
-        raise NotImplementedError
 
     def prior(self) -> Tensor:
         """The float weight for those products, `[G, O, I]`, float64."""
@@ -156,6 +158,7 @@ class Layer:
                 rows += list(pool.map(one, wanted.split(size), scales[group].split(size)))
         self.module.weight.copy_(torch.cat(rows).view_as(self.module.weight))
 
+    @abstractmethod
     def fit_behind(self, gathered: Gathered, wanted: Callable[[int], Tensor], step: int) -> None:
         """Set what comes behind the product."""
 
@@ -231,6 +234,12 @@ class _Conv(Layer):
     def __init__(self, module: BinaryConv2d, *args: Any) -> None:
         super().__init__(module, *args)
         self.groups = module.groups
+
+    def fit_inputs(self, gathered: Gathered) -> None:
+        """Nothing: a convolution multiplies floats."""
+
+    def fit_behind(self, gathered: Gathered, wanted: Callable[[int], Tensor], step: int) -> None:
+        """Nothing: its output is the product."""
 
     def floating(self, input: Tensor) -> Tensor:
         result: Tensor = self.module._conv_forward(input, self.original.weight, self.original.bias)
