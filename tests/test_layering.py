@@ -10,6 +10,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = {
     "blocks": 0,
     "errors": 0,
+    "foreign": 0,
     "registry": 0,
     "shards": 0,
     "sign": 0,

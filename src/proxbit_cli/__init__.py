@@ -77,6 +77,8 @@ def main() -> None:
         no_place = isinstance(error, OSError) and error.filename is not None
         if not no_place and not isinstance(error, import_module("proxbit.errors").ProxbitError):
             raise
-        line = " ".join([str(error), *vars(error).get("__notes__", ())])
+        line = import_module("proxbit.foreign").printable(
+            " ".join([str(error), *vars(error).get("__notes__", ())]), most=5000
+        )
         Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(line)}", highlight=False)
         sys.exit(2)

@@ -1,0 +1,27 @@
+"""Text that comes from files of others, made fit for a terminal, a log or one line of an error."""
+
+import unicodedata
+
+__all__ = ["printable"]
+
+# Control and format characters (escape sequences, text that turns direction), separators of lines, halves of pairs.
+_UNFIT = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def printable(text: object, most: int = 200) -> str:
+    """A string of others on one line, without anything that a terminal would obey.
+
+    Args:
+        text: what to show; `str` is taken of it.
+        most: characters at most; what is longer is cut, and ends with "...".
+
+    Returns:
+        The text with control, format and line-separating characters as escapes (`\\x1b`, `\\n`, `\\u202e`).
+    """
+    whole = str(text)
+    shown = "".join(_escaped(each) if unicodedata.category(each) in _UNFIT else each for each in whole[: most + 1])
+    return shown if len(whole) <= most else shown[: max(most - 3, 0)] + "..."
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
