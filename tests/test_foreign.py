@@ -1,6 +1,7 @@
 """Strings of others on a terminal."""
 
 import pytest
+
 from proxbit.foreign import printable
 
 
