@@ -50,7 +50,7 @@ def findings(source: str) -> list[str]:
             elif isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
                 if function.attr in CALLS.get(function.value.id, set()):
                     found.append(f"{function.value.id}.{function.attr}")
-            found += [word.arg for word in node.keywords if word.arg in WORDS]
+            found += [word.arg for word in node.keywords if word.arg in WORDS and ast.unparse(word.value) != "False"]
     return found
 
 
@@ -71,6 +71,7 @@ def test_the_source_runs_nothing_that_it_reads(file):
         "yaml.load(text)",
         "subprocess.run(line, shell=True)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=None)",
         "np.load(file, allow_pickle=True)",
         "tempfile.mktemp()",
     ],
@@ -84,6 +85,23 @@ def test_the_check_sees_it(source):
 )
 def test_the_check_lets_the_rest_pass(source):
     assert findings(source) == []
+
+
+def loads(source: str) -> list[str]:
+    """The calls by which a source has transformers read a name or a folder."""
+    calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    names = {"from_pretrained", "from_config"}
+    return [ast.unparse(call) for call in calls if isinstance(call, ast.Attribute) and call.attr in names]
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if "examples" not in f.parts and f.name != "loading.py"], ids=str)
+def test_one_module_has_transformers_load(file):
+    """Where `trust_remote_code=False` is said, once and for all: `hub/loading.py`."""
+    assert loads(file.read_text(encoding="utf-8")) == []
+
+
+def test_that_module_is_found():
+    assert len(loads((ROOT / "src" / "proxbit" / "hub" / "loading.py").read_text(encoding="utf-8"))) == 4
 
 
 @pytest.fixture

@@ -16,7 +16,9 @@ from proxbit.analysis.timing import Timings, operator_shares, time_rounds, torch
 from proxbit.analysis.variants import forward_calls, packed_copy, variants
 from proxbit.cli.checkpoints import architecture, load_model
 from proxbit.config import QUANT_METHOD, BinarizationConfig, stored_kind
-from proxbit.errors import CheckpointError
+from proxbit.errors import CheckpointError, ProxbitError
+from proxbit.hub.client import first_line
+from proxbit.hub.loading import UNREADABLE, make_model
 
 __all__ = ["bench"]
 
@@ -40,8 +42,12 @@ def _random(name: str, config: transformers.PreTrainedConfig, model_class: Any |
     """A model with random weights, packed where its configuration says that it is of proxbit."""
     stored = config.__dict__.pop("quantization_config", None)
     kind, _ = stored_kind(stored, name)
-    make = model_class or transformers.AutoModelForImageClassification.from_config
-    model: nn.Module = make(config)
+    try:
+        model: nn.Module = make_model(config, model_class)
+    except ProxbitError:
+        raise
+    except UNREADABLE as error:
+        raise CheckpointError(f"No model can be made of the config.json of {name!r}: {first_line(error)}.") from error
     return packed_copy(model, BinarizationConfig(**stored)) if kind == QUANT_METHOD else model
 
 

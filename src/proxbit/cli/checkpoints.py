@@ -13,8 +13,9 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
 
-from proxbit.errors import CheckpointError
+from proxbit.errors import CheckpointError, ProxbitError
 from proxbit.hub.client import first_line
+from proxbit.hub.loading import UNREADABLE, class_of, load_config, load_image_processor, load_pretrained
 from proxbit.hub.release import write_release
 from proxbit.hub.staging import staged
 from proxbit.patching import state_of
@@ -22,7 +23,7 @@ from proxbit.patching import state_of
 __all__ = ["architecture", "check_new_folder", "load_model", "load_processor", "save", "save_plain"]
 
 # What comes of a configuration that holds anything else than it should.
-MISTAKES = (StrictDataclassError, TypeError, KeyError, AttributeError)
+MISTAKES = (StrictDataclassError, *UNREADABLE)
 
 
 def architecture(name: str) -> tuple[transformers.PreTrainedConfig, Any | None]:
@@ -34,10 +35,12 @@ def architecture(name: str) -> tuple[transformers.PreTrainedConfig, Any | None]:
     if Path(name).is_file():
         raise CheckpointError(f"There is no model in {name!r}: it is a file. Name the folder that it lies in.")
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (*MISTAKES, OSError, ValueError) as error:
+        config = load_config(name)
+    except ProxbitError:
+        raise
+    except (*MISTAKES, OSError) as error:
         raise CheckpointError(_nowhere(name, error)) from error
-    return config, getattr(transformers, next(iter(config.architectures or []), ""), None)
+    return config, class_of(config, name)
 
 
 def _nowhere(name: str, error: Exception) -> str:
@@ -67,12 +70,14 @@ def load_model(name: str, dtype: torch.dtype | str = "auto", **changes: Any) -> 
     _, model_class = architecture(name)
     loader = model_class or transformers.AutoModelForImageClassification
     try:
-        model: nn.Module = loader.from_pretrained(name, dtype=dtype, use_safetensors=True, **changes)
+        model: nn.Module = load_pretrained(loader, name, dtype=dtype, use_safetensors=True, **changes)
+    except ProxbitError:
+        raise
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"The weights of {name!r} cannot be read from safetensors: {first_line(error)}."
         ) from error
-    except (*MISTAKES, ImportError, RuntimeError) as error:
+    except MISTAKES as error:
         mismatch = "the weights have other sizes than its config.json says, see above"
         reason = mismatch if "ignore_mismatched_sizes" in str(error) else first_line(error)
         raise CheckpointError(f"The model of {name!r} cannot be made: {reason}.") from error
@@ -86,8 +91,10 @@ def load_processor(name: str) -> Any | None:
         CheckpointError: if there is one in the folder, which cannot be read.
     """
     try:
-        return transformers.AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return load_image_processor(name)
+    except ProxbitError:
+        raise
+    except (*MISTAKES, OSError) as error:
         file = Path(name) / "preprocessor_config.json"
         if file.is_file():
             raise CheckpointError(f"{file} cannot be read: {first_line(error)}.") from error

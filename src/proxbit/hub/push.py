@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import transformers
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from proxbit.analysis.card import QuantizationCard, quantization_card
 from proxbit.config import QUANT_METHOD, stored_kind
@@ -23,6 +22,7 @@ from proxbit.hub.checkpoint import tensor_headers
 from proxbit.hub.client import client, first_line, one_line
 from proxbit.hub.files import CARD_NAME, check_files, read_json, weight_files
 from proxbit.hub.folders import folder_files
+from proxbit.hub.loading import UNREADABLE, class_of, load_config, load_pretrained
 from proxbit.hub.model_card import README, is_card, model_card, rename
 from proxbit.hub.release import write_release
 from proxbit.patching import state_of
@@ -271,16 +271,16 @@ def _name_cards(folder: Path, repo: str) -> None:
 def _load(folder: Path) -> PreTrainedModel:
     """The model of a folder, in the class that its configuration names."""
     try:
-        names = AutoConfig.from_pretrained(folder).architectures or ["no class"]
-        kind: Any = getattr(transformers, str(names[0]), None)
-        if PreTrainedModel not in getattr(kind, "__mro__", ()):
+        config = load_config(folder)
+        kind = class_of(config, folder)
+        if kind is None:
+            named = (config.architectures or ["no class"])[0]
             raise CheckpointError(
-                f"{folder / CONFIG} names {names[0]}, which transformers does not have: cards cannot be written. Load "
+                f"{folder / CONFIG} names {named}, which transformers does not have: cards cannot be written. Load "
                 "the model and upload that, proxbit.push(model, ...)."
             )
-        model: PreTrainedModel = kind.from_pretrained(folder)
+        return load_pretrained(kind, folder)
     except ProxbitError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (*UNREADABLE, OSError) as error:
         raise CheckpointError(f"The model in {folder} cannot be loaded: {first_line(error)}.") from error
-    return model

@@ -12,6 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from proxbit.errors import CheckpointError, ConfigError
 from proxbit.hub.checkpoint import tensor_headers
 from proxbit.hub.folders import folder_files
+from proxbit.hub.loading import load_pretrained
 from proxbit.packing import packed_columns
 from proxbit.patching import check_latents
 
@@ -43,7 +44,7 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     own = model.state_dict()
     names = _saved_names(model, own)
     if names is None:
-        loaded = type(model).from_pretrained(folder)
+        loaded = load_pretrained(type(model), folder)
         model.load_state_dict(loaded.state_dict())
         return
     found: dict[str, Tensor] = {}

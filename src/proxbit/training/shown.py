@@ -9,9 +9,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor, BatchFeature, default_data_collator
+from transformers import BatchFeature, default_data_collator
 
 from proxbit.errors import ConfigError
+from proxbit.hub.loading import load_image_processor
 
 __all__ = ["CHUNK", "batches_of", "chunks_of", "length", "main_input"]
 
@@ -48,7 +49,7 @@ class _Reader:
         if self._processor is None:
             name = getattr(getattr(self.model, "config", None), "name_or_path", "")
             try:
-                self._processor = AutoImageProcessor.from_pretrained(name)
+                self._processor = load_image_processor(name)
             except (OSError, ValueError, TypeError) as error:
                 raise ConfigError(
                     "calibrate: images need to be prepared as the model takes them, and there is no image processor "

@@ -1,0 +1,168 @@
+"""A stranger's folder names code of its own in every way that transformers knows; no command runs it, or asks."""
+
+import contextlib
+import json
+
+import pytest
+import transformers as hf
+from PIL import Image
+from transformers import dynamic_module_utils
+from typer.testing import CliRunner
+
+import proxbit
+from proxbit.cli.app import app
+from proxbit.errors import ProxbitError
+from proxbit.hub.loading import class_of
+from proxbit.hub.push import prepare_upload
+from proxbit_cli import COMMANDS
+from tiny_models import SIDE, vit
+
+CODE = """\
+from pathlib import Path
+import transformers
+Path({mark!r}).touch()
+class EvilConfig(transformers.PreTrainedConfig):
+    model_type = "evil"
+class EvilModel(transformers.PreTrainedModel):
+    config_class = EvilConfig
+class EvilProcessor(transformers.ViTImageProcessorPil):
+    pass
+"""
+AUTO = {
+    "AutoConfig": "evil.EvilConfig",
+    "AutoModel": "evil.EvilModel",
+    "AutoModelForImageClassification": "evil.EvilModel",
+    "AutoBackbone": "evil.EvilModel",
+    "AutoImageProcessor": "evil.EvilProcessor",
+    "AutoProcessor": "evil.EvilProcessor",
+}
+# What `config.json` says instead, and `preprocessor_config.json`: the code is that of the configuration, of the model,
+# of a part of the model, or of the processor.
+KINDS = {
+    "configuration": ({"model_type": "evil", "architectures": ["EvilModel"], "auto_map": AUTO}, {}),
+    "model": ({"architectures": ["EvilModel"], "auto_map": AUTO}, {}),
+    "model of a text": ({"model_type": "t5", "architectures": [], "auto_map": AUTO, "quantization_config": None}, {}),
+    "backbone": (
+        {
+            "model_type": "upernet",
+            "architectures": ["UperNetForSemanticSegmentation"],
+            "backbone_config": {"model_type": "bert", "auto_map": AUTO},
+        },
+        {},
+    ),
+    "processor": ({}, {"image_processor_type": "EvilProcessor", "auto_map": AUTO}),
+    "processor in the configuration": ({"auto_map": AUTO}, {"image_processor_type": "EvilProcessor"}),
+}
+# The commands that load a model, with {} for the folder. The others load none, or the one that comes with proxbit.
+LOADING = {
+    "bench": ["bench {packed} --rounds 1", "bench {latent} --random --rounds 1"],
+    "binarize": ["binarize {float} out", "binarize {float} --images data --output_dir out"],
+    "card": ["card {packed}", "card {float} --against {latent}"],
+    "evaluate": ["evaluate {packed} data"],
+    "pack": ["pack {latent} out"],
+    "push": ["push {packed} me/tiny", "push {latent} me/tiny --latent"],
+    "summary": ["summary {packed}", "summary {float} --json"],
+    "train": [
+        "train --model {float} --data data --output_dir out --report_to nobody",
+        "train --model good --teacher {float} --data data --output_dir out --report_to nobody",
+    ],
+    "unpack": ["unpack {packed} out"],
+}
+# With all kinds of code; the other lines with those that end where the configuration is read.
+FIRST = [lines[0] for lines in LOADING.values()]
+QUICK = ("configuration", "backbone")
+# With all kinds of code; the other lines with those that end where the configuration is read.
+FIRST = [lines[0] for lines in LOADING.values()]
+QUICK = ("configuration", "backbone")
+LOADING_NONE = {"demo", "env", "pairs", "plot", "recipes", "report"}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """A float, a latent and a packed model, each with its processor; and two pictures."""
+    folder = tmp_path_factory.mktemp("originals")
+    model = hf.ViTForImageClassification(vit(num_labels=2, id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1}))
+    model.save_pretrained(folder / "float")
+    proxbit.binarize(model).save_pretrained(folder / "latent")
+    proxbit.pack(model).save_pretrained(folder / "packed")
+    for name in ("float", "latent", "packed"):
+        hf.ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder / name)
+    for name in ("a", "b"):
+        for place in ("train", "test"):
+            picture = folder / "data" / place / name / "1.png"
+            picture.parent.mkdir(parents=True)
+            Image.new("RGB", (SIDE, SIDE)).save(picture)
+    return folder
+
+
+@pytest.fixture
+def mark(tmp_path, monkeypatch):
+    """The file that the code leaves wherever it runs. Modules are copied to a place of the test, as it is forbidden."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "mark"
+
+
+def spoil(originals, tmp_path, mark, kind):
+    """Copies of the three models, with the code."""
+    (tmp_path / "good").symlink_to(originals / "float")
+    (tmp_path / "data").symlink_to(originals / "data")
+    for name in ("float", "latent", "packed"):
+        folder = tmp_path / f"evil-{name}"
+        folder.mkdir()
+        for file in (originals / name).iterdir():
+            changes = dict(zip(("config.json", "preprocessor_config.json"), KINDS[kind])).get(file.name)
+            text = file.read_bytes()
+            if changes is not None:
+                text = json.dumps(json.loads(text) | changes).encode()
+            (folder / file.name).write_bytes(text)
+        (folder / "evil.py").write_text(CODE.format(mark=str(mark)))
+    return {name: f"evil-{name}" for name in ("float", "latent", "packed")}
+
+
+def test_every_command_is_looked_at():
+    assert LOADING.keys() | LOADING_NONE == COMMANDS.keys()
+
+
+CASES = [(line, kind) for lines in LOADING.values() for line in lines for kind in KINDS]
+
+
+@pytest.mark.parametrize(("line", "kind"), [case for case in CASES if case[1] in QUICK or case[0] in FIRST])
+def test_no_command_runs_it_or_asks(originals, tmp_path, mark, hub, kind, line):
+    """Even with somebody there who says yes to whatever is asked."""
+    folders = spoil(originals, tmp_path, mark, kind)
+    done = CliRunner().invoke(app, line.format(**folders).split(), input="y\n" * 9)
+    assert not mark.exists() and "[y/N]" not in done.output
+    assert done.exit_code == 0 or isinstance(done.exception, ProxbitError), repr(done.exception)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_function_does(originals, tmp_path, mark, hub, kind):
+    folders = spoil(originals, tmp_path, mark, kind)
+    model = proxbit.binarize(hf.ViTForImageClassification.from_pretrained(originals / "float"))
+    model.config.name_or_path = folders["float"]
+    with pytest.raises(ProxbitError) if "processor" in kind else contextlib.nullcontext():
+        proxbit.calibrate(model, [Image.new("RGB", (SIDE, SIDE))], progress=False)
+    with contextlib.suppress(ProxbitError), prepare_upload(folders["packed"], "me/tiny"):
+        pass
+    assert not mark.exists()
+
+
+def test_the_code_would_run(originals, tmp_path, mark):
+    """The control: told to, transformers does run it."""
+    folders = spoil(originals, tmp_path, mark, "configuration")
+    hf.AutoConfig.from_pretrained(folders["float"], trust_remote_code=True)
+    assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    "names", [["ViTConfig"], True, "ViTForImageClassification", [3], {"a": 1}, ["AutoModel"], ["\x1b[2J"] * 2, ["no.X"]]
+)
+def test_the_class_that_a_configuration_names(originals, tmp_path, monkeypatch, names):
+    """Something else than a class of a model is refused, and a class that nobody knows is none."""
+    config = json.loads((originals / "float" / "config.json").read_text()) | {"architectures": names}
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    done = CliRunner().invoke(app, ["summary", str(tmp_path / "m")])
+    assert isinstance(done.exception, ProxbitError) and str(done.exception).isprintable()
+    assert class_of(vit(architectures=["NobodysViT"]), "m") is None
