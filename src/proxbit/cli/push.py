@@ -9,9 +9,12 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from proxbit.foreign import printable
 from proxbit.hub.push import prepare_upload, upload
 
 __all__ = ["push"]
+
+LEFT_SHOWN = 20
 
 
 def push(
@@ -27,7 +30,7 @@ def push(
     """Upload a packed model to the Hub, with its cards.
 
     Weights, configuration, preprocessor and cards go in one commit. Cards that the folder lacks are added to the
-    upload; the folder stays as it is.
+    upload; the folder stays as it is, and so does what is no part of the model, which is listed.
 
     What is on the Hub already is not sent again: an interrupted upload goes on.
 
@@ -39,8 +42,12 @@ def push(
         table.add_column(overflow="fold")
         table.add_column(justify="right", no_wrap=True)
         for name, size in planned.files.items():
-            table.add_row(escape(name), decimal(size))
+            table.add_row(escape(printable(name)), decimal(size))
         console.print(table)
+        if planned.left:
+            more = f", and {len(planned.left) - LEFT_SHOWN} more" if len(planned.left) > LEFT_SHOWN else ""
+            names = ", ".join(map(printable, planned.left[:LEFT_SHOWN]))
+            console.print(f"stays here: {names}{more}", highlight=False, markup=False, soft_wrap=True)
         what = f"{planned.state}, {len(planned.files)} files, {decimal(planned.bytes)}, to {planned.url}"
         console.print(what, highlight=False, markup=False, soft_wrap=True)
         commit = upload(planned, private=private or None, token=token)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from proxbit.analysis.card import QuantizationCard, quantization_card
 from proxbit.config import QUANT_METHOD, stored_kind
 from proxbit.errors import CheckpointError, ModelStateError, ProxbitError
+from proxbit.foreign import printable
 from proxbit.hub.checkpoint import tensor_headers
 from proxbit.hub.client import client, first_line, one_line
 from proxbit.hub.files import CARD_NAME, check_files, read_json, weight_files
@@ -25,14 +26,10 @@ from proxbit.hub.folders import folder_files
 from proxbit.hub.loading import UNREADABLE, class_of, load_config, load_pretrained
 from proxbit.hub.model_card import README, is_card, model_card, rename
 from proxbit.hub.release import write_release
+from proxbit.hub.release_files import CONFIG, check_links, code_files, is_release_file
 from proxbit.patching import state_of
 
 __all__ = ["Upload", "prepare_upload", "push", "upload"]
-
-CONFIG = "config.json"
-
-# Nothing else leaves the machine: no pickles, no states of optimizers, no checkpoints in folders of their own.
-SUFFIXES = (".safetensors", ".json", ".md", ".txt")
 
 # Of an earlier upload, what would be loaded instead of the new files, or contradict them.
 REPLACED = ["model*.safetensors", "model.safetensors.index.json"]
@@ -48,6 +45,7 @@ class Upload:
         repo: owner/name.
         revision: the branch; None: main.
         state: "packed" or "latent".
+        left: names of what lies in the folder that was given, and stays there.
     """
 
     folder: Path
@@ -55,6 +53,7 @@ class Upload:
     repo: str
     revision: str | None
     state: str
+    left: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -83,9 +82,9 @@ def prepare_upload(
     """Lay out what `upload` will send, as a context. No more than the user's name is asked of the Hub.
 
     Args:
-        source: a packed model; or the folder of one. Of a folder what `save_pretrained` and `write_release` write is
-            taken. Cards that it lacks are added to the upload, and those that it has name `repo` in the upload. Its
-            subfolders stay where they are.
+        source: a packed model; or the folder of one. Of a folder the files of a release are taken, with the modules
+            that an `auto_map` in them names, and nothing else: see `Upload.left`. Cards that it lacks are added to the
+            upload, and those that it has name `repo` in the upload.
         repo: owner/name, or a name of the user's.
         revision: a branch; `upload` makes it if there is none.
         token: as in `huggingface_hub`; None: the one that is stored.
@@ -96,7 +95,8 @@ def prepare_upload(
         max_shard_size: of a model's weight files, as in `save_pretrained`; those of a folder stay as they are.
 
     Raises:
-        CheckpointError: if the folder holds no model of proxbit, or not all of it, or damaged.
+        CheckpointError: if the folder holds no model of proxbit, or not all of it, or damaged; or if one of its files
+            is a link to somewhere else.
         ModelStateError: if the model is float; or latent, and that was not asked for.
         CardError: if the record of the run, or a card in the folder, is not valid.
         HubError: if the Hub is asked for the user's name, and does not give it.
@@ -114,14 +114,15 @@ def prepare_upload(
     run = {**(run or {}), "model_id": repo}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / repo.rpartition("/")[2]
+        left: tuple[str, ...] = ()
         if isinstance(source, str | Path):
-            _copy_release(Path(source), folder, processing_class, run, tags)
+            left = _copy_release(Path(source), folder, processing_class, run, tags)
         else:
             write_release(
                 source, folder, processing_class=processing_class, run=run, tags=tags, max_shard_size=max_shard_size
             )
         files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-        yield Upload(folder, files, repo, revision, state)
+        yield Upload(folder, files, repo, revision, state, left)
 
 
 def upload(
@@ -232,14 +233,40 @@ def _stored_state(folder: Path) -> str:
 
 def _copy_release(
     source: Path, folder: Path, processing_class: Any, run: Mapping[str, Any], tags: tuple[str, ...]
-) -> None:
-    """Copy a release; and what makes a folder that `save_pretrained` wrote into one."""
-    for file in folder_files(source):
-        tensor_headers(file)
+) -> tuple[str, ...]:
+    """Copy a release, and what makes a folder that `save_pretrained` wrote into one; tell what was left out."""
+    names = _release_of(source)
     folder.mkdir()
-    for file in source.iterdir():
-        if file.is_file() and file.suffix in SUFFIXES and not file.name.startswith("."):
-            shutil.copyfile(file, folder / file.name)
+    for name in names:
+        shutil.copyfile(source / name, folder / name)
+    _complete(source, folder, processing_class, run, tags)
+    others = [file for file in sorted(source.iterdir()) if file.name not in names]
+    return tuple(f"{file.name}/" if file.is_dir() else file.name for file in others)
+
+
+def _release_of(source: Path) -> list[str]:
+    """The names of the files that make up the release in a folder."""
+    weights = folder_files(source)
+    for file in weights:
+        tensor_headers(file)
+    taken = {file.name for file in weights}
+    if "model.safetensors" not in taken:
+        taken.add("model.safetensors.index.json")
+    code = code_files(source)
+    for name, named_by in code.items():
+        if not (source / name).is_file():
+            raise CheckpointError(
+                f"{printable(name)} is not in {source}, and {named_by} there names it: what is uploaded could not be "
+                "loaded. Put the file there, or load the model and upload that, proxbit.push(model, ...)."
+            )
+    found = [file.name for file in source.iterdir() if is_release_file(file.name) and file.is_file()]
+    names = sorted({name for name in found if not name.startswith("model") or name in taken} | code.keys())
+    check_links(source, names)
+    return names
+
+
+def _complete(source: Path, folder: Path, processing_class: Any, run: Mapping[str, Any], tags: tuple[str, ...]) -> None:
+    """Add what the copy of a folder lacks to a release."""
     if processing_class is not None:
         processing_class.save_pretrained(folder)
     weights = weight_files(folder)

@@ -1,7 +1,7 @@
 """`write_release`: the folder that is given to others, written whole or not at all."""
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,28 +11,11 @@ from proxbit.analysis.card import quantization_card
 from proxbit.errors import CheckpointError, ModelStateError
 from proxbit.hub.files import CARD_NAME, save_weights
 from proxbit.hub.model_card import README, model_card
+from proxbit.hub.release_files import code_files, is_release_file
 from proxbit.hub.staging import staged
 from proxbit.patching import state_of
 
-__all__ = ["RELEASE_FILES", "write_release"]
-
-# What a release may hold, by pattern: a folder with anything else in it is somebody's, and stays as it is.
-RELEASE_FILES = (
-    CARD_NAME,
-    README,
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "*preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template.jinja",
-)
+__all__ = ["write_release"]
 
 
 class _Saves(Protocol):
@@ -99,7 +82,10 @@ def _check_place(folder: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; a release is a folder.")
     names = sorted(path.name for path in folder.iterdir())
-    others = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in RELEASE_FILES)]
+    code: dict[str, str] = {}
+    with suppress(CheckpointError):  # A release that is damaged is one nevertheless.
+        code = code_files(folder)
+    others = [name for name in names if not is_release_file(name) and name not in code]
     if others or (names and CARD_NAME not in names):
         what = ", ".join((others or names)[:5])
         raise CheckpointError(
