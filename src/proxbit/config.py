@@ -2,12 +2,14 @@
 
 import copy
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from proxbit.errors import CheckpointError, ConfigError, UnknownNameError
+from proxbit.foreign import printable
 from proxbit.nn import ACCUMULATORS, DEFAULT_ACTIVATION_PAIR, Accumulator, check_activations
 from proxbit.quantizers import PAIRS, QuantizerPair, check_scaling, get_pair, pair_key
 
@@ -16,6 +18,7 @@ __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "STATES", "BinarizationConfig", "st
 QUANT_METHOD = "proxbit"
 FORMAT_VERSION = 1
 STATES = ("latent", "packed")
+MOST_PATTERNS, MOST_CHARACTERS = 4096, 255
 SITE = ("activations", "activation_pair", "rprelu", "residual", "accumulator_bits", "accumulator_mode")
 OF_THE_PAIR = ("pair_parameters", "normalize", "scale", "center")
 
@@ -48,6 +51,15 @@ def _as_json(parameters: Any) -> Any:
         return json.loads(json.dumps(parameters, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"pair_parameters must be JSON types, not {parameters!r}: {error}.") from error
+
+
+def _check_lengths(name: str, patterns: Collection[Any]) -> None:
+    """Check that patterns are as many, and as long, as names of layers may be: each is compared with each name."""
+    if len(patterns) > MOST_PATTERNS:
+        raise ConfigError(f"{name} has {len(patterns):,} patterns; there may be {MOST_PATTERNS:,}.")
+    longest = max((len(pattern) for pattern in patterns if isinstance(pattern, str)), default=0)
+    if longest > MOST_CHARACTERS:
+        raise ConfigError(f"{name} has a pattern of {longest:,} characters; there may be {MOST_CHARACTERS}.")
 
 
 @dataclass
@@ -261,12 +273,13 @@ class BinarizationConfig(QuantizationConfigMixin):
         if isinstance(pairs, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
             self.overrides = {pattern: changes for pattern, changes in pairs if isinstance(pattern, str)}
         if not isinstance(self.overrides, dict) or len(self.overrides) < len(pairs):
-            raise ConfigError(f"overrides must be a dict of patterns, {example}; not {pairs!r}.")
+            raise ConfigError(f"overrides must be a dict of patterns, {example}; not {printable(repr(pairs))}.")
+        _check_lengths("overrides", self.overrides)
         for pattern, changes in self.overrides.items():
             if not isinstance(pattern, str) or not isinstance(changes, dict) or not set(changes) <= set(SITE):
                 raise ConfigError(
                     f"overrides must give each pattern a dict with fields of {', '.join(SITE)}, {example}; "
-                    f"not {pattern!r}: {changes!r}."
+                    f"not {printable(repr(pattern))}: {printable(repr(changes))}."
                 )
             self._check_site(f"overrides[{pattern!r}]: ", changes)
         self.overrides = copy.deepcopy(self.overrides) or None
@@ -276,7 +289,9 @@ class BinarizationConfig(QuantizationConfigMixin):
         if patterns is None:
             return
         if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
-            raise ConfigError(f"{name} must be a list of patterns, such as ['vit.layers.*.mlp.fc2'], not {patterns!r}.")
+            shown = printable(repr(patterns))
+            raise ConfigError(f"{name} must be a list of patterns, such as ['vit.layers.*.mlp.fc2'], not {shown}.")
+        _check_lengths(name, patterns)
         setattr(self, name, list(patterns))
 
     @classmethod

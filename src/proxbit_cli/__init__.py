@@ -49,6 +49,7 @@ class LazyGroup(TyperGroup):
             return name, command, rest
         alone = typer.Typer(**SETTINGS)
         function = getattr(import_module(f"proxbit.cli.{name}"), name)
+        import_module("proxbit.cli.terminal").guard_terminal()
         paragraphs = (escape(" ".join(each.split())) for each in (getdoc(function) or "").split("\n\n"))
         alone.command(name, help="\n\n".join(paragraphs), context_settings=READ_THEMSELVES.get(name))(function)
         return name, typer.main.get_command(alone), rest
@@ -74,7 +75,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        no_place = isinstance(error, OSError) and error.filename is not None
+        no_place = isinstance(error, OSError) and error.errno is not None  # Such as a full disk.
         if not no_place and not isinstance(error, import_module("proxbit.errors").ProxbitError):
             raise
         line = import_module("proxbit.foreign").printable(

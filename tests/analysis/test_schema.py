@@ -85,4 +85,4 @@ def test_markdown():
 
 
 def test_a_backslash_undoes_nothing():
-    assert line(r"\[click](https://example.org)") == r"\\\[click](https://example.org)"
+    assert line(r"\[click](https://example.org)") == r"\\\[click](https\://example.org)"

@@ -14,11 +14,13 @@ from proxbit.analysis.card_facts import checkpoint_sha, file_facts, hub_name, mo
 from proxbit.analysis.run import check_run
 from proxbit.analysis.schema import Field, cell, problems
 from proxbit.errors import CardError, CheckpointError
+from proxbit.foreign import printable
 from proxbit.hub.files import CARD_NAME, read_json, save_weights
 
 __all__ = ["CARD_FIELDS", "CARD_FORMAT", "CARD_NAME", "QuantizationCard", "quantization_card"]
 
 CARD_FORMAT = 1
+MOST_TOLD = 10  # of what is wrong with a card
 # Fields that cards of earlier versions do not have.
 _ADDED = ("calibration_errors",)
 
@@ -126,6 +128,11 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is {values[name]}, but {formula} is {expected}"
 
 
+def _told(found: list[str]) -> str:
+    more = f"; and {len(found) - MOST_TOLD:,} more" if len(found) > MOST_TOLD else ""
+    return "; ".join(found[:MOST_TOLD]) + more
+
+
 @dataclass(frozen=True)
 class QuantizationCard:
     """A quantization card that is complete: each field of `CARD_FIELDS` has a value, or null where it is unknown.
@@ -147,7 +154,7 @@ class QuantizationCard:
         object.__setattr__(self, "values", dict(self.values))
         found = problems(CARD_FIELDS, self.values, complete=True) or list(_contradictions(self.values))
         if found:
-            raise CardError(f"This quantization card is not valid: {'; '.join(found)}.")
+            raise CardError(f"This quantization card is not valid: {_told(found)}.")
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -169,7 +176,9 @@ class QuantizationCard:
         """Write the card as JSON; into a folder under the name that loading looks for, `quantization_card.json`."""
         path = Path(path)
         file = path / CARD_NAME if path.is_dir() else path
-        file.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        # Half of a pair of surrogates, which JSON may hold and UTF-8 may not, is written as JSON escapes it.
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
         return file
 
     @classmethod
@@ -188,7 +197,9 @@ class QuantizationCard:
         if not isinstance(values, dict):
             raise CardError(f"{file} is no quantization card: it holds no JSON object.")
         if values.get("card_format") != CARD_FORMAT:
-            raise CardError(f"{file} has card_format {values.get('card_format')!r}; this proxbit reads {CARD_FORMAT}.")
+            raise CardError(
+                f"{file} has card_format {printable(repr(values.get('card_format')))}; this proxbit reads {CARD_FORMAT}."
+            )
         return cls(dict.fromkeys(_ADDED) | values)
 
 

@@ -1,12 +1,19 @@
 """What a record of a training run may say: the facts of cards that no model can tell."""
 
+import os
+import re
 from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from proxbit.analysis.schema import Field, problems
 from proxbit.errors import CardError
 
-__all__ = ["RUN_FIELDS", "VARIANTS", "check_run"]
+__all__ = ["RUN_FIELDS", "VARIANTS", "check_run", "without_places"]
+
+# A path from a root, a home or a drive on, as a whole and up to its last part inside of a line.
+_ROOTED = re.compile(r"(?:[A-Za-z]:)?[/\\]|~|\.\.?(?:[/\\]|$)")
+_ABOVE = re.compile(r"(?<![\w./\\:~-])(?:~[\w.-]*|[A-Za-z]:)?(?:/|\\)(?:[^\s/\\'\",;]+[/\\])+(?=[^\s/\\])")
 
 VARIANTS = {
     "float": "float",
@@ -41,8 +48,36 @@ RUN_FIELDS: tuple[Field, ...] = (
 )
 
 
+def without_places(value: Any) -> Any:
+    """A value of JSON types whose texts say nothing of where files lie: of each path no more than the last part.
+
+    Examples:
+        >>> without_places({"dataset": "/home/me/patients", "arguments": ["train --data ~/patients/", "me/vit"]})
+        {'dataset': 'patients', 'arguments': ['train --data patients/', 'me/vit']}
+    """
+    if isinstance(value, dict):
+        return {key: without_places(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    if _ROOTED.match(value) and "\n" not in value:
+        return _last_part(value)
+    return _ABOVE.sub("", value)
+
+
+def _last_part(path: str) -> str:
+    """The name of a file or folder; of the one that this is run in, as "." is called, where that lies."""
+    kind = PureWindowsPath if "\\" in path or re.match("[A-Za-z]:", path) else PurePosixPath
+    name = kind(path).name
+    if name in ("", ".", ".."):
+        name = Path(path).resolve().name
+    return name if name not in ("", "~") else "data"
+
+
 def check_run(run: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A record of a run with every field, null where nothing is known.
+    """A record of a run with every field, null where nothing is known. It is published with a model: of folders on this
+    machine it has the names only.
 
     Raises:
         CardError: for fields that do not exist, values of a wrong kind, or metrics of an unknown variant.
@@ -55,4 +90,7 @@ def check_run(run: Mapping[str, Any] | None) -> dict[str, Any]:
     if found:
         names = ", ".join(field.name for field in RUN_FIELDS)
         raise CardError(f"This record of a run is not valid: {'; '.join(found)}. Fields: {names}.")
-    return {field.name: given.get(field.name) for field in RUN_FIELDS}
+    dataset = given.get("dataset")
+    if isinstance(dataset, str) and os.path.isdir(dataset):
+        given["dataset"] = _last_part(dataset)
+    return {field.name: without_places(given.get(field.name)) for field in RUN_FIELDS}

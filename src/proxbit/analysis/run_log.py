@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from proxbit.errors import CheckpointError
+from proxbit.foreign import printable
 
 __all__ = ["RUN_LOG", "RunLog", "append_event", "read_log", "replace_event", "start_log"]
 
@@ -82,7 +83,8 @@ def read_log(folder: str | Path) -> RunLog:
     if not events or events[0]["event"] != "run":
         raise CheckpointError(f"{path} does not begin with the line of a run.")
     if events[0].get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {events[0].get('format')}; this version of proxbit reads {FORMAT}.")
+        found = printable(repr(events[0].get("format")))
+        raise CheckpointError(f"{path} has format {found}; this version of proxbit reads {FORMAT}.")
     kinds: dict[str, list[dict[str, Any]]] = {"log": [], "layers": [], "predictions": []}
     for event in events[1:]:
         kinds.setdefault(event["event"], []).append(event)
@@ -115,9 +117,11 @@ def _events(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}, line {number}: not JSON ({error}).") from error
         if not isinstance(event, dict) or "event" not in event or not isinstance(event.get("step"), int):
             raise CheckpointError(f"{path}, line {number}: an event has an `event` and a `step`.")
+        if not isinstance(event["event"], str) or not 0 <= event["step"] < 2**63:
+            raise CheckpointError(f"{path}, line {number}: `event` is a word, and `step` a whole number.")
         events.append(event)
     return events

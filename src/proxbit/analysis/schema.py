@@ -5,9 +5,26 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-__all__ = ["KINDS", "Field", "Kind", "cell", "field_table", "line", "problems"]
+from proxbit.foreign import printable
+
+__all__ = ["KINDS", "MOST", "Field", "Kind", "cell", "field_table", "line", "problems"]
+
+# Entries of a list, and characters of a line, that are shown: enough for all that proxbit writes itself.
+MOST, LINE = 100, 20_000
+# What GFM reads, and how it is written instead: marks anywhere, underscores but in a word, entities, tags; addresses,
+# with and without `http`, and those of mail, which are made links from the text that is left after all escapes.
+_MARKDOWN = (
+    (r"([\\`*\[~$])", r"\\\1"),
+    (r"(?<![^\W_])_|_(?![^\W_])", r"\_"),
+    (r"&(?=#?\w+;)", "&amp;"),
+    (r"<", "&lt;"),
+    (r"(?i)\b(https?|ftp|mailto|xmpp):", r"\1\:"),
+    (r"(?i)\bwww\.", r"www\."),
+    (r"(?<=\S)@(?=\S)", "<!-- -->@"),
+)
 
 
 def _is_whole(value: Any) -> bool:
@@ -50,7 +67,7 @@ def _is_latency(value: Any) -> bool:
 def _is_json(value: Any) -> bool:
     try:
         return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return False
 
 
@@ -73,7 +90,7 @@ def _errors(value: Mapping[str, Mapping[str, float]]) -> str:
     before, after = (sum(each[when] for each in value.values()) / len(value) for when in ("before", "after"))
     worst = max(value, key=lambda name: value[name]["after"])
     return (
-        f"{len(value)} layers, on average {before:.3f} before and {after:.3f} after; the largest, {worst}: "
+        f"{len(value)} layers, on average {before:.3f} before and {after:.3f} after; the largest, {printable(worst)}: "
         f"{value[worst]['before']:.3f} before, {value[worst]['after']:.3f} after"
     )
 
@@ -82,8 +99,18 @@ def _is_error(value: Any) -> bool:
     return isinstance(value, dict) and set(value) == {"before", "after"} and all(map(_is_number, value.values()))
 
 
+def _list(parts: Iterable[str], count: int) -> str:
+    """Parts side by side; of very many, the first ones and how many more there are."""
+    more = f", and {count - MOST:,} more" if count > MOST else ""
+    return ", ".join(islice(parts, MOST)) + more
+
+
+def _texts(show: Callable[[Any], str]) -> Callable[[Any], str]:
+    return lambda value: _list(map(show, value), len(value))
+
+
 def _pairs(show: Callable[[Any], str]) -> Callable[[Any], str]:
-    return lambda value: ", ".join(f"{name}: {show(each)}" for name, each in value.items())
+    return lambda value: _list((f"{printable(name)}: {show(each)}" for name, each in value.items()), len(value))
 
 
 @dataclass(frozen=True)
@@ -96,7 +123,7 @@ class Kind:
     """
 
     check: Callable[[Any], bool]
-    show: Callable[[Any], str] = str
+    show: Callable[[Any], str] = printable
 
 
 KINDS: dict[str, Kind] = {
@@ -105,16 +132,16 @@ KINDS: dict[str, Kind] = {
     "whole number": Kind(_is_whole, _number),
     "number": Kind(_is_number, _number),
     "yes or no": Kind(lambda value: isinstance(value, bool), lambda value: "yes" if value else "no"),
-    "texts": Kind(_each(_is_text), ", ".join),
-    "numbers": Kind(_each(_is_number), lambda value: ", ".join(map(_number, value))),
-    "whole numbers": Kind(_each(_is_whole), lambda value: ", ".join(map(str, value))),
+    "texts": Kind(_each(_is_text), _texts(printable)),
+    "numbers": Kind(_each(_is_number), _texts(_number)),
+    "whole numbers": Kind(_each(_is_whole), _texts(str)),
     "counts": Kind(_named(_is_whole), _pairs(_number)),
     "metrics": Kind(_named(_named(_is_number)), _pairs(_pairs(_number))),
     "errors": Kind(_named(_is_error), _errors),
     "latency": Kind(_is_latency, lambda value: _pairs(_number)(value["milliseconds"])),
     "object": Kind(
         lambda value: isinstance(value, dict) and _is_json(value),
-        _pairs(lambda value: "none" if value is None else str(value)),
+        _pairs(lambda value: "none" if value is None else printable(value)),
     ),
     "files": Kind(_named(_is_file), _pairs(lambda file: f"{file['bytes']:,} bytes, SHA-256 {file['sha256']}")),
 }
@@ -153,23 +180,32 @@ def problems(fields: Sequence[Field], values: Mapping[str, Any], *, complete: bo
     """
     known = {field.name: field for field in fields}
     found = [f"{name} is missing; say null if it is unknown" for name in known if complete and name not in values]
-    found += [f"{name!r} is no field" for name in values if name not in known]
+    found += [f"{printable(repr(name))} is no field" for name in values if name not in known]
     found += [
-        f"{name} must be {known[name].kind} or null, not {value!r}"
+        f"{name} must be {known[name].kind} or null, not {printable(repr(value))}"
         for name, value in values.items()
         if name in known and value is not None and not KINDS[known[name].kind].check(value)
     ]
     return found
 
 
-def line(text: str) -> str:
-    """Text as a line of Markdown: no tags, links or pictures, whatever a name or a label is."""
-    return " ".join(text.split()).replace("\\", r"\\").replace("[", r"\[").replace("<", "&lt;")
+def line(text: str, most: int = LINE) -> str:
+    """Text as a line of Markdown (GFM): no tag, link, picture, code, formula or emphasis comes of it, whatever a name or
+    a label is.
+
+    Args:
+        text: of others.
+        most: characters at most; see `foreign.printable`.
+    """
+    shown = printable(" ".join(text.split()), most)
+    for pattern, escaped in _MARKDOWN:
+        shown = re.sub(pattern, escaped, shown)
+    return shown
 
 
-def cell(text: str) -> str:
-    """Text as a cell of a Markdown table."""
-    return line(text).replace("|", r"\|")
+def cell(text: str, most: int = LINE) -> str:
+    """Text as a cell of a Markdown table; see `line`."""
+    return line(text, most).replace("|", r"\|")
 
 
 def field_table(fields: Iterable[Field]) -> str:

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from proxbit.foreign import printable
 from proxbit.hub.weights import as_saved, packed_outline
 from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, evaluating
 from proxbit.packing import packed_columns
@@ -387,7 +388,7 @@ def _count_macs(model: nn.Module, inputs: dict[str, Tensor] | None) -> tuple[dic
         with evaluating(model), _without_gradients(model), torch.no_grad(), counter:
             model(**inputs)
     except PICTURE_ERRORS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
         return None, None, f"the model did not take a blank picture ({reason}); pass inputs={{...}}"
     root = f"{type(model).__name__}."
     counts = {name.removeprefix(root): sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}

@@ -16,6 +16,8 @@ from rich.table import Table
 from proxbit.analysis.card import CARD_FIELDS, CARD_NAME, QuantizationCard, quantization_card
 from proxbit.cli.checkpoints import load_model
 from proxbit.errors import CheckpointError
+from proxbit.foreign import printable
+from proxbit.hub.client import first_line
 from proxbit.hub.files import check_files, weight_files
 
 __all__ = ["card", "card_of"]
@@ -48,7 +50,7 @@ def _fetched(name: str, patterns: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise CheckpointError(f"There is no model {name!r}, neither in a folder nor on the hub: {reason}") from error
 
 
@@ -58,7 +60,7 @@ def table_of(names: list[str], cards: list[QuantizationCard]) -> Table:
     table.add_column("", no_wrap=True)
     table.add_column("field", no_wrap=True)
     for name in names:
-        table.add_column(escape(name), overflow="fold")
+        table.add_column(escape(printable(name)), overflow="fold")
     for group, fields in groupby(CARD_FIELDS, lambda field: field.group):
         table.add_row("", f"[bold]{group}[/]")
         for field in fields:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from proxbit.analysis.environment import environment
+from proxbit.foreign import printable
 
 __all__ = ["env"]
 
@@ -36,7 +37,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, escape(value))
+        table.add_row(name, escape(printable(value)))
     console = Console()
     console.print(table)
     if here.advice is not None:

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from proxbit.analysis.report import write_report
+from proxbit.foreign import printable
 
 __all__ = ["report"]
 
@@ -23,4 +24,4 @@ def report(
     Example: proxbit report out
     """
     path = write_report(run, out)
-    Console().print(f"Wrote {path}", highlight=False, soft_wrap=True)
+    Console().print(f"Wrote {printable(path, 5000)}", highlight=False, markup=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from proxbit.errors import HubError
+from proxbit.foreign import printable
 
 __all__ = ["client", "first_line", "one_line"]
 
@@ -64,4 +65,4 @@ def _reason(error: BaseException) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error of a dependency says, without the pages that follow."""
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    return printable(str(error).strip().partition("\n")[0].rstrip("."), 1000) or type(error).__name__

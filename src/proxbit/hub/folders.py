@@ -16,6 +16,10 @@ __all__ = ["check_folder", "check_sizes", "folder_files"]
 _NAME = 255
 # Words in the names of those fields of a configuration that say how many layers there are.
 _DEPTH = ("layers", "depth", "blocks")
+# Words in the names of those whose entries are the numbers of layers of stages, which add up.
+_STAGES = ("depth", "num_", "n_")
+# Lists up to here are not compared with the files: means of colours, identifiers of tokens.
+_ANY_LENGTH = 64
 # Whole numbers up to here are not compared with the files: labels of a new head, identifiers of tokens.
 _ANY_SIZE = 2**24
 # Tables whose keys are names that somebody gave.
@@ -89,6 +93,18 @@ def check_folder(folder: Path, config: Any, variant: str | None = None) -> None:
     if is_dataclass(config):  # What the class does not know reaches no layer.
         values = {field.name: values[field.name] for field in fields(config) if field.name in values}
     check_sizes(values, tensors, sum(file.stat().st_size for file in files))
+    _check_patterns(getattr(config, "quantization_config", None), tensors)
+
+
+def _check_patterns(stored: Any, tensors: int) -> None:
+    """Check that a configuration of proxbit has no more patterns than the files have tensors."""
+    values = stored if isinstance(stored, dict) else getattr(stored, "__dict__", {})
+    for name in ("include", "modules_to_not_convert", "learned_attention", "overrides"):
+        patterns = values.get(name)
+        if isinstance(patterns, list | dict) and len(patterns) > max(tensors, _ANY_LENGTH):
+            raise CheckpointError(
+                f"config.json: {name} has {len(patterns):,} patterns, but the weight files hold {tensors} tensors."
+            )
 
 
 def check_sizes(values: Any, tensors: int, stored: int, where: str = "") -> None:
@@ -109,8 +125,14 @@ def check_sizes(values: Any, tensors: int, stored: int, where: str = "") -> None
             if key not in _LABELS:
                 check_sizes(value, tensors, stored, str(key))
     elif isinstance(values, list | tuple):
+        if len(values) > max(tensors, _ANY_LENGTH):
+            raise CheckpointError(
+                f"config.json: {where} has {len(values):,} entries, but the weight files hold {tensors} tensors."
+            )
         for value in values:
             check_sizes(value, tensors, stored, where)
+        if any(word in where for word in _STAGES) and all(type(value) is int for value in values):
+            check_sizes(sum(values), tensors, stored, where)
     elif isinstance(values, int):
         if values > tensors and any(word in where for word in _DEPTH):
             raise CheckpointError(f"config.json: {where} is {values}, but the weight files hold {tensors} tensors.")

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from transformers.models.auto import modeling_auto as auto
 
 from proxbit.analysis.card import QuantizationCard
 from proxbit.analysis.run import RUN_FIELDS, VARIANTS, check_run
-from proxbit.analysis.schema import KINDS, cell, line
+from proxbit.analysis.schema import KINDS, MOST, cell, line
+from proxbit.foreign import printable
 from proxbit.nn.attention import ATTENTIONS
 from proxbit.patching import blank_picture
 
@@ -20,7 +22,7 @@ __all__ = ["README", "is_card", "model_card", "pipeline_tag", "rename"]
 
 README = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
-SHOWN_LABELS = 20
+SHOWN_LABELS, NAME = 20, 100  # labels, and characters of one
 MADE = "made with proxbit (ProxConnect++)"
 # Facts of a run that have a place of their own.
 _ELSEWHERE = {"model_id", "calibration_samples", "metrics", "latency", "std", "split", "eval_samples"}
@@ -100,14 +102,16 @@ def model_card(
         ValueError: from `huggingface_hub`, for metadata that are none.
     """
     facts = check_run(run)
-    title = name or facts["model_id"] or card["model_class"]
+    title = printable(" ".join((name or facts["model_id"] or card["model_class"]).split()))
     data = _metadata(model, card, facts, title, tags, metadata)
     made: ModelCard = ModelCard.from_template(
         ModelCardData(**data),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=line(title),
-        summary=_summary(card),
-        snippet=_snippet(model, card, data.get("pipeline_tag"), processing_class, facts["model_id"] or title),
+        summary=_summary(card, type(model).__name__),
+        snippet=_snippet(
+            model, card, data.get("pipeline_tag"), processing_class, printable(facts["model_id"] or title)
+        ),
         use=_use(model, card, data.get("pipeline_tag")),
         limits=list(_limits(card, facts)),
         training=_fitting(card) + _training(facts, card),
@@ -194,7 +198,7 @@ def _eval_results(run: Mapping[str, Any], tag: str | None) -> Iterator[EvalResul
             yield EvalResult(
                 task_type=tag,
                 dataset_type=dataset,
-                dataset_name=run["dataset"] or dataset,
+                dataset_name=printable(run["dataset"] or dataset, NAME),
                 dataset_config=run["dataset_config"],
                 dataset_split=run["split"],
                 metric_type=metric,
@@ -203,16 +207,16 @@ def _eval_results(run: Mapping[str, Any], tag: str | None) -> Iterator[EvalResul
             )
 
 
-def _summary(card: QuantizationCard) -> str:
+def _summary(card: QuantizationCard, kind: str) -> str:
     share = card["binary_parameters"] / max(1, card["total_parameters"])
     if card["state"] == "packed":
         return (
-            f"A 1-bit `{card['model_class']}`, {MADE}: {share:.1%} of its {card['total_parameters']:,} parameters are "
+            f"A 1-bit `{kind}`, {MADE}: {share:.1%} of its {card['total_parameters']:,} parameters are "
             f"one bit each. Its weights take {card['model_bytes']:,} bytes, {card['compression_ratio']:.1f}x smaller "
             "than in float32."
         )
     return (
-        f"A latent checkpoint of a `{card['model_class']}`, {MADE}: to be trained on, or to be packed by "
+        f"A latent checkpoint of a `{kind}`, {MADE}: to be trained on, or to be packed by "
         f"`proxbit.pack(model)`. It is simulated, and as large as a float model; once packed, {share:.1%} of its "
         f"{card['total_parameters']:,} parameters are one bit each."
     )
@@ -229,7 +233,7 @@ def _snippet(model: PreTrainedModel, card: QuantizationCard, tag: str | None, pr
         call = _CALL.format(shape=", ".join(map(str, blank_picture(model)["pixel_values"].shape)))
     return _MODEL_SNIPPET.format(
         torch="import torch\n" if "torch." in call else "",
-        model_class=card["model_class"],
+        model_class=type(model).__name__,
         model=name,
         attention=setter and f"model.{setter}",
         call=call,
@@ -238,10 +242,11 @@ def _snippet(model: PreTrainedModel, card: QuantizationCard, tag: str | None, pr
 
 def _use(model: PreTrainedModel, card: QuantizationCard, tag: str | None) -> str:
     parts = [f"Task: {tag}." if tag else "Its task is not one of the pipelines that take a picture alone."]
-    labels = [line(str(label)) for _, label in sorted(model.config.id2label.items())] if tag in _LABELLED else []
+    labels = [str(label) for _, label in sorted(model.config.id2label.items())] if tag in _LABELLED else []
     if labels and not all(label.startswith("LABEL_") for label in labels):
         more = f", and {len(labels) - SHOWN_LABELS} more" if len(labels) > SHOWN_LABELS else ""
-        parts.append(f"It tells {len(labels)} classes apart: {', '.join(labels[:SHOWN_LABELS])}{more}.")
+        shown = ", ".join(line(label, NAME) for label in labels[:SHOWN_LABELS])
+        parts.append(f"It tells {len(labels)} classes apart: {shown}{more}.")
     elif labels:
         parts.append(f"It tells {len(labels)} classes apart, whose names are unknown.")
     if card["state"] == "packed":
@@ -259,7 +264,7 @@ def _limits(card: QuantizationCard, run: Mapping[str, Any]) -> Iterator[str]:
     if _shipped(metrics) is None:
         yield "Its accuracy is unknown: no evaluation is recorded."
     elif dataset:
-        yield f"It was evaluated on {line(dataset)} only; how it does on other pictures is unknown."
+        yield f"It was evaluated on {line(dataset, NAME)} only; how it does on other pictures is unknown."
     else:
         yield "The data of its evaluation are not recorded; how it does on other pictures is unknown."
     if metrics and "packed" not in metrics and card["state"] == "packed":
@@ -268,7 +273,7 @@ def _limits(card: QuantizationCard, run: Mapping[str, Any]) -> Iterator[str]:
         yield "How much results differ between seeds is unknown."
     yield "Fairness between groups, and robustness against changed pictures, are unknown."
     if card["base_model"]:
-        yield f"It inherits the limits of {line(card['base_model'])}."
+        yield f"It inherits the limits of {line(card['base_model'], NAME)}."
     if run["license"] is None:
         yield "Its license is unknown: ask before using it."
 
@@ -283,7 +288,7 @@ def _fitting(card: QuantizationCard) -> str:
     images = "some" if card["calibration_samples"] is None else f"{card['calibration_samples']:,}"
     return (
         f"Its weights were fitted in closed form to {images} images without labels, {start}. Relative error of the "
-        f"outputs of {told}.\n\n"
+        f"outputs of {line(told)}.\n\n"
     )
 
 
@@ -292,7 +297,7 @@ def _training(run: Mapping[str, Any], card: QuantizationCard) -> str:
     if not shown:
         return "How it was trained is unknown."
     unknown = [field.name for field in RUN_FIELDS if field.name not in _ELSEWHERE and run[field.name] is None]
-    lines = [f"Quantizer pair of the weights: {card['weight_quantizer'] or 'unknown'}.", ""]
+    lines = [f"Quantizer pair of the weights: {line(card['weight_quantizer'] or 'unknown', NAME)}.", ""]
     lines += ["| | | |", "|---|---|---|"]
     for field in shown:
         lines.append(f"| `{field.name}` | {cell(field.text(run[field.name]))} | {cell(field.meaning)} |")
@@ -303,17 +308,17 @@ def _training(run: Mapping[str, Any], card: QuantizationCard) -> str:
 
 def _results(run: Mapping[str, Any]) -> str:
     metrics = run["metrics"] or {}
-    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))[:SHOWN_LABELS]
     if not names:
         return "Unknown: no evaluation is recorded."
     number = KINDS["number"].show
-    lines = [f"| model | {' | '.join(map(cell, names))} |", "|---" * (len(names) + 1) + "|"]
+    lines = [f"| model | {' | '.join(cell(name, NAME) for name in names)} |", "|---" * (len(names) + 1) + "|"]
     for variant, title in VARIANTS.items():
         values = metrics.get(variant, {})
         cells = [number(values[name]) if name in values else "unknown" for name in names]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     where = [run["dataset"] or run["dataset_id"] or "a data set whose name is unknown", run["split"]]
-    of = f"Of {', '.join(line(part) for part in where if part)}"
+    of = f"Of {', '.join(line(part, NAME) for part in where if part)}"
     samples = f"; {run['eval_samples']:,} examples" if run["eval_samples"] is not None else ""
     spread = f"; standard deviation of the accuracy {number(run['std'])}" if run["std"] is not None else ""
     return "\n".join([*lines, "", f"{of}{samples}{spread}. Accuracies are fractions. A latent model is simulated."])
@@ -321,7 +326,7 @@ def _results(run: Mapping[str, Any]) -> str:
 
 def _size(card: QuantizationCard) -> str:
     lines = ["| | bytes |", "|---|---|"]
-    lines += [f"| {cell(name)} | {facts['bytes']:,} |" for name, facts in card["files"].items()]
+    lines += [f"| {cell(name, NAME)} | {facts['bytes']:,} |" for name, facts in islice(card["files"].items(), MOST)]
     if len(card["files"]) > 1:
         lines.append(f"| all weight files | {card['model_bytes']:,} |")
     lines.append(f"| the same model in float32 | {card['float32_bytes']:,} |")
@@ -335,6 +340,6 @@ def _latency(run: Mapping[str, Any]) -> str:
         return "Not measured. `proxbit bench MODEL` measures it, on the machine that it is to run on."
     lines = ["| model | ms | spread |", "|---|---|---|"]
     spread = latency["spread"]
-    lines += [f"| {cell(name)} | {ms:.2f} | {spread[name]:.0%} |" for name, ms in latency["milliseconds"].items()]
+    lines += [f"| {cell(name, NAME)} | {ms:.2f} | {spread[name]:.0%} |" for name, ms in latency["milliseconds"].items()]
     how = f"Of a forward pass with {latency['batch']} picture(s): medians of {latency['rounds']} rounds, and the "
-    return "\n".join([*lines, "", f"{how}distance of the quartiles. Machine: {line(latency['machine'])}."])
+    return "\n".join([*lines, "", f"{how}distance of the quartiles. Machine: {line(latency['machine'], 2 * NAME)}."])

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from proxbit.foreign import printable
+
 __all__ = ["BinarizationReport", "ModuleDecision"]
 
 
@@ -63,6 +65,6 @@ class BinarizationReport:
             reasons = Counter(decision.reason for decision in self.decisions if decision.converted is converted)
             for reason, count in reasons.items():
                 names = [d.name for d in self.decisions if d.converted is converted and d.reason == reason]
-                shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
-                lines.append(f"  {title}: {count} ({reason}): {shown}")
+                shown = ", ".join(map(printable, names[:3])) + (", ..." if count > 3 else "")
+                lines.append(f"  {title}: {count} ({printable(reason)}): {shown}")
         return "\n".join(lines)

@@ -11,8 +11,9 @@ from PIL import Image
 from proxbit.analysis.report.charts import Chart, Curve, heat_map, line_chart, outline, outline_ticks, short
 from proxbit.analysis.run_log import RunLog
 
-__all__ = ["bytes_text", "charts", "facts", "layers", "percent_text", "pictures", "together", "warnings"]
+__all__ = ["bytes_text", "charts", "check_sizes", "facts", "layers", "percent_text", "pictures", "together", "warnings"]
 
+MOST_BINS = 1000
 # Styles of curves: hard and soft look alike wherever they are.
 PLAIN, HARD, SOFT = 0, 1, 2
 
@@ -94,6 +95,20 @@ def _title(key: str) -> str:
 
 def _soft_key(log: RunLog, hard: str) -> str:
     return next(k for row in log.logs for k in row if "_soft_" in k and k.replace("_soft_", "_", 1) == hard)
+
+
+def check_sizes(log: RunLog) -> None:
+    """Check the numbers of a log that say how large something is made.
+
+    Raises:
+        ValueError: naming the number.
+    """
+    low, high, bins = log.run["edges"]
+    if not (isinstance(bins, int) and 1 <= bins <= MOST_BINS and -MOST_BINS <= low < high <= MOST_BINS):
+        raise ValueError(f"edges is {log.run['edges']}")
+    for snapshot in log.layers:
+        if any(len(counts) != bins + 2 for counts in snapshot["latents"]):
+            raise ValueError(f"latents of step {snapshot['step']} have other edges")
 
 
 def charts(log: RunLog) -> list[Chart]:

@@ -14,6 +14,7 @@ from proxbit.analysis.report import contents
 from proxbit.analysis.report.charts import short
 from proxbit.analysis.run_log import RUN_LOG, RunLog, read_log
 from proxbit.errors import CheckpointError, ConfigError
+from proxbit.foreign import printable
 from proxbit.hub.files import read_json
 
 __all__ = ["write_report"]
@@ -47,10 +48,11 @@ def write_report(run: str | Path, path: str | Path | None = None) -> Path:
         raise ConfigError(f"{target.parent} is not a folder: {target} cannot be written.")
     try:
         text = _render(folder.resolve().name, log, card)
-    except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{folder / RUN_LOG} lacks what a report needs ({error!r}).") from error
+    except Exception as error:  # A file of others may hold anything.
+        shown = printable(repr(error))
+        raise CheckpointError(f"{folder / RUN_LOG} lacks what a report needs, or is damaged ({shown}).") from error
     part = target.with_name(f"{target.name}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(part, target)
     return target
 
@@ -69,6 +71,7 @@ def _card(paths: list[Path]) -> dict[str, Any] | None:
 
 
 def _render(name: str, log: RunLog, card: dict[str, Any] | None) -> str:
+    contents.check_sizes(log)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
