@@ -249,3 +249,12 @@ def test_points_lost_are_judged_by_their_mean(script):
     assert "| W1A32 | closed form | 90.0 ± 0.0 | 89.5 ± 0.5 | 80.0 ± 0.0 | 0.5 ± 0.5 | 0.7 | met |" in text
     rows = {run: row | {"accuracy": 0.89} for run, row in rows.items()}
     assert "| 1.0 ± 0.0 | 0.7 | **missed** |" in "\n".join(posttraining.main_table(rows))
+
+
+def test_documents_are_damaged_and_read(script):
+    """A few of the cases, with the limits of the benchmark: none ends otherwise than well or with an error of proxbit."""
+    documents = script("fuzz_documents")
+    counts, wrong, memory = documents.fuzz(20, seed=3)
+    assert wrong == [] and memory < 2**30 and sum(cells.total() for cells in counts.values()) == 20
+    text = documents.page(20, 3, 0.1, (counts, ["case 3: **hang**"], memory))
+    assert "- case 3: **hang**" in text and "| **all** | | 20 |" in text

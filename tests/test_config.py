@@ -313,3 +313,13 @@ def test_what_a_stored_configuration_makes_of_a_model(stored, kind):
 def test_a_stored_configuration_that_is_none_is_damage():
     with pytest.raises(CheckpointError, match="quantization_config of tiny/vit is damaged: 'w1a8'"):
         stored_kind("w1a8", "tiny/vit")
+
+
+@pytest.mark.parametrize("field", ["include", "modules_to_not_convert", "learned_attention", "overrides"])
+def test_patterns_have_a_length(field):
+    pattern = "*" * 10**6
+    for value in ({pattern: {}}, {pattern: 3}) if field == "overrides" else ([pattern], [pattern, 3]):
+        with pytest.raises(ConfigError) as caught:
+            BinarizationConfig(**{field: value})
+        assert len(str(caught.value)) < 600
+    BinarizationConfig(**{field: {"x" * 255: {}} if field == "overrides" else ["x" * 255]})

@@ -29,3 +29,43 @@ def test_what_is_not_said_is_null():
 def test_refusals(run, message):
     with pytest.raises(CardError, match=message):
         check_run(run)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("/home/me/patients", "patients"),
+        ("/home/me/my patients/", "my patients"),
+        ("~/patients", "patients"),
+        ("../patients", "patients"),
+        ("C:\\Users\\me\\patients", "patients"),
+        ("\\\\server\\me\\patients", "patients"),
+        ("/", "data"),
+        ("train --data /home/me/patients --teacher=/srv/me/vit", "train --data patients --teacher=vit"),
+        ("me/vit", "me/vit"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("Xeon @ 2.5 GHz, and/or 4 / s", "Xeon @ 2.5 GHz, and/or 4 / s"),
+    ],
+)
+def test_a_record_tells_no_places(text, told):
+    """In any field, at any depth."""
+    run = {
+        "dataset": text,
+        "teacher": text,
+        "base_model": text,
+        "arguments": {"a": [{"b": text}]},
+        "environment": {"c": text},
+    }
+    found = check_run(run)
+    assert [found["dataset"], found["teacher"], found["base_model"], found["environment"]["c"]] == [told] * 4
+    assert found["arguments"]["a"][0]["b"] == told
+
+
+def test_a_folder_that_is_there_is_called_by_its_name(tmp_path, monkeypatch):
+    """Also where it looks like a name on the Hub."""
+    (tmp_path / "me" / "patients").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "me")
+    assert check_run({"dataset": "."})["dataset"] == "me"
+    monkeypatch.chdir(tmp_path)
+    assert check_run({"dataset": "me/patients"})["dataset"] == "patients"
+    assert check_run({"dataset": "me/others"})["dataset"] == "me/others"

@@ -86,3 +86,33 @@ def test_markdown():
 
 def test_a_backslash_undoes_nothing():
     assert line(r"\[click](https://example.org)") == r"\\\[click](https\://example.org)"
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("see http://evil.example", r"see http\://evil.example"),
+        ("HTTPS://x www.evil.example", r"HTTPS\://x www\.evil.example"),
+        ("mailto:a@b.example", r"mailto\:a<!-- -->@b.example"),
+        ("`x` **b** _i_ ~~s~~ $m$", r"\`x\` \*\*b\*\* \_i\_ \~\~s\~\~ \$m\$"),
+        ("snake_case_name @ 2", "snake_case_name @ 2"),
+        ("<b>&lt;i&#105; AT&T", "&lt;b>&amp;lt;i&amp;#105; AT&T"),
+        ("a\x00\x1b[2J\u202eb", r"a\\x00\\x1b\[2J\\u202eb"),
+    ],
+)
+def test_what_gfm_reads_is_escaped(text, written):
+    assert line(text) == written
+
+
+def test_long_names_and_lists_are_cut():
+    for kind, value in (
+        ("text", "x" * 10**5),
+        ("texts", ["x" * 10**5] * 10**3),
+        ("counts", {f"{i}{'x' * 999}": 1 for i in range(10**4)}),
+        ("numbers", [1.5] * 10**5),
+        ("object", {"a": "x" * 10**5, "b": ["x"] * 10**5}),
+        ("errors", {"x" * 10**5: {"before": 1.0, "after": 1.0}}),
+    ):
+        assert len(Field("a", kind, "b").text(value)) < 30_000
+    [problem] = problems([Field("a", "number", "b")], {"a": "x" * 10**6}, complete=True)
+    assert len(problem) < 300

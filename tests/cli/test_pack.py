@@ -1,5 +1,8 @@
 """`proxbit pack`, and what it refuses."""
 
+import resource
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,7 +10,7 @@ from typer.testing import CliRunner
 
 import proxbit
 from picture_folders import tiny_classifier
-from proxbit.cli.app import app
+from proxbit.cli.app import app, main
 from proxbit.cli.checkpoints import load_model
 from proxbit.errors import CheckpointError, ModelStateError
 
@@ -48,3 +51,19 @@ def test_refusals_write_nothing(latent, tmp_path):
     refused = run(latent, latent).exception
     assert isinstance(refused, CheckpointError) and "nothing is overwritten" in str(refused)
     assert {file: file.read_bytes() for file in latent.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["pack", "unpack"])
+def test_a_full_disk_is_one_line(latent, tmp_path, monkeypatch, capsys, command):
+    """Which is here a limit of the size of files."""
+    monkeypatch.setattr(sys, "argv", ["proxbit", command, str(latent), str(tmp_path / "out")])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2 and error.startswith("Error: ") and "too large" in error
+    assert {path.name for path in tmp_path.iterdir()} == {"float", "latent"}

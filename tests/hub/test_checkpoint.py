@@ -11,7 +11,7 @@ import proxbit
 from proxbit.errors import CheckpointError, PackedFormatError, ProxbitError
 from proxbit.hub.checkpoint import check_packed_files
 from proxbit.patching import packed_layers
-from tiny_models import LABELS, SIDE, vit
+from tiny_models import FAMILIES, LABELS, SIDE, vit
 
 QUERY = "vit.encoder.layer.0.attention.attention.query.weight"
 FC1 = "vit.encoder.layer.1.intermediate.dense.weight"
@@ -299,3 +299,22 @@ def test_weights_that_are_written_as_one_and_do_not_fit(tmp_path, gated, change)
     gated.save_pretrained(tmp_path)
     edit(tmp_path, lambda tensors: change(tensors, "dinov2.encoder.layer.1.mlp.weights_in.weight"))
     refused(tmp_path, CheckpointError, "packed")
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype", "message"),
+    [
+        ("running_mean", torch.int32, "running_mean is torch.int32 in the checkpoint; it must be one of torch.float32"),
+        ("running_var", torch.uint8, "running_var is torch.uint8"),
+        ("running_var", torch.bool, "running_var is torch.bool"),
+    ],
+)
+def test_buffers_are_checked_like_parameters(tmp_path, key, dtype, message):
+    """Such as the statistics of a batch normalization."""
+    model = proxbit.pack(proxbit.binarize(FAMILIES["resnet"]()))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(key))
+    save_file(tensors | {name: tensors[name].to(dtype)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        type(model).from_pretrained(tmp_path)

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoConfig, ViTForImageClassification
 
 import proxbit
-from proxbit.errors import CheckpointError
+from proxbit.errors import CheckpointError, ProxbitError
 from proxbit.hub.folders import check_folder, check_sizes, folder_files
 from tiny_models import FAMILIES, vit
 
@@ -146,3 +146,37 @@ def test_of_a_float_checkpoint_nothing_is_asked(tmp_path):
     model.save_pretrained(tmp_path)
     Path(tmp_path / "extra.bin").write_bytes(b"x")
     assert type(model).from_pretrained(tmp_path).config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"depths": [1] * 10_000}, "depths has 10,000 entries, but the weight files hold 30 tensors"),
+        ({"hidden_sizes": [12] * 10_000}, "hidden_sizes has 10,000 entries"),
+        ({"vision_config": {"names": ["x"] * 65}}, "names has 65 entries"),
+        ({"depths": [1] * 31}, "depths is 31, but the weight files hold 30 tensors"),
+        ({"num_layers": [16, 15]}, "num_layers is 31"),
+    ],
+)
+def test_lists_that_no_file_can_fill(values, message):
+    with pytest.raises(CheckpointError, match=message):
+        check_sizes(values, tensors=30, stored=1000)
+
+
+def test_lists_that_may_be():
+    check_sizes(
+        {"depths": [15, 15], "feature_layers": [20, 25, 30], "image_mean": [0.5] * 64, "num_heads": [30] * 9}, 30, 1000
+    )
+
+
+@pytest.mark.parametrize("field", ["include", "modules_to_not_convert", "learned_attention", "overrides"])
+@pytest.mark.parametrize(
+    ("count", "message"), [(100_000, "has 100,000 patterns; there may be"), (99, "has 99 patterns, but the w")]
+)
+def test_no_more_patterns_than_tensors(plain, field, count, message):
+    config = json.loads((plain / "config.json").read_text())
+    patterns = [f"{i}" for i in range(count)]
+    config["quantization_config"][field] = dict.fromkeys(patterns, {}) if field == "overrides" else patterns
+    (plain / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ProxbitError, match=f"{field} {message}"):
+        ViTForImageClassification.from_pretrained(plain)

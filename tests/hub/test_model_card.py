@@ -225,3 +225,13 @@ def test_names_and_labels_stay_text():
     assert all(isinstance(each, (ast.Import, ast.ImportFrom, ast.Assign, ast.With)) for each in ast.parse(code).body)
     prose = body.replace(code, "")
     assert "<script" not in prose and "![" not in prose and "\n# !" not in prose
+
+
+def test_a_card_of_long_names_is_short():
+    """A label of 100,000 characters, and as many labels."""
+    labels = {0: "x" * 10**5} | {i: f"\x1b[2J{i}" for i in range(1, 2000)}
+    model = proxbit.pack(proxbit.binarize(hf.ViTForImageClassification(vit(num_labels=2000, id2label=labels))))
+    run = {"dataset": "y" * 10**5, "metrics": {"packed": {"z" * 10**5: 0.5}}, "arguments": {"w" * 10**5: "v" * 10**5}}
+    text = str(model_card(model, quantization_card(model, run=run), run=run, name="t" * 10**5))
+    body = text.split("---\n", 2)[2]
+    assert len(body) < 40_000 and "and 1980 more" in body and "\x1b" not in text

@@ -197,9 +197,8 @@ class QuantizationCard:
         if not isinstance(values, dict):
             raise CardError(f"{file} is no quantization card: it holds no JSON object.")
         if values.get("card_format") != CARD_FORMAT:
-            raise CardError(
-                f"{file} has card_format {printable(repr(values.get('card_format')))}; this proxbit reads {CARD_FORMAT}."
-            )
+            found = printable(repr(values.get("card_format")))
+            raise CardError(f"{file} has card_format {found}; this proxbit reads {CARD_FORMAT}.")
         return cls(dict.fromkeys(_ADDED) | values)
 
 

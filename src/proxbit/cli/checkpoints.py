@@ -15,6 +15,7 @@ from torch import nn
 
 from proxbit.errors import CheckpointError, ProxbitError
 from proxbit.hub.client import first_line
+from proxbit.hub.files import save_weights
 from proxbit.hub.loading import UNREADABLE, class_of, load_config, load_image_processor, load_pretrained
 from proxbit.hub.release import write_release
 from proxbit.hub.staging import staged
@@ -115,7 +116,7 @@ def check_new_folder(folder: Path) -> None:
 def save_plain(model: Any, processor: Any | None, folder: Path) -> None:
     """Write a model, and its image processor where it has one, without cards: the whole folder or nothing."""
     with staged(folder.absolute()) as made:
-        model.save_pretrained(made)
+        save_weights(model, made)
         if processor is not None:
             processor.save_pretrained(made)
 

@@ -1,7 +1,7 @@
 """Checks of packed checkpoint files, from their headers, before any weight is loaded."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -158,16 +158,21 @@ def check_complete(model: nn.Module, missing: Sequence[str]) -> None:
         raise CheckpointError(f"{names}: not in the checkpoint, which says that it is of a {type(model).__name__}.")
 
 
-def check_dtypes(model: nn.Module) -> None:
+def check_dtypes(model: nn.Module, wanted: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
     """Check that what a model computes with is in a floating-point type that layers take.
 
+    Args:
+        model: after loading.
+        wanted: its `outlines` before loading.
+
     Raises:
-        CheckpointError: naming the tensor.
+        CheckpointError: naming the parameter or the buffer.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.dtype not in _FLOATS:
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        is_float = isinstance(tensor, nn.Parameter) or (name in wanted and wanted[name][1].is_floating_point)
+        if is_float and tensor.dtype not in _FLOATS:
             raise CheckpointError(
-                f"{name} is {parameter.dtype} in the checkpoint; it must be one of {', '.join(map(str, _FLOATS))}."
+                f"{name} is {tensor.dtype} in the checkpoint; it must be one of {', '.join(map(str, _FLOATS))}."
             )
 
 

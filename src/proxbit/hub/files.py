@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -63,11 +64,17 @@ def save_weights(model: nn.Module, folder: str | Path, max_shard_size: int | str
         model: any.
         folder: exists.
         max_shard_size: of a transformers model, as in `save_pretrained`; None: its default.
+
+    Raises:
+        CheckpointError: if there is no room for them.
     """
-    if isinstance(model, PreTrainedModel):
-        model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
-    else:
-        save_model(model, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})
+    try:
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+        else:
+            save_model(model, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})
+    except SafetensorError as error:  # Such as a full disk.
+        raise CheckpointError(f"The weights cannot be written into {folder}: {error}.") from error
     return weight_files(folder)
 
 

@@ -1,6 +1,7 @@
 """Checks of a checkpoint's folder before transformers reads a weight in it."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ __all__ = ["check_folder", "check_sizes", "folder_files"]
 _NAME = 255
 # Words in the names of those fields of a configuration that say how many layers there are.
 _DEPTH = ("layers", "depth", "blocks")
-# Words in the names of those whose entries are the numbers of layers of stages, which add up.
+# Beginnings of the names of those whose entries are the numbers of layers of stages, which add up.
 _STAGES = ("depth", "num_", "n_")
 # Lists up to here are not compared with the files: means of colours, identifiers of tokens.
 _ANY_LENGTH = 64
@@ -96,6 +97,13 @@ def check_folder(folder: Path, config: Any, variant: str | None = None) -> None:
     _check_patterns(getattr(config, "quantization_config", None), tensors)
 
 
+def _check_length(values: Sequence[Any], tensors: int, where: str) -> None:
+    if len(values) > max(tensors, _ANY_LENGTH):
+        raise CheckpointError(
+            f"config.json: {where} has {len(values):,} entries, but the weight files hold {tensors} tensors."
+        )
+
+
 def _check_patterns(stored: Any, tensors: int) -> None:
     """Check that a configuration of proxbit has no more patterns than the files have tensors."""
     values = stored if isinstance(stored, dict) else getattr(stored, "__dict__", {})
@@ -125,19 +133,20 @@ def check_sizes(values: Any, tensors: int, stored: int, where: str = "") -> None
             if key not in _LABELS:
                 check_sizes(value, tensors, stored, str(key))
     elif isinstance(values, list | tuple):
-        if len(values) > max(tensors, _ANY_LENGTH):
-            raise CheckpointError(
-                f"config.json: {where} has {len(values):,} entries, but the weight files hold {tensors} tensors."
-            )
+        _check_length(values, tensors, where)
         for value in values:
             check_sizes(value, tensors, stored, where)
-        if any(word in where for word in _STAGES) and all(type(value) is int for value in values):
+        if where.startswith(_STAGES) and all(type(value) is int for value in values):
             check_sizes(sum(values), tensors, stored, where)
     elif isinstance(values, int):
-        if values > tensors and any(word in where for word in _DEPTH):
-            raise CheckpointError(f"config.json: {where} is {values}, but the weight files hold {tensors} tensors.")
-        if where.endswith(_DIVISORS) and values == 0 or where.endswith(_SIZES) and values < 0:
-            raise CheckpointError(f"config.json: {where} is {values}; it must be positive.")
-        if abs(values) > BITS_PER_BYTE * stored + _ANY_SIZE:
-            number = values if abs(values) < 10**20 else "beyond 10^20"
-            raise CheckpointError(f"config.json: {where} is {number}, but the weight files hold {stored:,} bytes.")
+        _check_number(values, tensors, stored, where)
+
+
+def _check_number(value: int, tensors: int, stored: int, where: str) -> None:
+    if value > tensors and any(word in where for word in _DEPTH):
+        raise CheckpointError(f"config.json: {where} is {value}, but the weight files hold {tensors} tensors.")
+    if where.endswith(_DIVISORS) and value == 0 or where.endswith(_SIZES) and value < 0:
+        raise CheckpointError(f"config.json: {where} is {value}; it must be positive.")
+    if abs(value) > BITS_PER_BYTE * stored + _ANY_SIZE:
+        number = value if abs(value) < 10**20 else "beyond 10^20"
+        raise CheckpointError(f"config.json: {where} is {number}, but the weight files hold {stored:,} bytes.")

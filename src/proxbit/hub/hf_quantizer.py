@@ -107,7 +107,7 @@ class ProxbitHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             check_learned(model)
             check_complete(model, missing_tensors())
-            check_dtypes(model)
+            check_dtypes(model, self._outlines)
         else:
             reset_learned(model)
         check_latents(model)

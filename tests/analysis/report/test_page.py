@@ -169,3 +169,43 @@ PICTURE = {"event": "predictions", "step": 1, "epoch": 1, "total": 1, "right": 1
 def test_a_page_in_no_folder_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="is not a folder"):
         write_report(write_run(tmp_path), tmp_path / "nowhere" / "x.html")
+
+
+DAMAGE = {
+    "no memory is so large": lambda lines: lines[0].update(edges=[-3, 3, 10**12]),
+    "or so wide": lambda lines: lines[0].update(edges=[-(10**9), 10**9, 60]),
+    "a number of many digits": lambda lines: lines[1].update(epoch=10**400),
+    "a step of many digits": lambda lines: lines[1].update(step=10**400),
+    "a word for a number": lambda lines: lines[0].update(packed_bytes="x"),
+    "nothing for a number": lambda lines: lines[0].update(binary_parameters=None),
+    "no edges": lambda lines: lines[0].pop("edges"),
+    "an event without a name": lambda lines: lines[1].update(event=["log"]),
+    "another format": lambda lines: lines[0].update(format="\x1b" * 10**6),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_log_is_one_line(tmp_path, damage):
+    write_run(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / RUN_LOG).read_text().splitlines()]
+    damage(lines)
+    (tmp_path / RUN_LOG).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(CheckpointError) as caught:
+        write_report(tmp_path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+    assert [path.name for path in tmp_path.iterdir()] == [RUN_LOG]
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "9" * 5000, '{"a":' * 10**5], ids=["deep", "digits", "deep tables"])
+def test_lines_that_are_no_json(tmp_path, text):
+    write_run(tmp_path)
+    with (tmp_path / RUN_LOG).open("a") as file:
+        file.write(text + "\n")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        write_report(tmp_path)
+
+
+def test_half_of_a_pair_of_surrogates_is_written_as_text(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "quantization_card.json").write_text(json.dumps({"model_id": "\ud800"}))
+    assert r"\ud800" in page(tmp_path)[0]
