@@ -1,8 +1,8 @@
 """Damaged documents: `python benchmarks/fuzz_documents.py` writes `benchmarks/results/fuzz_documents.md`.
 
 Run logs, quantization cards, `config.json` and `preprocessor_config.json` are changed at random and read by `report`,
-`card`, `summary`, `push` (up to the upload) and `evaluate` (up to the pictures). Each case ends well, or with one line of
-an error of proxbit; nothing else may happen.
+`card`, `summary`, `push` (up to the upload) and `evaluate` (up to the pictures). Each case ends well, or with one line
+of an error of proxbit; nothing else may happen.
 """
 
 import argparse
@@ -51,7 +51,7 @@ FINE, REFUSED, TRACEBACK, HANG = "fine", "refused", "**traceback**", "**hang**"
 COLUMNS = (FINE, REFUSED, TRACEBACK, HANG)
 TEXTS = ("\ud800", "\x1b[2J", "a\nb", "x" * 10**5, "[/]", "../" * 9, "NaN", "9" * 5000)
 NUMBERS = (10**9, 10**18, 2**63, 10**30, -1, 0, 1e308, -1e308, 1e-320)
-DEPTH = 10**5
+DEPTH, LONGEST = 10**5, 2 * 10**6
 
 
 class Slow(BaseException):
@@ -122,7 +122,8 @@ def change(value: Any, rng: random.Random) -> None:
     elif choice == 2 and isinstance(owner, dict):
         owner[rng.choice(TEXTS)] = owner.pop(key)
     elif choice == 3:
-        owner[key] = [json.loads(json.dumps(owner[key]))] * rng.choice([0, 2, 1000, 30_000])
+        text = json.dumps(owner[key])
+        owner[key] = [json.loads(text)] * min(rng.choice([0, 2, 1000, 30_000]), LONGEST // len(text))
     else:
         owner[key] = rng.choice([*STRANGE, *TEXTS, *NUMBERS])
 

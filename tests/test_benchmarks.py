@@ -252,7 +252,7 @@ def test_points_lost_are_judged_by_their_mean(script):
 
 
 def test_documents_are_damaged_and_read(script):
-    """A few of the cases, with the limits of the benchmark: none ends otherwise than well or with an error of proxbit."""
+    """A few of the cases, with the limits of the benchmark: each ends well, or with an error of proxbit."""
     documents = script("fuzz_documents")
     counts, wrong, memory = documents.fuzz(20, seed=3)
     assert wrong == [] and memory < 2**30 and sum(cells.total() for cells in counts.values()) == 20

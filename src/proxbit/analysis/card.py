@@ -169,7 +169,7 @@ class QuantizationCard:
         lines = ["| field | value | meaning |", "|---|---|---|"]
         for field in CARD_FIELDS:
             text = cell(field.text(self.values[field.name]))
-            lines.append(f"| `{field.name}` | {text} | {cell(field.meaning)} |")
+            lines.append(f"| `{field.name}` | {text} | {field.meaning} |")
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> Path:

@@ -52,8 +52,8 @@ def without_places(value: Any) -> Any:
     """A value of JSON types whose texts say nothing of where files lie: of each path no more than the last part.
 
     Examples:
-        >>> without_places({"dataset": "/home/me/patients", "arguments": ["train --data ~/patients/", "me/vit"]})
-        {'dataset': 'patients', 'arguments': ['train --data patients/', 'me/vit']}
+        >>> without_places({"dataset": "/home/me/patients", "arguments": ["train --data /srv/me/patients", "me/vit"]})
+        {'dataset': 'patients', 'arguments': ['train --data patients', 'me/vit']}
     """
     if isinstance(value, dict):
         return {key: without_places(each) for key, each in value.items()}

@@ -210,5 +210,5 @@ def cell(text: str, most: int = LINE) -> str:
 def field_table(fields: Iterable[Field]) -> str:
     """The fields as a Markdown table: name, kind, meaning."""
     lines = ["| field | kind | meaning |", "|---|---|---|"]
-    lines += [f"| `{field.name}` | {field.kind} | {cell(field.meaning)} |" for field in fields]
+    lines += [f"| `{field.name}` | {field.kind} | {field.meaning} |" for field in fields]
     return "\n".join(lines)

@@ -300,7 +300,7 @@ def _training(run: Mapping[str, Any], card: QuantizationCard) -> str:
     lines = [f"Quantizer pair of the weights: {line(card['weight_quantizer'] or 'unknown', NAME)}.", ""]
     lines += ["| | | |", "|---|---|---|"]
     for field in shown:
-        lines.append(f"| `{field.name}` | {cell(field.text(run[field.name]))} | {cell(field.meaning)} |")
+        lines.append(f"| `{field.name}` | {cell(field.text(run[field.name]))} | {field.meaning} |")
     if unknown:
         lines += ["", f"Unknown: {', '.join(f'`{name}`' for name in unknown)}."]
     return "\n".join(lines)
