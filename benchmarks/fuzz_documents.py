@@ -123,7 +123,7 @@ def change(value: Any, rng: random.Random) -> None:
         owner[rng.choice(TEXTS)] = owner.pop(key)
     elif choice == 3:
         text = json.dumps(owner[key])
-        owner[key] = [json.loads(text)] * min(rng.choice([0, 2, 1000, 30_000]), LONGEST // len(text))
+        owner[key] = [json.loads(text) for _ in range(min(rng.choice([0, 2, 1000, 30_000]), LONGEST // len(text)))]
     else:
         owner[key] = rng.choice([*STRANGE, *TEXTS, *NUMBERS])
 

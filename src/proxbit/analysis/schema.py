@@ -207,8 +207,9 @@ def cell(text: str, most: int = LINE) -> str:
     return line(text, most).replace("|", r"\|")
 
 
-def field_table(fields: Iterable[Field]) -> str:
+def field_table(fields: Sequence[Field]) -> str:
     """The fields as a Markdown table: name, kind, meaning."""
+    cells = {field.name: field.meaning.replace("|", r"\|") for field in fields}
     lines = ["| field | kind | meaning |", "|---|---|---|"]
-    lines += [f"| `{field.name}` | {field.kind} | {field.meaning} |" for field in fields]
+    lines += [f"| `{field.name}` | {field.kind} | {cells[field.name]} |" for field in fields]
     return "\n".join(lines)
