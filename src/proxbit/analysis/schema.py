@@ -204,12 +204,15 @@ def line(text: str, most: int = LINE) -> str:
 
 def cell(text: str, most: int = LINE) -> str:
     """Text as a cell of a Markdown table; see `line`."""
-    return line(text, most).replace("|", r"\|")
+    return _escape_bars(line(text, most))
 
 
-def field_table(fields: Sequence[Field]) -> str:
+def _escape_bars(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+def field_table(fields: Iterable[Field]) -> str:
     """The fields as a Markdown table: name, kind, meaning."""
-    cells = {field.name: field.meaning.replace("|", r"\|") for field in fields}
     lines = ["| field | kind | meaning |", "|---|---|---|"]
-    lines += [f"| `{field.name}` | {field.kind} | {cells[field.name]} |" for field in fields]
+    lines += [f"| `{field.name}` | {field.kind} | {_escape_bars(field.meaning)} |" for field in fields]
     return "\n".join(lines)
