@@ -175,7 +175,7 @@ def _asked_for(model: PreTrainedModel, stored: dict[str, Any]) -> set[str]:
     """The names of those tensors of a model that its class does not have by itself, with the stored configuration."""
     with torch.device("meta"):
         plain = type(model)._from_config(type(model.config).from_dict(copy.deepcopy(stored)))
-    return model.state_dict().keys() - plain.state_dict().keys()
+    return set(model.state_dict()) - set(plain.state_dict())
 
 
 def check_dtypes(model: nn.Module) -> None:

@@ -16,39 +16,62 @@ from proxbit.errors import CheckpointError, ModelStateError
 from proxbit.foreign import printable
 from proxbit.hub.compat import ask_before_loading, ask_before_saving, loaded_folder, stored_config
 from proxbit.hub.folders import check_folder
-from proxbit.hub.hf_quantizer import ProxbitHfQuantizer, as_config, claim_of, claims, take_own_config, tell
-from proxbit.patching import config_of, to_latent
+from proxbit.hub.hf_quantizer import ProxbitHfQuantizer, as_config, claim_of, claims
+from proxbit.patching import config_of, is_binarized, origin_of, state_of, to_latent
 
-__all__ = ["find_claim", "saving", "settle"]
+__all__ = ["find_claim", "saving", "truth"]
 
 
-def settle(model: PreTrainedModel) -> None:
-    """Make the configurations of a model and of its parts say what their layers are, whatever was done to the parts.
-
-    Args:
-        model: about to be saved.
+@contextmanager
+def truth(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context, the configurations of a model and of its parts say what their layers are, whatever was done
+    to the parts; then, what they said before: others may be made of the same objects.
 
     Raises:
-        ModelStateError: if no configuration can say it; see `patching.config_of`.
+        ModelStateError: if no configuration can say it, see `patching.config_of`; or if there are latent or packed
+            layers that neither `binarize` made, nor the class of the model makes.
     """
-    if getattr(model, "_hf_peft_config_loaded", False):  # Adapters are saved, and no configuration.
-        return
-    right = {id(part.config): (part.config, config) for part, config in claims(model, strict=True)}
-    strays = [each for each in _inside(model.config) if id(each) not in right and claim_of(each) is not None]
-    if not strays and all(claim_of(config) == said for config, said in right.values()):
-        return
-    if all(said is None for _, said in right.values()):
+    _check_origins(model)
+    said: dict[int, tuple[PreTrainedConfig, Any]] = {
+        id(config): (config, None) for config in (model.config, *_inside(model.config))
+    }
+    said |= {id(part.config): (part.config, config) for part, config in claims(model, strict=True)}
+    changed = [(config, claim_of(config), right) for config, right in said.values() if claim_of(config) != right]
+    if changed and state_of(model) == "float":
         warnings.warn(
-            f"{type(model).__name__} is float, though its configuration says that it is binarized: it was made from "
-            "that alone, and not from a checkpoint. It is saved as a float model.",
-            stacklevel=4,
+            f"{type(model).__name__} is float, though its configuration says that it is binarized, as after "
+            "from_config, which makes the layers of the class. It is saved as a float model.",
+            stacklevel=5,
         )
-    take_own_config(model)
-    tell(model)
-    held = {id(part.config) for part, _ in claims(model)}
-    for each in _inside(model.config):
-        if id(each) not in held and claim_of(each) is not None:
-            del each.quantization_config
+    for config, _, right in changed:
+        _say(config, right)
+    try:
+        yield
+    finally:
+        for config, before, _ in changed:
+            _say(config, before)
+
+
+def _say(config: PreTrainedConfig, claim: Any) -> None:
+    if claim is not None:
+        config.quantization_config = claim
+    elif claim_of(config) is not None:
+        del config.quantization_config
+
+
+def _check_origins(model: PreTrainedModel) -> None:
+    """Check that `from_pretrained` will make every layer that is no float one."""
+    unknown = [name for name, module in model.named_modules() if is_binarized(module) and origin_of(module) is None]
+    if not unknown:
+        return
+    with torch.device("meta"):
+        made = dict(type(model)._from_config(copy.deepcopy(model.config)).named_modules())
+    for name in unknown:
+        if not is_binarized(made.get(name)):
+            raise ModelStateError(
+                f"{name} is no layer that {type(model).__name__} has by itself, and nothing says how it was binarized: "
+                "saved, it could not be loaded. Put the float layer there, and call proxbit.binarize."
+            )
 
 
 def _inside(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -68,14 +91,25 @@ def saving(model: PreTrainedModel, state_dict: dict[str, Any] | None) -> Iterato
         state_dict: as `save_pretrained` takes it; None: the model's own.
 
     Raises:
-        ModelStateError: as by `settle`, or if the tensors are not those of a model in this state.
+        ModelStateError: as by `truth`, or if the tensors are not those of a model in this state.
     """
-    settle(model)
-    quantizer = vars(model).get("hf_quantizer")
-    if state_dict is None or not isinstance(quantizer, ProxbitHfQuantizer):
+    if getattr(model, "_hf_peft_config_loaded", False):  # Adapters are saved, and no configuration.
         yield
         return
-    _check_state(model, state_dict)
+    quantizer = vars(model).get("hf_quantizer")
+    given = state_dict if isinstance(quantizer, ProxbitHfQuantizer) else None
+    if given is not None:
+        _check_state(model, given)
+    with truth(model), _writing(quantizer, given):
+        yield
+
+
+@contextmanager
+def _writing(quantizer: Any, state_dict: dict[str, Any] | None) -> Iterator[None]:
+    """Within the context, a quantizer gives these tensors to `save_pretrained`; None: whatever it gives."""
+    if state_dict is None:
+        yield
+        return
     before, quantizer.gathered_state = quantizer.gathered_state, state_dict
     try:
         yield

@@ -14,7 +14,7 @@ from proxbit.nn.surroundings import Surroundings
 from proxbit.patching.attention import attention_modules
 from proxbit.patching.targets import CONVERTIBLE, explicit_patterns, matches
 
-__all__ = ["Origin", "config_of", "leave_origin", "take_origin"]
+__all__ = ["Origin", "config_of", "is_binarized", "leave_origin", "origin_of", "take_origin"]
 
 # What activation checkpointing adds to the names of modules, and leaves out of those of tensors.
 _WRAPPER = "_checkpoint_wrapped_module."
@@ -38,15 +38,21 @@ def leave_origin(layer: nn.Module, origin: Origin) -> None:
     vars(layer)["origin"] = origin
 
 
+def origin_of(layer: nn.Module) -> Origin | None:
+    """Where a layer comes from; None if it is float, or nobody told it."""
+    origin = vars(layer).get("origin") if is_binarized(layer) else None
+    return origin if isinstance(origin, Origin) else None
+
+
 def take_origin(layer: nn.Module, other: nn.Module) -> None:
     """Tell a layer that it comes from where another does."""
-    vars(layer).update({key: value for key, value in vars(other).items() if key == "origin"})
+    if (origin := origin_of(other)) is not None:
+        leave_origin(layer, origin)
 
 
-def _origins(layers: Mapping[str, nn.Module]) -> dict[str, Origin]:
-    kinds = (LatentWeight, PackedLinear, PackedConv2d)
-    found = {name: vars(layer).get("origin") for name, layer in layers.items() if isinstance(layer, kinds)}
-    return {name: origin for name, origin in found.items() if isinstance(origin, Origin)}
+def is_binarized(layer: nn.Module | None) -> bool:
+    """Whether a module is a latent or packed layer."""
+    return isinstance(layer, LatentWeight | PackedLinear | PackedConv2d)
 
 
 def config_of(model: nn.Module) -> BinarizationConfig | None:
@@ -63,7 +69,8 @@ def config_of(model: nn.Module) -> BinarizationConfig | None:
             different pairs.
     """
     modules = {name.replace(_WRAPPER, ""): module for name, module in model.named_modules()}
-    origins = _origins(modules)
+    found = {name: origin_of(module) for name, module in modules.items()}
+    origins = {name: origin for name, origin in found.items() if origin is not None}
     if not origins:
         return None
     first = next(iter(origins.values())).config
