@@ -138,6 +138,7 @@ def test_parts_in_two_states_are_refused_when_loaded_and_when_saved(tmp_path):
         hf.VisionTextDualEncoderModel.from_pretrained(tmp_path / "packed")
 
 
+@pytest.mark.filterwarnings("ignore:.* is float, though its configuration")
 @pytest.mark.parametrize("change", ["a float tower", "a float layer", "back to float", "another way"])
 def test_what_is_done_to_a_part_is_known_when_the_whole_is_saved(tmp_path, pictures, change):
     whole = WHOLES["CLIP"]

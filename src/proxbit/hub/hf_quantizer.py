@@ -108,9 +108,11 @@ class ProxbitHfQuantizer(HfQuantizer):
             model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *own]
         if state == "packed":
             to_packed(model)
-            check_packed_files(checkpoint_files or [], packed_layers(model), is_of_saved_class(model))
-        if self.pre_quantized:
-            check_size(checkpoint_files or [], model)
+        if checkpoint_files is not None:  # Tensors may be in hand.
+            if state == "packed":
+                check_packed_files(checkpoint_files, packed_layers(model), is_of_saved_class(model))
+            if self.pre_quantized:
+                check_size(checkpoint_files, model)
         self.quantization_config = config_of(model) or self.quantization_config
         self._outlines = outlines(model)
         return model
