@@ -169,8 +169,8 @@ def check_complete(model: PreTrainedModel, missing: Sequence[str], stored: dict[
     if lost:
         names = f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}"
         raise CheckpointError(
-            f"{names}: not in the checkpoint, which says that it is of a {type(model).__name__}. If that was made without "
-            "them, load it so, as with add_pooling_layer=False; else copy the files again."
+            f"{names}: not in the checkpoint, which says that it is of a {type(model).__name__}. If that was made "
+            "without them, load it so, as with add_pooling_layer=False; else copy the files again."
         )
 
 
