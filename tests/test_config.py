@@ -313,3 +313,8 @@ def test_what_a_stored_configuration_makes_of_a_model(stored, kind):
 def test_a_stored_configuration_that_is_none_is_damage():
     with pytest.raises(CheckpointError, match="quantization_config of tiny/vit is damaged: 'w1a8'"):
         stored_kind("w1a8", "tiny/vit")
+
+
+def test_fields_are_read_as_those_of_a_dict():
+    config = BinarizationConfig(activations="int8")
+    assert (config.get("activations"), config.get("load_in_8bit"), config.get("nothing", 3)) == ("int8", None, 3)

@@ -11,6 +11,7 @@ from proxbit.nn import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear, l
 from proxbit.nn.surroundings import Surroundings
 from proxbit.patching.attention import learn_scales, learned_attentions, unlearn_scales
 from proxbit.patching.fuse import unfuse_layers
+from proxbit.patching.parts import Origin, leave_origin, take_origin
 from proxbit.patching.report import BinarizationReport, ModuleDecision
 from proxbit.patching.sites import surroundings
 from proxbit.patching.swap import swap
@@ -100,7 +101,10 @@ def to_latent(
     report.attach(model)
     include = explicit_patterns(replacements, report.left)
     changes = {"include": include, "modules_to_not_convert": None, "overrides": overrides, "learned_attention": learned}
-    return report, config.replace(**changes)
+    resolved = config.replace(**changes)
+    for name, latent in replacements.items():
+        leave_origin(latent, Origin(resolved, name))
+    return report, resolved
 
 
 def _convert(model: nn.Module, action: str, convert: Callable[[nn.Module], nn.Module | None]) -> None:
@@ -132,11 +136,11 @@ def _weights(module: nn.Module) -> int:
 
 
 def _packed(layer: nn.Module) -> nn.Module | None:
-    if isinstance(layer, BinaryLinear):
-        return PackedLinear.from_latent(layer)
-    if isinstance(layer, BinaryConv2d):
-        return PackedConv2d.from_latent(layer)
-    return None
+    if not isinstance(layer, LatentLayer):
+        return None
+    packed = PackedLinear.from_latent(layer) if isinstance(layer, BinaryLinear) else PackedConv2d.from_latent(layer)
+    take_origin(packed, layer)
+    return packed
 
 
 def to_packed(model: nn.Module) -> None:
