@@ -15,19 +15,26 @@ from proxbit.training.checkpoints import (
     STAGING,
     check_checkpoint,
     check_place,
+    check_resumable,
+    check_start,
     checkpoint_to_resume,
     commit,
     recover,
+    resume_from,
     rotate,
     write_manifest,
 )
 
+STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
-def make(folder, text="weights", manifest=True):
-    """A made-up checkpoint of two files, one of them in a folder."""
+
+def make(folder, text="weights", manifest=True, states=STATES):
+    """A made-up checkpoint of weights, a file in a folder, and what a training needs to go on."""
     (folder / "shards").mkdir(parents=True)
     (folder / "model.safetensors").write_text(text)
     (folder / "shards" / "0").write_text("shard")
+    for name in states:
+        (folder / name).write_text("state")
     if manifest:
         write_manifest(folder)
     return folder
@@ -52,9 +59,9 @@ def said(caplog):
 def test_what_a_manifest_says(tmp_path):
     folder = make(tmp_path / "checkpoint-1")
     found = json.loads((folder / MANIFEST).read_text())
+    written = {"model.safetensors": "weights", "shards/0": "shard"} | dict.fromkeys(STATES, "state")
     expected = {
-        name: {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        for name, text in {"model.safetensors": "weights", "shards/0": "shard"}.items()
+        name: {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()} for name, text in written.items()
     }
     assert found == {"format": 1, "files": expected}
     check_checkpoint(folder)
@@ -135,6 +142,69 @@ def test_a_checkpoint_that_is_named(tmp_path, said):
         checkpoint_to_resume(tmp_path, str(tmp_path / "other"))
     with pytest.raises(CheckpointError, match="what a save that was cut short has left"):
         checkpoint_to_resume(tmp_path, str(make(tmp_path / STAGING / "checkpoint-5", manifest=False)))
+
+
+@pytest.mark.parametrize(
+    ("states", "missing"),
+    [
+        (STATES[3:], "optimizer, scheduler, random state"),
+        (STATES[1:], "optimizer"),
+        ((STATES[0], *STATES[2:]), "scheduler"),
+        ((*STATES[:2], STATES[3]), "random state"),
+        (STATES[:3], "state of the Trainer"),
+        ((), "optimizer, scheduler, random state, state of the Trainer"),
+    ],
+    ids=["weights only", "optimizer", "scheduler", "random state", "trainer", "nothing"],
+)
+@pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "none"])
+def test_half_a_checkpoint_is_passed_over_and_refused_by_name(tmp_path, said, states, missing, manifest):
+    """As `save_only_model=True` writes them, and as somebody may have made them smaller."""
+    whole = make(tmp_path / "checkpoint-5")
+    half = make(tmp_path / "checkpoint-10", states=states, manifest=manifest)
+    assert checkpoint_to_resume(tmp_path, True) == str(whole)
+    (line,) = said()
+    assert line.startswith(f"Passed over {half}, which is not complete: it h")
+    with pytest.raises(CheckpointError, match=rf"cannot be resumed from: it holds no {missing} \(save_only_model=True"):
+        checkpoint_to_resume(tmp_path, str(half))
+
+
+@pytest.mark.parametrize(
+    "states",
+    [
+        ("optimizer.bin", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"),
+        ("optimizer_0/__0_0.distcp", "scheduler.pt", "rng_state_0.pth", "trainer_state.json"),
+        ("global_step5/zero_pp_rank_0_mp_rank_00_optim_states.pt", "rng_state_0.pth", "trainer_state.json"),
+    ],
+    ids=["FSDP", "FSDP sharded", "DeepSpeed"],
+)
+def test_the_states_of_engines_are_known(tmp_path, states):
+    for name in states:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("state")
+    check_resumable(tmp_path)
+
+
+@pytest.mark.parametrize("word", ["true", "True", "TRUE", "last", "Last", True])
+def test_words_for_the_last_checkpoint(tmp_path, word):
+    folder = make(tmp_path / "checkpoint-5")
+    assert resume_from(word) is True and checkpoint_to_resume(tmp_path, word) == str(folder)
+    check_start(tmp_path, resume_from(word))
+
+
+@pytest.mark.parametrize("word", ["false", "False", False, None])
+def test_words_for_no_checkpoint(tmp_path, word):
+    make(tmp_path / "checkpoint-5")
+    assert resume_from(word) is None and checkpoint_to_resume(tmp_path, word) is None
+
+
+def test_a_command_is_told_how_to_go_on(tmp_path):
+    check_start(tmp_path / "new", None)
+    folder = make(tmp_path / "checkpoint-5")
+    with pytest.raises(CheckpointError, match=r"a training with checkpoint-5; .*: --resume_from_checkpoint last\."):
+        check_start(tmp_path, None)
+    with pytest.raises(CheckpointError, match="'checkpoint-5.x' is no checkpoint. Name a folder, or `last`"):
+        check_start(tmp_path, "checkpoint-5.x")
+    assert resume_from(str(folder)) == str(folder)
 
 
 def test_commit_replaces_what_is_there(tmp_path):

@@ -15,6 +15,7 @@ import proxbit
 from proxbit.errors import CheckpointError, LossError
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer
 from proxbit.training.checkpoints import MANIFEST, STAGING, check_checkpoint
+from proxbit.training.push import PushingTrainer
 from tiny_models import LABELS, SIDE, vit
 
 FULL = {"config.json", "model.safetensors", "training_args.bin", "trainer_state.json", MANIFEST}
@@ -96,10 +97,33 @@ def test_what_is_pushed_is_complete(tmp_path, make, monkeypatch):
         check_checkpoint(tmp_path / "out" / folder.rpartition("/")[2])
         pushed.append(folder)
 
-    monkeypatch.setattr(type(trainer).__mro__[2], "_push_from_checkpoint", push)
+    monkeypatch.setattr(PushingTrainer, "_push_from_checkpoint", push)
     trainer.args.push_to_hub = True
     trainer.train()
     assert pushed == [str(tmp_path / "out" / f"checkpoint-{step}") for step in (2, 4)]
+
+
+def test_no_token_is_saved(tmp_path, make):
+    """Arguments are pickled beside every checkpoint and model; those of the Trainer itself keep the token."""
+    trainer = make(max_steps=2, hub_token="hf_secret")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.name == "training_args.bin" for path in files) == 2
+    assert not any(b"hf_secret" in path.read_bytes() for path in files)
+    assert trainer.args.hub_token == "hf_secret"
+    kept = torch.load(tmp_path / "model" / "training_args.bin", weights_only=False)
+    assert kept.hub_token is None and kept.max_steps == 2
+
+
+def test_weights_alone_are_no_checkpoint_to_go_on_from(tmp_path, make, caplog):
+    """The learning rate would begin anew."""
+    make(max_steps=4, save_only_model=True).train()
+    folder = tmp_path / "out" / "checkpoint-4"
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint .*checkpoint-4 \(it holds no optimizer"):
+        make(save_only_model=True).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="from_pretrained and leave resume_from_checkpoint out"):
+        make().train(resume_from_checkpoint=str(folder))
 
 
 class Trap:

@@ -10,6 +10,7 @@ from proxbit.nn.learned import Learned, learned_modules
 from proxbit.nn.modes import evaluating
 from proxbit.nn.packed_conv import PackedConv2d
 from proxbit.nn.packed_linear import PackedLinear
+from proxbit.nn.precision import HALF, dtype_around, keep_single, unrounded
 from proxbit.nn.probabilities import BinaryProbabilities
 from proxbit.nn.rprelu import RPReLU
 from proxbit.nn.shared_input import SharedInput
@@ -19,6 +20,7 @@ __all__ = [
     "ACCUMULATORS",
     "ACTIVATIONS",
     "DEFAULT_ACTIVATION_PAIR",
+    "HALF",
     "Accumulator",
     "ActivationQuantizer",
     "BinaryConv2d",
@@ -33,10 +35,13 @@ __all__ = [
     "Surroundings",
     "binary_activations",
     "check_activations",
+    "dtype_around",
     "evaluating",
+    "keep_single",
     "latent_layers",
     "learned_modules",
     "set_mu",
     "soft_evaluation",
     "start_update",
+    "unrounded",
 ]

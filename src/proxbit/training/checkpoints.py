@@ -7,20 +7,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from proxbit.errors import CheckpointError
+from proxbit.foreign import printable
 from proxbit.hub.files import read_json, sha256
 from proxbit.hub.staging import put
+from proxbit.hub.weights import is_model_folder
 
 __all__ = [
     "MANIFEST",
     "STAGING",
     "check_checkpoint",
     "check_place",
+    "check_resumable",
+    "check_start",
     "checkpoint_to_resume",
     "commit",
     "recover",
+    "resume_from",
     "rotate",
     "write_manifest",
 ]
@@ -30,6 +36,17 @@ MANIFEST = "proxbit_manifest.json"
 STAGING = "_proxbit_saving"
 ASIDE = "replaced"
 FORMAT = 1
+
+# What a training that goes on needs beside weights, and how the names of its files begin: of the Trainer, FSDP (which
+# has folders), and DeepSpeed, which keeps optimizer and scheduler in a folder of the step.
+PARTS = {
+    "optimizer": ("optimizer", "global_step"),
+    "scheduler": ("scheduler", "global_step"),
+    "random state": ("rng_state",),
+    "state of the Trainer": (TRAINER_STATE_NAME,),
+}
+# Words of a command line for what `resume_from_checkpoint` takes beside folders.
+WORDS = {"true": True, "last": True, "false": None}
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +78,46 @@ def check_checkpoint(folder: Path) -> None:
             raise CheckpointError(f"{name} cannot be read: {error}") from error
         if found != facts["sha256"]:
             raise CheckpointError(f"{name} is damaged: its SHA-256 is not that of its manifest")
+
+
+def check_resumable(folder: Path) -> None:
+    """Check that a checkpoint holds more than weights: all that a training needs to go on as if it had not stopped.
+
+    Raises:
+        CheckpointError: naming what is not there, such as all but the weights with `save_only_model=True`.
+    """
+    names = [path.name for path in folder.iterdir()]
+    missing = [what for what, starts in PARTS.items() if not any(name.startswith(starts) for name in names)]
+    if missing:
+        raise CheckpointError(f"it holds no {', '.join(missing)} (save_only_model=True leaves them out)")
+
+
+def resume_from(wanted: str | bool | None) -> str | bool | None:
+    """What `resume_from_checkpoint` means: "last" and "true", in any case, are True, and "false" is None."""
+    return WORDS.get(wanted.lower(), wanted) if isinstance(wanted, str) else wanted or None
+
+
+def check_start(output_dir: Path, wanted: str | bool | None) -> None:
+    """Check, before anything is read, that a command which trains into a folder means what lies there.
+
+    Args:
+        output_dir: of the training.
+        wanted: as `resume_from_checkpoint`.
+
+    Raises:
+        CheckpointError: if nothing is to be resumed, and checkpoints lie there; or what was named is no checkpoint.
+    """
+    found = _checkpoints(output_dir)
+    if wanted is None and found:
+        raise CheckpointError(
+            f"{printable(output_dir)} holds a training with {found[-1].name}; nothing is overwritten. To go on from "
+            "its last checkpoint: --resume_from_checkpoint last. To begin anew: name a new folder."
+        )
+    if isinstance(wanted, str) and not is_model_folder(wanted):
+        raise CheckpointError(
+            f"resume_from_checkpoint: {printable(wanted)!r} is no checkpoint. Name a folder, or `last` for the last "
+            "one of the output folder."
+        )
 
 
 def commit(output_dir: Path, name: str) -> Path:
@@ -142,16 +199,17 @@ def checkpoint_to_resume(output_dir: Path, wanted: str | bool | None) -> str | N
 
     Args:
         output_dir: of the training.
-        wanted: True for the last complete checkpoint in the output folder; the ones that are passed over are named in
-            the log. A folder: this one; without a manifest, as the Trainer of transformers writes it, it is taken
-            unchecked, with a line in the log. None or False: nothing.
+        wanted: True, "true" or "last" for the last complete checkpoint in the output folder; the ones that are passed
+            over are named in the log. A folder: this one; without a manifest, as the Trainer of transformers writes it,
+            it is taken unchecked, with a line in the log. None or False: nothing.
 
     Returns:
         Its folder, or None.
 
     Raises:
-        CheckpointError: if the folder that was named is damaged, or none is complete.
+        CheckpointError: if the folder that was named is damaged, or holds weights alone; or if none is complete.
     """
+    wanted = resume_from(wanted)
     if wanted is None or wanted is False:
         return None
     if wanted is not True:
@@ -161,6 +219,7 @@ def checkpoint_to_resume(output_dir: Path, wanted: str | bool | None) -> str | N
     for folder in reversed(_checkpoints(output_dir)):
         try:
             check_checkpoint(folder)
+            check_resumable(folder)
         except CheckpointError as error:
             logger.warning("Passed over %s, which is not complete: %s.", folder, error)
             passed.append(f"{folder.name} ({error})")
@@ -180,13 +239,20 @@ def _check_named(folder: Path) -> None:
         raise CheckpointError(f"{folder} is what a save that was cut short has left, no checkpoint.")
     if not (folder / MANIFEST).exists():
         logger.warning("%s has no %s: whether it is complete is not known.", folder, MANIFEST)
-        return
+    else:
+        try:
+            check_checkpoint(folder)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{folder} is not complete: {error}. resume_from_checkpoint=True takes the last one that is. If the "
+                f"change is on purpose, delete its {MANIFEST}."
+            ) from error
     try:
-        check_checkpoint(folder)
+        check_resumable(folder)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{folder} is not complete: {error}. resume_from_checkpoint=True takes the last one that is. If the change "
-            f"is on purpose, delete its {MANIFEST}."
+            f"{folder} cannot be resumed from: {error}. To train on from its weights, with a learning rate and a mu "
+            "that begin anew, load it with from_pretrained and leave resume_from_checkpoint out."
         ) from error
 
 
