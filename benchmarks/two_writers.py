@@ -23,8 +23,9 @@ from fault_runs import CONTEXT, Ended, Job, Started
 from report import RESULTS, table
 
 from proxbit.analysis.run_log import read_log
+from proxbit.errors import CheckpointError
 from proxbit.hub.files import CARD_NAME, check_files, sha256, weight_files
-from proxbit.training.checkpoints import STAGING, check_checkpoint
+from proxbit.training.checkpoints import check_checkpoint
 
 CASES = 100
 # Seconds after a checkpoint; in as many there are about two steps, or one with a save.
@@ -87,7 +88,7 @@ def two_trainings(base: Path, number: int) -> Case:
         check_checkpoint(checkpoint)
     if ends[1] == "finished":
         return Case(ends, None, is_one(folder, whole["second"]))
-    left = any(path.name.startswith("checkpoint-") or path.name == STAGING for path in folder.glob("*"))
+    left = any(map(is_whole, folder.rglob("checkpoint-*")))  # one that was not renamed yet is put in its place
     (resumed,) = runs.run(Job(folder, resume=left, changes={"learning_rate": RATES["first"]}))
     assert resumed.status == 0, resumed.said
     return Case(ends, runs.result(folder).began, is_one(folder, whole["first"]))
@@ -108,6 +109,15 @@ def do_at(actions: dict[Callable[[], None], tuple[Path, float]], process: BasePr
                 action()
                 del actions[action]
         time.sleep(0.001)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint fits its manifest."""
+    try:
+        check_checkpoint(checkpoint)
+    except CheckpointError:
+        return False
+    return True
 
 
 def is_one(folder: Path, whole: dict[str, Any]) -> bool:
