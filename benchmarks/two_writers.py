@@ -1,7 +1,7 @@
 """Two processes that write into one folder: `python benchmarks/two_writers.py` writes `results/two_writers.md`.
 
 A hundred times two trainings begin in one output folder, some time apart; they differ in their learning rate, so that a
-mixture of both would show. The first one is killed at some moment. What is left is resumed, unless the second one has
+mixture of both would show. The first one is killed at some moment. What is left is resumed, unless one of them has
 come to its end, and must end as a training that was alone: weights, state of the optimizer, mu, and logged numbers, bit
 for bit. A hundred times two processes write different releases into one folder at the same moment.
 """
@@ -39,7 +39,7 @@ class Case:
 
     Attributes:
         ends: how the first and the second one ended: "killed", "refused" or "finished".
-        began: the step from which what was left has been resumed; None: the second one had come to its end.
+        began: the step from which what was left has been resumed; None: one of them had come to its end.
         same: whether it ended as a training that was alone, bit for bit, and logged nothing else.
     """
 
@@ -86,8 +86,8 @@ def two_trainings(base: Path, number: int) -> Case:
     ends = how(runs.wait([started["first"]])[0]), how(runs.wait([started["second"]])[0])
     for checkpoint in folder.glob("checkpoint-*"):
         check_checkpoint(checkpoint)
-    if ends[1] == "finished":
-        return Case(ends, None, is_one(folder, whole["second"]))
+    if "finished" in ends:
+        return Case(ends, None, is_one(folder, whole["second" if ends[1] == "finished" else "first"]))
     left = any(map(is_whole, folder.rglob("checkpoint-*")))  # one that was not renamed yet is put in its place
     (resumed,) = runs.run(Job(folder, resume=left, changes={"learning_rate": RATES["first"]}))
     assert resumed.status == 0, resumed.said
