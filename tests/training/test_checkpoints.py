@@ -19,6 +19,7 @@ from proxbit.training.checkpoints import (
     check_start,
     checkpoint_to_resume,
     commit,
+    new_staging,
     recover,
     resume_from,
     rotate,
@@ -140,8 +141,9 @@ def test_a_checkpoint_that_is_named(tmp_path, said):
     assert said() == [f"{folder} has no {MANIFEST}: whether it is complete is not known."]
     with pytest.raises(CheckpointError, match="There is no checkpoint"):
         checkpoint_to_resume(tmp_path, str(tmp_path / "other"))
-    with pytest.raises(CheckpointError, match="what a save that was cut short has left"):
-        checkpoint_to_resume(tmp_path, str(make(tmp_path / STAGING / "checkpoint-5", manifest=False)))
+    for place in (STAGING, new_staging()):
+        with pytest.raises(CheckpointError, match="what a save that was cut short has left"):
+            checkpoint_to_resume(tmp_path, str(make(tmp_path / place / "checkpoint-5", manifest=False)))
 
 
 @pytest.mark.parametrize(
@@ -209,8 +211,9 @@ def test_a_command_is_told_how_to_go_on(tmp_path):
 
 def test_commit_replaces_what_is_there(tmp_path):
     make(tmp_path / "checkpoint-5", "old")
-    make(tmp_path / STAGING / "checkpoint-5", "new", manifest=False)
-    assert commit(tmp_path, "checkpoint-5") == tmp_path / "checkpoint-5"
+    staging = tmp_path / new_staging()
+    make(staging / "checkpoint-5", "new", manifest=False)
+    assert commit(staging, tmp_path, "checkpoint-5") == tmp_path / "checkpoint-5"
     assert (tmp_path / "checkpoint-5" / "model.safetensors").read_text() == "new"
     assert names(tmp_path) == ["checkpoint-5"]
     check_checkpoint(tmp_path / "checkpoint-5")
@@ -221,9 +224,15 @@ def test_no_glob_takes_the_staging_folder_for_a_checkpoint(tmp_path):
     assert get_last_checkpoint(str(tmp_path)) is None and list(tmp_path.glob("checkpoint-*")) == []
 
 
-def test_what_a_killed_save_left_is_removed(tmp_path, said):
+@pytest.fixture(params=["", "/0123abcd"], ids=["of all runs", "of one run"])
+def staging(tmp_path, request):
+    """Where a save was cut short: runs had one folder for all of them once."""
+    return tmp_path / f"{STAGING}{request.param}"
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path, said, staging):
     make(tmp_path / "checkpoint-5")
-    make(tmp_path / STAGING / "checkpoint-10", manifest=False)
+    make(staging / "checkpoint-10", manifest=False)
     recover(tmp_path)
     assert names(tmp_path) == ["checkpoint-5"]
     (line,) = said()
@@ -233,19 +242,54 @@ def test_what_a_killed_save_left_is_removed(tmp_path, said):
 
 
 @pytest.mark.parametrize("aside", [False, True], ids=["before the renames", "between them"])
-def test_a_complete_checkpoint_that_was_not_renamed_is_put_in_its_place(tmp_path, said, aside):
-    make(tmp_path / STAGING / "checkpoint-10", "new")
-    make(tmp_path / STAGING / "replaced" if aside else tmp_path / "checkpoint-10", "old")
+def test_a_complete_checkpoint_that_was_not_renamed_is_put_in_its_place(tmp_path, said, aside, staging):
+    make(staging / "checkpoint-10", "new")
+    make(staging / "replaced" if aside else tmp_path / "checkpoint-10", "old")
     recover(tmp_path)
     assert names(tmp_path) == ["checkpoint-10"]
     assert (tmp_path / "checkpoint-10" / "model.safetensors").read_text() == "new"
     assert said() == ["Put checkpoint-10 in its place: it was complete, but had not been renamed."]
 
 
+def test_what_another_run_may_be_saving_stays(tmp_path, said):
+    """Where there are no locks nobody knows; what is complete is put in its place all the same."""
+    make(tmp_path / STAGING / "0123abcd" / "checkpoint-10", manifest=False)
+    make(tmp_path / STAGING / "89abcdef" / "checkpoint-20")
+    recover(tmp_path, alone=False)
+    assert names(tmp_path) == [STAGING, "checkpoint-20"] and names(tmp_path / STAGING) == ["0123abcd"]
+    assert said() == ["Put checkpoint-20 in its place: it was complete, but had not been renamed."]
+    make(tmp_path / STAGING / "89abcdef" / "checkpoint-30", manifest=False)
+    assert commit(tmp_path / STAGING / "89abcdef", tmp_path, "checkpoint-30") == tmp_path / "checkpoint-30"
+    assert names(tmp_path / STAGING) == ["0123abcd"]
+
+
+def test_what_no_save_has_made_stays(tmp_path):
+    """Whatever it lies in, and whatever it is called."""
+    make(tmp_path / STAGING / "0123abcd" / "checkpoint-10", manifest=False)
+    for name in ("0123abcd/checkpoint-best", "backup/checkpoint-5", "notes"):
+        make(tmp_path / STAGING / name)
+    recover(tmp_path)
+    assert names(tmp_path / STAGING) == ["0123abcd", "backup", "notes"]
+    assert names(tmp_path / STAGING / "0123abcd") == ["checkpoint-best"]
+    assert names(tmp_path / STAGING / "backup") == ["checkpoint-5"]
+
+
+def test_rotation_leaves_what_no_trainer_has_made(tmp_path):
+    (tmp_path / "checkpoint-2024").mkdir()
+    (tmp_path / "checkpoint-2024" / "notes.txt").write_text("mine")
+    for step in (2, 4):
+        make(tmp_path / f"checkpoint-{step}")
+    make(tmp_path / STAGING / "0123abcd" / "checkpoint-6")  # of another run
+    rotate(tmp_path, 1, {str(tmp_path / "checkpoint-4")})
+    assert names(tmp_path) == [STAGING, "checkpoint-2024", "checkpoint-4"]
+    check_checkpoint(tmp_path / STAGING / "0123abcd" / "checkpoint-6")
+
+
 def test_rotation_keeps_the_new_one_behind_a_damaged_one(tmp_path):
     """By numbers alone 10 would stay, which is damaged, and 6 would go."""
     for age, step in enumerate((2, 4, 10, 6)):
         folder = make(tmp_path / f"checkpoint-{step}", manifest=step != 10)
+        (folder / "trainer_state.json").touch()
         os.utime(folder, ns=(age, age))
     rotate(tmp_path, None, set())
     rotate(tmp_path, 0, set())
