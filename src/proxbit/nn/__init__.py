@@ -3,6 +3,7 @@
 from proxbit.nn.accumulators import ACCUMULATORS, Accumulator
 from proxbit.nn.activation_quantizer import DEFAULT_ACTIVATION_PAIR, ActivationQuantizer
 from proxbit.nn.activations import ACTIVATIONS, check_activations
+from proxbit.nn.adapted import guard_adapter
 from proxbit.nn.binary_conv import BinaryConv2d
 from proxbit.nn.binary_linear import BinaryLinear
 from proxbit.nn.latent import LatentWeight, binary_activations, latent_layers, set_mu, soft_evaluation, start_update
@@ -37,6 +38,7 @@ __all__ = [
     "check_activations",
     "dtype_around",
     "evaluating",
+    "guard_adapter",
     "keep_single",
     "latent_layers",
     "learned_modules",
