@@ -1,4 +1,4 @@
-"""Trainings in processes of their own that something happens to: what `faults.py` and the tests of faults share.
+"""Trainings in processes of their own that something happens to; `faults.py`, `two_writers.py` and tests share them.
 
 Processes are forked from a server that has imported everything once. What a process says goes to a file.
 """
@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -206,11 +207,26 @@ def nan_loss(trainer: ProxConnectTrainer, folder: Path) -> None:
     trainer.compute_loss = broken  # type: ignore[method-assign]
 
 
+def begin_when_told(ready: Any, told: Any, trainer: ProxConnectTrainer, folder: Path) -> None:
+    """Say that everything is ready to train, and wait to be told to."""
+    ready.wait(HANGS)
+    told.wait(HANGS)
+
+
 def write_a_release(folder: Path, seed: int, number: int = 0) -> None:
     """A packed model, the weights by the seed; with `kill -9` at the n-th file operation."""
     torch.manual_seed(seed)
     model = proxbit.pack(proxbit.binarize(ViTForImageClassification(make_config())))
     kill_at_an_operation(number, folder.parent)
+    write_release(model, folder)
+
+
+def race_to_a_release(folder: Path, seed: int, barrier: Any, said: Path) -> None:
+    """Write a release at the moment at which another process does."""
+    _say_into(said)
+    torch.manual_seed(seed)
+    model = proxbit.pack(proxbit.binarize(ViTForImageClassification(make_config())))
+    barrier.wait(HANGS)
     write_release(model, folder)
 
 
@@ -257,18 +273,35 @@ def run(job: Job) -> list[Ended]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    said = [job.folder.with_name(f"{job.folder.name}.rank{rank}.txt") for rank in range(job.ranks)]
-    processes = [CONTEXT.Process(target=_train, args=(job, rank, port, said[rank])) for rank in range(job.ranks)]
-    for process in processes:
-        process.start()
+    return wait([start(job, f"rank{rank}", rank, port) for rank in range(job.ranks)])
+
+
+@dataclass(frozen=True)
+class Started:
+    """A process, and the file that it says everything to."""
+
+    process: BaseProcess
+    said: Path
+
+
+def start(job: Job, name: str, rank: int = 0, port: int = 0) -> Started:
+    """Start one process of a training, which says everything to a file of this name."""
+    said = job.folder.with_name(f"{job.folder.name}.{name}.txt")
+    process = CONTEXT.Process(target=_train, args=(job, rank, port, said))
+    process.start()
+    return Started(process, said)
+
+
+def wait(started: list[Started]) -> list[Ended]:
+    """Wait for processes to end, and kill those that do not."""
     ended = []
-    for process, file in zip(processes, said, strict=True):
-        process.join(HANGS)
-        status = process.exitcode
+    for each in started:
+        each.process.join(HANGS)
+        status = each.process.exitcode
         if status is None:
-            process.kill()
-            process.join()
-        ended.append(Ended(status, file.read_text() if file.exists() else ""))
+            each.process.kill()
+            each.process.join()
+        ended.append(Ended(status, each.said.read_text() if each.said.exists() else ""))
     return ended
 
 
@@ -290,10 +323,14 @@ def result(folder: Path) -> Result:
     return Result(**json.loads(folder.with_name(f"{folder.name}.json").read_text()))
 
 
-def _train(job: Job, rank: int, port: int, said: Path) -> None:
+def _say_into(said: Path) -> None:
     with said.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+
+
+def _train(job: Job, rank: int, port: int, said: Path) -> None:
+    _say_into(said)
     if job.ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.ranks)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(job.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -91,19 +91,28 @@ def read_only(folder: Path) -> Mend:
 
 
 def becomes_read_only(folder: Path) -> Mend:
-    """A file system that can be written to, for now."""
+    """A file system that can be written to, for now; mended by taking away the one that covers it then."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder], check=True)
-    return lambda: _remount(folder, "rw")
+    return lambda: _unmount(folder)
 
 
 def _remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
 
 
+def _unmount(folder: Path) -> None:
+    subprocess.run(["umount", folder], check=True)
+
+
 def locked_at_the_save(trainer: Any, folder: Path) -> None:
-    """The file system becomes read-only before a checkpoint."""
-    runs.before(trainer, "_save_checkpoint", trainer, lambda *_: _remount(folder, "ro"))
+    """The file system becomes read-only before a checkpoint: itself once more, for its lock is open for writing."""
+
+    def cover(*_: Any) -> None:
+        subprocess.run(["mount", "--bind", folder, folder], check=True)
+        _remount(folder, "bind,ro")
+
+    runs.before(trainer, "_save_checkpoint", trainer, cover)
 
 
 def a_file(folder: Path) -> Mend:
@@ -185,7 +194,7 @@ def examine(fault: Fault, base: Path, name: str) -> Seen:
         return Seen(ended, left, said, found.began, found.outcome == whole(base, fault.ranks))
     finally:
         if folder.is_mount():
-            subprocess.run(["umount", folder], check=True)
+            _unmount(folder)
 
 
 def status(ended: Ended) -> str:

@@ -38,6 +38,17 @@ of its float weights. `DetrForObjectDetection` freezes a ResNet backbone; after 
 leaves that layer float. The attention of BEiT, EVA-02 and Swin V2 in `timm` multiplies so too, but can be told to call
 its layer, and is told.
 
+*Text side*: the largest part around an embedding that token ids go into, in which nothing reads pictures. That is the
+decoder of TrOCR, Donut and Pix2Struct, BERT or GPT-2 behind a ViT, the language model of LLaVA, PaliGemma, BLIP,
+Florence-2, SmolVLM or Kosmos-2, the text encoder of OWLv2. What lies between the sides, as a projector, is 1-bit. Where
+the layers behind the vocabulary lie beside the picture side, as in GIT, they stay too; where one stack takes pictures
+and words, as in ViLT, nothing is chosen by default.
+
+A model of your own is read for it: an embedding is of a vocabulary if a `forward` calls it on what it was given, and
+not on numbers that it makes, as of places. The last layer of a model is one whose output its `forward` returns, alone,
+in a container or through functions; a bare `nn.Sequential` is a stack of layers, without a last one. What is called in
+another way is named with `modules_to_not_convert`.
+
 In DETR and MaskFormer the values of the first self-attention of the decoder are 1-bit and get no gradient: they read
 zeros, whatever their bits are.
 

@@ -323,3 +323,8 @@ def test_patterns_have_a_length(field):
             BinarizationConfig(**{field: value})
         assert len(str(caught.value)) < 600
     BinarizationConfig(**{field: {"x" * 255: {}} if field == "overrides" else ["x" * 255]})
+
+
+def test_fields_are_read_as_those_of_a_dict():
+    config = BinarizationConfig(activations="int8")
+    assert (config.get("activations"), config.get("load_in_8bit"), config.get("nothing", 3)) == ("int8", None, 3)

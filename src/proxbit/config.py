@@ -325,6 +325,12 @@ class BinarizationConfig(QuantizationConfigMixin):
             values["overrides"] = [[pattern, changes] for pattern, changes in self.overrides.items()]
         return copy.deepcopy(values)
 
+    def get(self, field: str, default: Any = None) -> Any:
+        """The value of a field, as of the dict that a file holds: `from_pretrained(..., config=model.config)` of
+        transformers (5.15 to 5.23 at least) asks so.
+        """
+        return getattr(self, field, default)
+
     def replace(self, **changes: Any) -> "BinarizationConfig":
         """A copy with some fields changed.
 

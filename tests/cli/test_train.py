@@ -1,6 +1,7 @@
 """`proxbit train`: fields from options and files, pictures to packed model, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -162,3 +163,21 @@ def test_refusals_write_nothing(place, tmp_path):
     assert not (tmp_path / "out").exists()
     taken = [part for pair in (good | {"--output_dir": place / "float"}).items() for part in pair]
     assert isinstance(run(*taken, *FAST).exception, CheckpointError)
+
+
+def test_a_run_that_was_killed_goes_on(place, tmp_path):
+    """The same command says how, and the words are taken."""
+    out = tmp_path / "out"
+    options = ["--model", place / "float", "--data", place / "photos", "--output_dir", out, *FAST]
+    saving = ["--save_strategy", "steps", "--save_steps", "1"]
+    assert run(*options, *saving).exit_code == 0
+    for folder in ("latent", "packed", "checkpoint-2"):
+        shutil.rmtree(out / folder)
+    refused = run(*options, *saving).exception
+    assert isinstance(refused, CheckpointError) and "--resume_from_checkpoint last" in str(refused)
+    for word in ("last", "True"):
+        done = run(*options, *saving, "--resume_from_checkpoint", word)
+        assert done.exit_code == 0, done.exception
+        assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 2
+        for folder in ("latent", "packed"):
+            shutil.rmtree(out / folder)

@@ -116,6 +116,17 @@ def test_merging_is_refused_and_nothing_changes(crops):
     assert state_of(model.unload()) == "packed"
 
 
+def test_merging_goes_in_place_once_it_is_dequantized(crops):
+    """Under its adapters, and with a second one that is made afterwards."""
+    pictures = crops(2, SIDE)
+    model = stirred(adapted())
+    expected = logits(model, pictures)
+    proxbit.dequantize(model)
+    model.add_adapter("other", proxbit.packed_lora(lora()))
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, pictures), expected, rtol=1e-6, atol=1e-5)
+
+
 def test_merging_goes_where_the_message_says(crops, tmp_path):
     """Into the float layers of the same model."""
     pictures = crops(2, SIDE)
@@ -156,6 +167,17 @@ def test_what_needs_the_float_weight_is_refused():
             proxbit.packed_lora(LoraConfig(target_modules=TARGETS, init_lora_weights=start))
     with pytest.raises(ValueError, match="Invalid or unsupported variant"):
         adapted(use_dora=True)
+
+
+def test_all_linear_layers_are_named(crops):
+    """PEFT would pass over the packed layers; by the names that the message gives it adapts them, and no head."""
+    with pytest.raises(ConfigError, match=r"'all-linear'.*target_modules=list\(model.binarization_report.converted\)"):
+        proxbit.packed_lora(LoraConfig(target_modules="all-linear"))
+    model = packed()
+    names = list(model.binarization_report.converted)
+    tuned = get_peft_model(model, proxbit.packed_lora(LoraConfig(r=2, target_modules=names)))
+    assert len([module for module in tuned.modules() if isinstance(module, PackedLora)]) == len(names) == 12
+    assert type(tuned.base_model.model.classifier) is torch.nn.Linear
 
 
 def test_without_it_peft_says_that_it_does_not_know_the_layer():

@@ -5,6 +5,8 @@ import torch
 from transformers import AutoModelForImageClassification
 
 import proxbit
+from proxbit.errors import ConfigError
+from proxbit.hub.placement import check_trainable_places
 from tiny_models import FAMILIES, SIDE
 
 BLOCKS = {"vit.embeddings": "cpu", "vit.layers.0": "cpu", "vit.layernorm": "cpu", "classifier": "cpu"}
@@ -22,3 +24,23 @@ def test_answers_stay_the_same(tmp_path, crops, places):
     assert all(name.startswith("vit.layers.1.") for name in on_disk) and bool(on_disk) == (places != "auto")
     with torch.no_grad():
         assert torch.equal(loaded(pictures).logits, model(pictures).logits)
+
+
+@pytest.mark.parametrize(
+    "places", [{"": "disk"}, BLOCKS | {"vit.layers.1": "disk"}, "meta"], ids=["all", "a block", "meta"]
+)
+@pytest.mark.parametrize("kind", ["float", "latent"])
+def test_latents_cannot_lie_where_they_are_not_trained(tmp_path, places, kind):
+    model = FAMILIES["vit"]()
+    options = {"quantization_config": proxbit.BinarizationConfig()} if kind == "float" else {}
+    (model if kind == "float" else proxbit.binarize(model)).save_pretrained(tmp_path / kind)
+    with pytest.raises(ConfigError, match="latent weights are trained, .* Leave out device_map"):
+        AutoModelForImageClassification.from_pretrained(
+            tmp_path / kind, device_map=places, offload_folder=tmp_path / "disk", **options
+        )
+    assert not (tmp_path / "disk").exists()
+
+
+@pytest.mark.parametrize("places", [None, "auto", "cpu", 0, torch.device("cpu"), {"": "cpu", "vit": 0}])
+def test_other_places_do(places):
+    check_trainable_places(places)

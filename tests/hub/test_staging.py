@@ -1,6 +1,9 @@
 """Folders that are written whole or not at all."""
 
+import errno
+import fcntl
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,23 +38,128 @@ def test_a_failure_leaves_the_old_one(tmp_path):
     assert (tmp_path / "place" / "sub" / "file").read_text() == "first" and names(tmp_path) == ["place"]
 
 
+def left(folder, number, **parts):
+    """What a process that was killed in `staged` has left of a folder."""
+    place = folder.with_name(f".{folder.name}.proxbit-{number}")
+    for part, text in parts.items():
+        (place / part / "sub").mkdir(parents=True)
+        (place / part / "sub" / "file").write_text(text)
+    (place / "proxbit_staging").touch()
+    return place
+
+
 def test_what_a_killed_process_left_is_cleared_and_what_it_moved_aside_comes_back(tmp_path):
     """Killed between the two renames, it left no folder at all; the one that fails next must find the old one."""
-    write(tmp_path / "place", "first")
-    (tmp_path / "place").rename(tmp_path / ".place.old.12345678")
-    (tmp_path / ".place.new.12345678").mkdir()
-    (tmp_path / ".place.new.12345678" / "half").write_text("half")
-    (tmp_path / ".places.new.1").mkdir()  # somebody else's
+    left(tmp_path / "place", "12345678", old="first", new="half")
+    (tmp_path / ".place.proxbit-0123abcd").mkdir()  # killed at once
+    left(tmp_path / "places", "12345678", new="another folder's")
     with pytest.raises(OSError, match="no space"), staged(tmp_path / "place"):
         raise OSError("no space")
     assert (tmp_path / "place" / "sub" / "file").read_text() == "first"
-    assert names(tmp_path) == [".places.new.1", "place"]
+    assert names(tmp_path) == [".places.proxbit-12345678", "place"]
+
+
+def test_what_a_killed_process_left_of_a_folder_that_is_there_does_not_come_back(tmp_path):
+    write(tmp_path / "place", "second")
+    left(tmp_path / "place", "12345678", old="first")
+    write(tmp_path / "place", "third")
+    assert names(tmp_path) == ["place"] and (tmp_path / "place" / "sub" / "file").read_text() == "third"
+
+
+OTHERS = (
+    ".rel.old.backup",
+    ".rel.new.1",
+    ".rel.old.12345678",
+    ".rel.proxbit-backup",
+    ".rel.proxbit-1234567",
+    ".rel.bak",
+)
+
+
+@pytest.mark.parametrize("name", [*OTHERS, ".rel.proxbit-deadbeef"])
+def test_folders_of_others_stay(tmp_path, name):
+    """Whatever they are called: the last one has the name, and not the mark."""
+    (tmp_path / name / "new").mkdir(parents=True)
+    (tmp_path / name / "new" / "file").write_text("mine")
+    for text in ("first", "second"):
+        write(tmp_path / "rel", text)
+    assert names(tmp_path) == sorted([name, "rel"]) and (tmp_path / name / "new" / "file").read_text() == "mine"
+
+
+def test_what_somebody_put_beside_it_stays(tmp_path):
+    place = left(tmp_path / "rel", "12345678", new="half")
+    (place / "notes.txt").write_text("mine")
+    write(tmp_path / "rel", "first")
+    assert names(place) == ["notes.txt", "proxbit_staging"]
+
+
+def test_the_mark_goes_last(tmp_path, monkeypatch):
+    """Killed while it deletes what another one left, a process leaves what can be told from a folder of others."""
+    place = left(tmp_path / "rel", "12345678", old="first", new="half")
+    write(tmp_path / "elsewhere", "first")
+    (tmp_path / "elsewhere").rename(tmp_path / "rel")
+    seen = []
+    rmtree = shutil.rmtree
+
+    def see(path, **options):
+        rmtree(path, **options)
+        if place in path.parents:
+            seen.append(names(place))
+
+    monkeypatch.setattr(shutil, "rmtree", see)
+    write(tmp_path / "rel", "second")
+    assert seen == [["old", "proxbit_staging"], ["proxbit_staging"]] and names(tmp_path) == ["rel"]
+
+
+def test_without_a_lock_nothing_of_others_is_deleted(tmp_path, monkeypatch):
+    """Another process may be at work: a half folder stays, and an old one comes back."""
+    place = left(tmp_path / "rel", "12345678", old="first", new="half")
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "rel"):
+        raise KeyboardInterrupt
+    assert (tmp_path / "rel" / "sub" / "file").read_text() == "first"
+    assert names(place) == ["new", "proxbit_staging"]
+    write(tmp_path / "rel", "second")
+    assert (tmp_path / "rel" / "sub" / "file").read_text() == "second"
+
+
+def test_a_place_that_cannot_be_written_to_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with (
+        pytest.raises(CheckpointError, match="rel could not be written: .*File exists"),
+        staged(tmp_path / "file" / "rel"),
+    ):
+        raise AssertionError
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_old_folder_that_cannot_be_put_back_waits(tmp_path, monkeypatch):
+    write(tmp_path / "rel", "first")
+    rename = type(tmp_path).rename
+
+    def refuse(self, target):
+        if target.name == "rel":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tmp_path), "rename", refuse)
+        with pytest.raises(CheckpointError, match="Permission denied"):
+            write(tmp_path / "rel", "second")
+    assert not (tmp_path / "rel").exists()
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "rel"):
+        raise KeyboardInterrupt
+    assert (tmp_path / "rel" / "sub" / "file").read_text() == "first" and names(tmp_path) == ["rel"]
 
 
 def test_a_name_is_no_pattern(tmp_path):
-    (tmp_path / ".a.new.1").mkdir()
+    left(tmp_path / "a", "12345678", new="another folder's")
     write(tmp_path / "[a]", "first")
-    assert names(tmp_path) == [".a.new.1", "[a]"]
+    assert names(tmp_path) == [".a.proxbit-12345678", "[a]"]
 
 
 def test_everything_is_on_disk_before_the_rename_and_the_rename_after_it(tmp_path, monkeypatch):

@@ -144,13 +144,14 @@ def test_errors_leave_the_model_as_it_was(crops, value):
 
 
 def test_what_was_binarized_in_a_part_is_that_parts(crops):
-    """A model whose configuration does not say stays as it was; one that shares it is packed and made float."""
-    clip, model, pictures = FAMILIES["clip"](), make(), crops(2, 32)
-    proxbit.binarize(clip.vision_model)
-    for call in (proxbit.pack, proxbit.dequantize):
-        with pytest.raises(ModelStateError, match="CLIP.* is latent, but its configuration does not say how"):
-            call(clip)
-        assert state_of(clip) == "latent"
+    """A whole around it, whether it shares its configuration or not, is packed and made float."""
+    clip, model, pictures = FAMILIES["clip"]().eval(), make(), crops(2, 32)
+    before, hard = clip.config.to_json_string(), logits(proxbit.binarize(clip.vision_model) and clip, pictures)
+    proxbit.pack(clip)
+    assert clip.config.quantization_config.state == clip.vision_model.config.quantization_config.state == "packed"
+    proxbit.dequantize(clip)
+    assert clip.config.to_json_string() == before
+    torch.testing.assert_close(logits(clip, pictures), hard, rtol=0, atol=1e-4)
     before = model.config.to_json_string()
     proxbit.binarize(model.vit)
     hard = logits(model, pictures)

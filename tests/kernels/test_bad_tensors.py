@@ -9,6 +9,8 @@ import torch
 from proxbit.errors import PackedFormatError
 from proxbit.kernels import Norm, linear_w1, linear_w1a1, linear_w1a8, native, reference
 from proxbit.kernels.interface import FORMATS
+from proxbit.kernels.native import address_of, levels
+from proxbit.kernels.quantizer import gradient_rows, quantize_rows
 from proxbit.packing import pack_signs
 
 OPS = {"float": linear_w1, "int8": linear_w1a8, "sign": linear_w1a1}
@@ -36,12 +38,12 @@ def shrunk(tensor):
 
 
 def shifted(tensor):
-    """The same numbers, one byte off where a float may be."""
+    """The same numbers, one byte off where they may be."""
     memory = bytearray(1) + bytearray(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     moved = torch.frombuffer(memory, dtype=torch.uint8)[1:].view(torch.uint8)
     storage = moved.untyped_storage()
     result = torch.frombuffer(memory, dtype=tensor.dtype, offset=1).view(tensor.shape)
-    assert result.data_ptr() % tensor.element_size() and storage.nbytes() == len(memory)
+    assert result.data_ptr() % max(2, tensor.element_size()) and storage.nbytes() == len(memory)
     return result
 
 
@@ -177,6 +179,34 @@ def test_views(activations):
         REFERENCE[activations](one, weight, scale[:1].expand(ROWS), None),
     )
     assert torch.equal(OP.pack_signs(torch._neg_view(-x)), pack_signs(x))
+
+
+@pytest.mark.parametrize("level", levels(native().path))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_at_odd_addresses(level, dtype):
+    """They are copied before the library reads them, bit for bit the same; what was not copied is refused."""
+    kernels, x = levels(native().path)[level], torch.randn(9, COLUMNS).to(dtype)
+    weight, scale = layer()
+    for name in FORMATS:
+        thresholds = torch.randn(COLUMNS) if name == "sign" else None
+        moved = None if thresholds is None else shifted(thresholds)
+        found = kernels.linear(name, shifted(x), shifted(weight), shifted(scale), shifted(scale), moved)
+        assert torch.equal(found, kernels.linear(name, x, weight, scale, scale, thresholds))
+    assert torch.equal(kernels.pack_signs(shifted(x)), pack_signs(x))
+    with pytest.raises(PackedFormatError, match=f"at an address that is no multiple of {x.element_size()}"):
+        address_of(shifted(x))
+
+
+@pytest.mark.parametrize("level", levels(native().path))
+def test_latent_weights_at_odd_addresses(level):
+    kernels, mu = levels(native().path)[level], torch.tensor([2.0], dtype=torch.float64)
+    latent, grad = torch.randn(5, COLUMNS), torch.randn(5, COLUMNS)
+    found, s, a = quantize_rows(kernels, "tanh", shifted(latent), shifted(mu), "ls", None, None)
+    assert torch.equal(found, quantize_rows(kernels, "tanh", latent, mu, "ls", None, None)[0])
+    found = quantize_rows(kernels, "tanh", latent, mu, "ls", shifted(s), shifted(a))[0]
+    assert torch.equal(found, quantize_rows(kernels, "tanh", latent, mu, "ls", s, a)[0])
+    found = gradient_rows(kernels, "tanh", shifted(latent), mu, shifted(s), shifted(a), shifted(grad), overwrite=True)
+    assert torch.equal(found, gradient_rows(kernels, "tanh", latent, mu, s, a, grad))
 
 
 @activations

@@ -270,3 +270,29 @@ def test_the_meta_device_is_enough(model):
     expected = {name: (tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()}
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in skeleton.state_dict().items()} == expected
     assert all(tensor.is_meta for tensor in skeleton.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("passes", "told"),
+    [
+        ("", False),
+        ("soft", True),
+        ("hard soft", True),
+        ("soft hard", False),
+        ("sharp", False),
+        ("evaluated", False),
+        ("ungraded", False),
+    ],
+)
+def test_packing_tells_of_a_training_that_did_not_end_hard(caplog, passes, told):
+    """Not of a model that was not trained here: of its weights nothing is known."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    to_latent(model, BinarizationConfig(weights="bnn++", include=["*"]))
+    for kind in passes.split():
+        set_mu(model, 300.0 if kind == "sharp" else 0.3, hard=kind == "hard")
+        with torch.set_grad_enabled(kind != "ungraded"):
+            model.train(kind != "evaluated")(torch.randn(2, 6))
+    with caplog.at_level("WARNING", logger="proxbit"):
+        to_packed(model)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == told and all("2 layers were trained with soft weights, which differ" in each for each in said)

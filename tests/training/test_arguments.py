@@ -90,3 +90,24 @@ def test_nothing_is_written_for_invalid_arguments(tmp_path):
     with pytest.raises(ConfigError, match="hard_fraction"):
         ProxConnectArguments(str(tmp_path / "out"), hard_fraction=2)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_strategies_that_publish_checkpoints_are_refused(tmp_path, strategy):
+    with pytest.raises(
+        ConfigError, match=f"'{strategy}' would publish .*latent weights and pickles. Take 'end' or 'every"
+    ):
+        ProxConnectArguments(str(tmp_path), push_to_hub=True, hub_strategy=strategy)
+    ProxConnectArguments(str(tmp_path), hub_strategy=strategy)  # nothing is pushed
+    for right in ("end", "every_save"):
+        ProxConnectArguments(str(tmp_path), push_to_hub=True, hub_strategy=right)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("last", True), ("true", True), ("False", None), ("out/checkpoint-3",) * 2]
+)
+def test_what_is_resumed_may_be_a_word(tmp_path, given, meant):
+    (args,) = HfArgumentParser(ProxConnectArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--resume_from_checkpoint", given]
+    )
+    assert args.resume_from_checkpoint == (given if meant is ... else meant)

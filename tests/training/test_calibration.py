@@ -42,6 +42,19 @@ def test_batches_change_nothing(activations, crops):
     assert same(found[0], found[1]) and same(found[0], found[2])
 
 
+@pytest.mark.parametrize("activations", ["float", "sign"])
+def test_a_model_of_half_is_fitted_as_a_single_one(activations, crops):
+    """Patches are embedded by a binary convolution, so that it is covered too."""
+    errors, include = [], ["vit.layers", "vit.embeddings.patch_embeddings.projection"]
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        config = BinarizationConfig(include=include, activations=activations, rprelu=True)
+        model = proxbit.binarize(FAMILIES["vit"]().to(dtype), config)
+        errors.append(proxbit.calibrate(model, crops(24, SIDE)).calibration_report.after)
+        assert {each.dtype for each in proxbit.pack(model).state_dict().values()} == {dtype, torch.uint8}
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
 def test_it_is_written_down(tmp_path, crops):
     model = latent()
     assert not was_calibrated(model) and calibration_of(model) is None

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import TrainerControl, TrainerState, ViTForImageClassification
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments, ViTForImageClassification
 
 import proxbit
 from proxbit.config import BinarizationConfig
@@ -185,9 +185,7 @@ def test_a_run_that_ends_soft_is_told(model, recwarn):
     arguments = ProxConnectArguments("unused", hard_fraction=0.0, use_cpu=True, report_to="none")
     callback = MuCallback(model, linear)
     callback.on_train_begin(None, state(2), TrainerControl())
-    with pytest.warns(
-        UserWarning, match=r"ended soft, at mu = 3: the hardening gap .* is 0\.\d+,.*hard_fraction, now 0"
-    ):
+    with pytest.warns(UserWarning, match=r"ended soft, at mu = 3: the hardening gap .* is 0\.\d+,.*at step 8 of 10"):
         callback.on_train_end(arguments, state(2), TrainerControl())
     recwarn.clear()
     callback.on_step_begin(None, state(9), TrainerControl())
@@ -201,6 +199,42 @@ def test_a_run_too_short_for_a_hard_step_is_told(model):
     callback.on_train_begin(None, state(0, 4), TrainerControl())
     with pytest.warns(UserWarning, match=r"hard part \(hard_fraction, now 0\.1, which of 4 steps is none\)"):
         callback.on_train_end(arguments, state(4, 4), TrainerControl())
+
+
+@pytest.mark.parametrize(
+    ("stopped", "fraction", "advice"),
+    [
+        (6, 0.2, r"hard part begins at step 8 of 10, and training stopped at 6: let it get there, with more patience"),
+        (10, 0.2, r"No step of the hard part had a better score, which is that of the packed model: .*now 0\.2"),
+        (10, 0.0, r"Give the training a hard part \(hard_fraction, now 0\), or a larger mu_end"),
+    ],
+    ids=["stopped early", "to the end", "no hard part"],
+)
+def test_what_is_said_belongs_to_the_model_that_is_loaded(model, stopped, fraction, advice):
+    """The best one is of step 4: saved after its fourth step, the one with the number 3."""
+    callback = MuCallback(model, lambda steps: MuSchedule("linear", 1.0, 8.0, steps, hard_fraction=fraction))
+    callback.on_train_begin(None, state(0), TrainerControl())
+    callback.on_step_begin(None, state(3), TrainerControl())
+    of_the_best = seen(model)
+    callback.on_step_begin(None, state(stopped - 1), TrainerControl())
+    callback.went_back(4)
+    assert seen(model) == of_the_best
+    with pytest.warns(UserWarning, match=rf"The best model, of step 4, is soft, at mu = [\d.]+: .*{advice}"):
+        callback.on_train_end(None, state(stopped), TrainerControl())
+    callback.on_train_begin(None, state(0), TrainerControl())
+    assert callback.best is None
+
+
+def test_any_trainer_hardens_with_it(tmp_path, crops):
+    """The control: without it a Trainer of transformers trains at the first mu to the end, and `pack` says so."""
+    data = [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(4, SIDE))]
+    options = dict(max_steps=10, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True)
+    for hardens in (True, False):
+        latent = proxbit.binarize(ViTForImageClassification(vit(num_hidden_layers=1)))
+        callbacks = [MuCallback(latent)] if hardens else []
+        Trainer(latent, TrainingArguments(str(tmp_path), **options), train_dataset=data, callbacks=callbacks).train()
+        assert seen(latent) == ({(30.0, True)} if hardens else {(0.3, False)})
+        assert {layer.trained_soft for _, layer in latent_layers(latent)} == {not hardens}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import (
     Trainer,
+    TrainingArguments,
     ViTForImageClassification,
     ViTForMaskedImageModeling,
     ViTMAEConfig,
@@ -18,7 +19,14 @@ from transformers import (
 import proxbit
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError
-from proxbit.training import DistillationArguments, DistillationTrainer, gram_loss, token_loss
+from proxbit.training import (
+    DistillationArguments,
+    DistillationTrainer,
+    ProxConnectArguments,
+    ProxConnectTrainer,
+    gram_loss,
+    token_loss,
+)
 from tiny_models import FAMILIES, LABELS, SIDE, vit
 
 
@@ -193,7 +201,57 @@ def test_one_kind_of_object_is_distilled():
     config = FAMILIES["yolos"]().config
     config.num_labels = 1
     model = YolosForObjectDetection(config)
-    DistillationTrainer._check_teacher(model, model, weight=0.5)
+    DistillationTrainer._check_teacher(model, copy.deepcopy(model), weight=0.5)
+
+
+def same_object(model):
+    return model
+
+
+def tied(model):
+    other = copy.deepcopy(model)
+    other.classifier.weight = model.classifier.weight
+    return other
+
+
+def same_numbers(model):
+    """Other parameters that lie in the same memory."""
+    other = copy.deepcopy(model)
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other
+
+
+def part_of_it(model):
+    """Beside what is taught, in one module."""
+    teacher = copy.deepcopy(model)
+    model.add_module("taught_by", teacher)
+    return teacher
+
+
+@pytest.mark.parametrize("teacher_of", [same_object, copy.copy, tied, same_numbers, part_of_it])
+@pytest.mark.parametrize("binary", [False, True], ids=["float", "latent"])
+def test_a_teacher_that_learns_with_the_model_is_refused(tmp_path, teacher_of, binary):
+    """`binarize` works in place: the teacher that is not copied before is the student."""
+    model = sharp(1)
+    teacher = teacher_of(model)
+    kind, args = DistillationTrainer, arguments(tmp_path)
+    if binary:
+        model, kind, args = proxbit.binarize(model), ProxConnectTrainer, ProxConnectArguments(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"share \d+ parameters, the first .*: .*copy.deepcopy before binarize"):
+        kind(model=model, args=args, teacher=teacher)
+
+
+def test_a_copy_teaches(tmp_path, crops):
+    """Also a copy of a teacher that was binarized itself; and without parameters there is nothing to share."""
+    teacher = sharp(1)
+    student = proxbit.binarize(copy.deepcopy(teacher))
+    for each in (teacher, copy.deepcopy(student), nn.Identity()):
+        DistillationTrainer(model=student, args=arguments(tmp_path), teacher=each)
+
+
+def test_arguments_of_transformers_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"args are TrainingArguments: .* takes DistillationArguments of"):
+        DistillationTrainer(sharp(1), TrainingArguments(str(tmp_path), use_cpu=True))
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["float", "latent"])

@@ -27,6 +27,12 @@ def faults():
 
 
 @pytest.fixture(scope="module")
+def writers(faults):
+    """The script of two writers, as a module."""
+    return importlib.import_module("two_writers")
+
+
+@pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return tmp_path_factory.mktemp("faults")
 
@@ -60,3 +66,30 @@ def test_the_page_has_every_row(faults):
     for fault in faults.FAULTS:
         assert f"| {fault.what} | {fault.how} |" in page, "run: python benchmarks/faults.py"
     assert page.startswith(faults.INTRODUCTION) and "**" not in page.removeprefix(faults.INTRODUCTION)
+
+
+def test_of_two_trainings_one_writes(writers, base):
+    """The second one is refused while the first one lives, which is resumed once it has been killed."""
+    refused = writers.two_trainings(base, 4)
+    assert refused.ends == ("killed", "refused") and refused.same
+
+
+def test_a_training_that_has_been_killed_holds_no_lock(writers, base):
+    """The next one begins where it was, and ends as one that was alone."""
+    found = writers.two_trainings(base, 69)
+    assert found == writers.Case(("killed", "finished"), None, True)
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["a new folder", "an older release"])
+def test_of_two_releases_one_is_whole(writers, base, number):
+    """Each waits for its turn."""
+    assert writers.two_releases(base, number) == ("finished", "finished")
+
+
+def test_the_page_of_two_writers(writers):
+    """What is in the documentation is what the script has found."""
+    cases = [writers.Case(("killed", "refused"), 2, True)] * 2 + [writers.Case(("killed", "refused"), 4, False)]
+    text = writers.page([*cases, writers.Case(("killed", "finished"), None, True)], [("finished", "refused")])
+    assert "| killed | refused | 3 | 2 from step 2, 1 from step 4 | 1 |" in text
+    assert "| killed | finished | 1 | no need | 0 |" in text
+    assert "Of the 2 processes 1 wrote theirs, one after the other, and 1 were refused." in text

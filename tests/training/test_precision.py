@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 from transformers import ViTForImageClassification
 
@@ -11,6 +12,7 @@ import proxbit
 from kept import kept_for_backward
 from proxbit.config import BinarizationConfig
 from proxbit.nn import latent_layers, set_mu
+from proxbit.nn.precision import trained_in_small_steps
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer
 from tiny_models import LABELS, SIDE, vit
 
@@ -154,6 +156,114 @@ def test_the_trainer_runs_in_bf16(tmp_path, crops):
     for key, value in weights[1].items():
         assert (value - weights[0][key]).norm() <= 0.1 * max(moved[key], 0.05 * most), key
         assert not torch.equal(value, weights[0][key]), key
+
+
+# --- models of half
+
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+def half_floats(dtype):
+    return floats(num_hidden_layers=1).to(dtype)
+
+
+def stored(dtype, folder):
+    half_floats(dtype).save_pretrained(folder)
+    return ViTForImageClassification.from_pretrained(folder, quantization_config=BinarizationConfig(weights="bnn++"))
+
+
+def asked_for(dtype, folder):
+    floats(num_hidden_layers=1).save_pretrained(folder)
+    config = BinarizationConfig(activations="sign", rprelu=True)
+    return ViTForImageClassification.from_pretrained(folder, quantization_config=config, dtype=dtype)
+
+
+def in_hand(dtype, folder):
+    return proxbit.binarize(half_floats(dtype), BinarizationConfig(activations="int4"))
+
+
+def latent_stored(dtype, folder):
+    """A checkpoint of latents in half, as versions before this one wrote."""
+    model = proxbit.binarize(floats(num_hidden_layers=1)).to(dtype)
+    model.save_pretrained(folder)
+    return ViTForImageClassification.from_pretrained(folder)
+
+
+def by_recipe(dtype, folder):
+    """As `proxbit train` does."""
+    half_floats(dtype).save_pretrained(folder)
+    return ViTForImageClassification.from_pretrained(folder)
+
+
+def made_half(dtype, folder):
+    return proxbit.binarize(floats(num_hidden_layers=1)).to(dtype)
+
+
+WAYS = [stored, asked_for, in_hand, latent_stored, by_recipe, made_half]
+
+
+@HALVES
+@pytest.mark.parametrize("way", WAYS)
+def test_latents_are_trained_in_single_precision_whatever_the_model_is_in(tmp_path, crops, caplog, way, dtype):
+    """Four steps that a latent of half would not feel move most of them; the rest of the model stays half."""
+    model = way(dtype, tmp_path / "model")
+    args = arguments(tmp_path, recipe="w1a32", max_steps=4, learning_rate=1e-6, per_device_train_batch_size=4)
+    with caplog.at_level("WARNING", logger="proxbit"):
+        trainer = ProxConnectTrainer(model=model, args=args, train_dataset=examples(crops, 4))
+        before = {name: layer.weight.detach().clone() for name, layer in latent_layers(model)}
+        trainer.train()
+    said = [record.getMessage() for record in caplog.records if "half precision" in record.getMessage()]
+    assert len(said) == (way is made_half) and all("dtype=torch.float32, bf16=True" in each for each in said)
+    kept = dict(trained_in_small_steps(model))
+    assert {each.dtype for each in kept.values()} == {torch.float32}
+    assert {each.dtype for name, each in model.named_parameters() if name not in kept} == {dtype}
+    moved = [(layer.weight != before[name]).float().mean() for name, layer in latent_layers(model)]
+    assert sum(moved) / len(moved) > 0.7
+    assert {each.dtype for each in proxbit.pack(model).state_dict().values()} == {dtype, torch.uint8}
+
+
+@pytest.mark.filterwarnings("ignore:Training ended soft")
+def test_what_a_half_model_learns_is_what_a_single_one_learns(tmp_path):
+    """Where mu is sharp, gradients of latents are below what fp16 holds: latents of fp16 learn nothing here (0.10)."""
+    digits = load_digits()
+    pixels, labels = torch.tensor(digits.images / 8 - 1)[:, None], digits.target.tolist()
+    sizes = dict(image_size=8, patch_size=4, num_channels=1, hidden_size=32, intermediate_size=64, num_labels=10)
+
+    def right(dtype):
+        data = [{"pixel_values": x.to(dtype), "labels": y} for x, y in zip(pixels[:900], labels[:900], strict=True)]
+        schedule = dict(mu_schedule="constant", mu_start=30.0, lr_scheduler_type="constant", hard_fraction=0)
+        changes = dict(max_steps=32, learning_rate=3e-3, per_device_train_batch_size=64, max_grad_norm=0)
+        args = arguments(tmp_path, **changes, **schedule)
+        torch.manual_seed(0)
+        model = proxbit.binarize(ViTForImageClassification(vit(initializer_range=0.2, **sizes)).to(dtype))
+        ProxConnectTrainer(model=model, args=args, train_dataset=data[:512]).train()
+        with torch.no_grad():
+            found = model.eval()(pixels[512:900].to(dtype)).logits.argmax(-1)
+        return float((found == torch.tensor(labels[512:900])).float().mean())
+
+    single = right(torch.float32)
+    assert single > 0.5 and right(torch.float16) == pytest.approx(single, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])
+def test_an_evaluation_in_half_rounds_no_latent(tmp_path, crops, name):
+    model = make(num_hidden_layers=1)
+    before = {name: each.detach().clone() for name, each in trained_in_small_steps(model)}
+    args = arguments(tmp_path, per_device_eval_batch_size=4, **{name: True})
+    ProxConnectTrainer(model=model, args=args, eval_dataset=examples(crops, 4)).evaluate()
+    assert all(torch.equal(each, before[key]) for key, each in trained_in_small_steps(model))
+    assert model.classifier.weight.dtype in (torch.bfloat16, torch.float16)
+
+
+def test_a_half_model_resumes_with_all_digits_of_its_latents(tmp_path, crops):
+    ends, data = [], examples(crops, 8)
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, per_device_train_batch_size=4, max_steps=4)
+    for resumed in (None, str(tmp_path / "checkpoint-2")):
+        model = proxbit.binarize(half_floats(torch.bfloat16))
+        ProxConnectTrainer(model=model, args=args, train_dataset=data).train(resume_from_checkpoint=resumed)
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
 
 
 # --- less memory

@@ -110,13 +110,15 @@ def test_only_at_the_end(hub, prepare):
     assert hub.hub.repositories["me/vit-1bit"].titles == ["initial commit"]
 
 
-def test_latent_checkpoints_when_the_strategy_asks_for_them(hub, prepare):
-    strategy = dict(push_to_hub=True, save_strategy="steps", save_steps=2, hub_strategy=HubStrategy.CHECKPOINT)
-    trainer = prepare(**strategy)
-    trainer.train()
-    trainer._finish_current_push()
-    files = hub.hub.repositories["me/vit-1bit"].files()
-    assert {"last-checkpoint/model.safetensors", "last-checkpoint/trainer_state.json"} <= set(files)
+@pytest.mark.parametrize("strategy", [HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS])
+def test_latent_checkpoints_are_not_published(hub, prepare, strategy):
+    """Also where the strategy was set after the arguments were made."""
+    asked = dict(push_to_hub=True, save_strategy="steps", save_steps=2)
+    trainer = prepare(**asked)
+    trainer.args.hub_strategy = strategy
+    with pytest.raises(ConfigError, match="would publish checkpoints: latent weights and pickles"):
+        trainer.train()
+    assert set(hub.hub.repositories["me/vit-1bit"].files()) <= {".gitattributes"}
 
 
 def test_of_a_model_that_is_spread_over_processes_only_bits_are_gathered(hub, prepare, monkeypatch):

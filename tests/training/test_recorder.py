@@ -1,5 +1,7 @@
 """What a training leaves for its report: layers against direct counts, where it goes on, what it leaves alone."""
 
+import errno
+import logging
 import os
 import shutil
 import struct
@@ -12,11 +14,12 @@ from transformers import TrainerCallback, ViTForImageClassification
 
 import proxbit
 from proxbit.analysis.report import write_report
-from proxbit.analysis.run_log import RUN_LOG, read_log
+from proxbit.analysis.run_log import RUN_LOG, append_event, read_log, start_log
 from proxbit.config import BinarizationConfig
 from proxbit.nn import latent_layers
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer
 from proxbit.training.metrics import classification_metrics
+from proxbit.training.recorder import begin
 from tiny_models import LABELS, SIDE, vit
 
 
@@ -200,6 +203,159 @@ def test_a_training_that_resumes_goes_on_in_the_same_file(tmp_path, crops):
     assert [(row["step"], row["latents"]) for row in resumed.layers] == [
         (row["step"], row["latents"]) for row in whole.layers
     ]
+
+
+def end_with(text):
+    """A damage: what the file of a run has behind its first four lines."""
+
+    def damage(path):
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]) + text)
+
+    return damage
+
+
+def become_a_folder(path):
+    path.unlink()
+    path.mkdir()
+    (path / "notes.txt").write_text("mine")
+
+
+DAMAGES = {
+    "zeros": end_with(b"\0" * 512),
+    "zeros and more": end_with(b"\0" * 512 + b"\n"),
+    "a line cut short": end_with(b'{"event":"log","st\n{"event":"log","step":2}\n'),
+    "not UTF-8": end_with(b'{"event":"log","step":2,"x":"\xff"}\n'),
+    "a list": end_with(b"[1, 2]\n"),
+    "no record": end_with(b'{"loss": 1.0}\n'),
+    "step is text": end_with(b'{"event":"log","step":"2"}\n'),
+    "too deep": end_with(b"[" * 10**6 + b"\n"),
+    "too long a number": end_with(b"9" * 10**5 + b"\n"),
+    "no first line": lambda path: path.write_text('{"event":"log","step":1}\n'),
+    "of a newer version": lambda path: path.write_text('{"event":"run","format":99,"step":0}\n'),
+    "nothing": lambda path: path.write_text(""),
+    "a folder": become_a_folder,
+}
+
+
+@pytest.fixture
+def resumable(tmp_path, crops):
+    """A run of two steps, with a checkpoint at its end."""
+    prepare(tmp_path, crops, max_steps=2, save_strategy="steps", save_steps=2, logging_steps=1).train()
+    return tmp_path
+
+
+def resume(folder, crops, steps=4):
+    prepare(folder, crops, max_steps=steps, logging_steps=1).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+def tree(path):
+    """What lies at a path: the bytes of a file, or of those in a folder."""
+    return {each.name: each.read_bytes() for each in path.iterdir()} if path.is_dir() else path.read_bytes()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_put_aside_and_training_resumes(tmp_path, damage):
+    """Nothing of it is lost; a second one gets a name of its own."""
+    path = tmp_path / RUN_LOG
+    start_log(tmp_path, {"model": "Vit"})
+    for step in (1, 2, 3):
+        append_event(tmp_path, {"event": "log", "step": step, "loss": 1.0})
+    DAMAGES[damage](path)
+    before = tree(path)
+    kept = set() if damage == "zeros" else {f"{RUN_LOG}.damaged-1"}  # without its end a last line is nobody's
+    begin(str(tmp_path), {"model": "Vit"}, 2)
+    assert {each.name for each in tmp_path.iterdir()} == {RUN_LOG} | kept
+    assert all(tree(tmp_path / name) == before for name in kept)
+    assert [row["step"] for row in read_log(tmp_path).logs] == ([1, 2] if damage == "zeros" else [])
+    path.write_bytes(b"\0\n")
+    begin(str(tmp_path), {"model": "Vit"}, 2)
+    assert (tmp_path / f"{RUN_LOG}.damaged-{len(kept) + 1}").read_bytes() == b"\0\n"
+
+
+def test_a_training_resumes_beside_a_damaged_file(resumable, crops, caplog):
+    (resumable / RUN_LOG).write_bytes(b"\x1b[2J\0\n")
+    with caplog.at_level(logging.WARNING, logger="proxbit"):
+        resume(resumable, crops)
+    assert [row["step"] for row in read_log(resumable).logs] == [3, 4, 4]
+    assert (resumable / f"{RUN_LOG}.damaged-1").read_bytes() == b"\x1b[2J\0\n"
+    (line,) = caplog.messages
+    assert f"{RUN_LOG} is damaged, and lies in {RUN_LOG}.damaged-1 now" in line and "begins at step 2" in line
+    assert "\n" not in line and "\x1b" not in line
+    write_report(resumable)
+
+
+def test_a_damaged_file_that_cannot_be_put_aside_stays(resumable, crops, caplog, monkeypatch):
+    (resumable / RUN_LOG).write_bytes(b"\0\n")
+    rename = type(resumable).rename
+
+    def refuse(self, target):
+        if self.name == RUN_LOG:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(resumable), "rename", refuse)
+    with caplog.at_level(logging.WARNING, logger="proxbit"):
+        resume(resumable, crops)
+    assert (resumable / RUN_LOG).read_bytes() == b"\0\n"
+    (line,) = caplog.messages
+    assert "cannot be written ([Errno 13] Permission denied)" in line
+
+
+class Breaks(TrainerCallback):
+    """Does something to the file of the run when a step begins."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def test_a_disk_that_fills_up_costs_lines_and_not_the_training(tmp_path, crops, caplog):
+    """The file is on a device that is full (/dev/full) from step 1 to 3."""
+    path = tmp_path / RUN_LOG
+
+    def fill():
+        path.rename(tmp_path / "whole")
+        path.symlink_to("/dev/full")
+
+    def mend():
+        (tmp_path / "whole").rename(path)
+
+    trainer = prepare(tmp_path, crops, callbacks=[Breaks(1, fill), Breaks(3, mend)], logging_steps=1, max_steps=4)
+    with caplog.at_level(logging.WARNING, logger="proxbit"):
+        trainer.train()
+    assert trainer.state.global_step == 4
+    assert [row["step"] for row in read_log(tmp_path).logs] == [1, 4, 4]
+    (line,) = caplog.messages
+    assert line == f"{path} cannot be written ([Errno 28] No space left on device): `proxbit report` will lack it."
+
+
+@pytest.mark.parametrize("action", ["damaged", "gone"])
+def test_a_file_that_breaks_in_the_middle_does_not_end_the_training(tmp_path, crops, caplog, action):
+    """At its end pictures are added, for which all lines are read."""
+    path = tmp_path / "out" / RUN_LOG
+
+    def act():
+        path.write_bytes(b"\0\n") if action == "damaged" else shutil.rmtree(tmp_path / "out")
+
+    trainer = prepare(tmp_path / "out", crops, callbacks=[Breaks(2, act)], eval_strategy="epoch", max_steps=4)
+    with caplog.at_level(logging.WARNING, logger="proxbit"):
+        trainer.train()
+    assert trainer.state.global_step == 4 and len(caplog.messages) == 1
+    assert path.read_bytes().startswith(b"\0\n") if action == "damaged" else not path.exists()
+
+
+def test_a_file_that_cannot_be_begun(tmp_path, crops, caplog, monkeypatch):
+    """Lines of this run do not get into the file of an earlier one."""
+    prepare(tmp_path, crops, max_steps=1).train()
+    before = (tmp_path / RUN_LOG).read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system")))
+    with caplog.at_level(logging.WARNING, logger="proxbit"):
+        prepare(tmp_path, crops, max_steps=2).train()
+    assert (tmp_path / RUN_LOG).read_bytes() == before and len(caplog.messages) == 1
+    assert [each.name for each in tmp_path.iterdir()] == [RUN_LOG]
 
 
 def scalars(folder):

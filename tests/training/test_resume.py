@@ -210,6 +210,21 @@ def test_a_resumed_run_has_the_mu_of_its_step(tmp_path, crops):
     assert mus == pytest.approx([0.3 * 100 ** min(1, step / 6) for step in range(10)])
 
 
+@pytest.mark.parametrize("stop", [2 * HALF, HALF], ids=["complete", "past a smaller max_steps"])
+def test_a_run_that_is_done_does_no_step_more(tmp_path, crops, stop):
+    """Its last step is inside an epoch. Packed, it is the same to the last bit, however often it is resumed."""
+    data = examples(crops, 11)
+    args = ProxConnectArguments(**settings(tmp_path, hard_fraction=0.3))
+    first = ProxConnectTrainer(make(1), args, train_dataset=data)
+    first.train()
+    packed = proxbit.pack(copy.deepcopy(first.model))
+    for _ in range(2):
+        args.max_steps = stop
+        again = ProxConnectTrainer(make(2), args, train_dataset=data)
+        assert again.train(resume_from_checkpoint=True).global_step == 2 * HALF
+        assert same(again.model, first.model) and same(proxbit.pack(again.model), packed)
+
+
 def test_checkpoints_are_latent_and_reload(tmp_path, crops):
     trainer = proxconnect(tmp_path, make(1), examples(crops, 8))
     trainer.train()

@@ -1,6 +1,9 @@
 """The checkpoints of the Trainer: complete, in the right number, and never unpickled."""
 
+import errno
+import fcntl
 import logging
+import os
 import pickle
 import signal
 from pathlib import Path
@@ -13,8 +16,11 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 import proxbit
 from proxbit.errors import CheckpointError, LossError
+from proxbit.hub.lock import locked
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer
 from proxbit.training.checkpoints import MANIFEST, STAGING, check_checkpoint
+from proxbit.training.push import PushingTrainer
+from proxbit.training.saving import LOCK
 from tiny_models import LABELS, SIDE, vit
 
 FULL = {"config.json", "model.safetensors", "training_args.bin", "trainer_state.json", MANIFEST}
@@ -52,7 +58,7 @@ class Saves(TrainerCallback):
         self.folder, self.seen = folder, []
 
     def on_save(self, args, state, control, **kwargs):
-        found = names(self.folder) - {"proxbit_run.jsonl"}
+        found = names(self.folder) - {"proxbit_run.jsonl", LOCK}
         for name in found:
             check_checkpoint(self.folder / name)
         self.seen.append(sorted(found))
@@ -96,10 +102,33 @@ def test_what_is_pushed_is_complete(tmp_path, make, monkeypatch):
         check_checkpoint(tmp_path / "out" / folder.rpartition("/")[2])
         pushed.append(folder)
 
-    monkeypatch.setattr(type(trainer).__mro__[2], "_push_from_checkpoint", push)
+    monkeypatch.setattr(PushingTrainer, "_push_from_checkpoint", push)
     trainer.args.push_to_hub = True
     trainer.train()
     assert pushed == [str(tmp_path / "out" / f"checkpoint-{step}") for step in (2, 4)]
+
+
+def test_no_token_is_saved(tmp_path, make):
+    """Arguments are pickled beside every checkpoint and model; those of the Trainer itself keep the token."""
+    trainer = make(max_steps=2, hub_token="hf_secret")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.name == "training_args.bin" for path in files) == 2
+    assert not any(b"hf_secret" in path.read_bytes() for path in files)
+    assert trainer.args.hub_token == "hf_secret"
+    kept = torch.load(tmp_path / "model" / "training_args.bin", weights_only=False)
+    assert kept.hub_token is None and kept.max_steps == 2
+
+
+def test_weights_alone_are_no_checkpoint_to_go_on_from(tmp_path, make, caplog):
+    """The learning rate would begin anew."""
+    make(max_steps=4, save_only_model=True).train()
+    folder = tmp_path / "out" / "checkpoint-4"
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint .*checkpoint-4 \(it holds no optimizer"):
+        make(save_only_model=True).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="from_pretrained and leave resume_from_checkpoint out"):
+        make().train(resume_from_checkpoint=str(folder))
 
 
 class Trap:
@@ -241,6 +270,75 @@ def test_the_next_training_clears_what_a_killed_one_left(tmp_path, make, caplog)
         "Removed what a save that was cut short has left"
     ]
     assert STAGING not in names(tmp_path / "out")
+
+
+class Trains(TrainerCallback):
+    """Remembers what a second training in the same folder says, which is begun in the middle of this one."""
+
+    def __init__(self, second, folder):
+        self.second, self.folder, self.said = second, folder, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            (self.folder / STAGING / "0123abcd" / "checkpoint-9").mkdir(parents=True)  # as if this one were saving
+            for resume in (None, True, str(self.folder / "checkpoint-2")):
+                with pytest.raises(CheckpointError) as error:
+                    self.second.train(resume_from_checkpoint=resume)
+                self.said.append(str(error.value))
+            self.left = names(self.folder)
+
+
+def test_a_second_training_in_the_same_folder_is_refused(tmp_path, make):
+    """Nothing of the first one is touched, and the folder is free when it has ended."""
+    trains = Trains(make(), tmp_path / "out")
+    make([trains], save_strategy="steps").train()
+    assert trains.said == [trains.said[0]] * 3
+    assert trains.said[0].startswith(f"{tmp_path / 'out'} is being written by process {os.getpid()} on ")
+    assert trains.left == {"checkpoint-2", STAGING, LOCK, "proxbit_run.jsonl"}
+    assert LOCK not in names(tmp_path / "out") and names(tmp_path / "out" / STAGING) == {"0123abcd"}
+    trains.second.train(resume_from_checkpoint=True)
+    assert trains.second.state.global_step == 6 and STAGING not in names(tmp_path / "out")
+
+
+def test_a_training_that_fails_gives_the_folder_back(tmp_path, make):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        make().train(resume_from_checkpoint=True)
+    trainer = make()
+    trainer.compute_loss = lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert LOCK not in names(tmp_path / "out")
+    make(max_steps=1).train()
+
+
+def test_an_evaluation_needs_no_lock(tmp_path, make):
+    with locked(tmp_path / "out" / LOCK, tmp_path / "out"):
+        assert make().evaluate()["eval_loss"] > 0
+
+
+def test_a_file_system_without_locks(tmp_path, make, monkeypatch, caplog):
+    """As before there were any, with a line in the log; what another one may be saving stays."""
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    (tmp_path / "out" / STAGING / "0123abcd" / "checkpoint-9").mkdir(parents=True)
+    with caplog.at_level(logging.WARNING, logger="proxbit"):
+        make(max_steps=2).train()
+    assert names(tmp_path / "out" / STAGING) == {"0123abcd"} and (tmp_path / "out" / "checkpoint-2").is_dir()
+    (line,) = caplog.messages
+    assert "cannot be locked (No locks available)" in line
+
+
+def test_damage_of_the_state_of_the_trainer_is_seen(tmp_path, make, caplog):
+    make(max_steps=4).train()
+    (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").write_bytes(b"\0" * 100)
+    with caplog.at_level(logging.WARNING, logger="proxbit"):
+        trainer = make(max_steps=4)
+        trainer.train(resume_from_checkpoint=True)
+    assert any("checkpoint-4, which is not complete: trainer_state.json" in line for line in caplog.messages)
+    assert trainer.state.global_step == 4
 
 
 def test_an_output_folder_that_cannot_be_used(tmp_path, make):

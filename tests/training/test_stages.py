@@ -252,7 +252,7 @@ def test_every_process_and_every_run_has_the_same_scores(crops, tmp_path, monkey
         found.append(kept(trainer))
         assert torch.equal(torch.get_rng_state(), before)
     assert found[0] == found[1]
-    monkeypatch.setattr("proxbit.training.trainer.broadcast", lambda values: values.flip(0))
+    monkeypatch.setattr("proxbit.training.first_look.broadcast", lambda values: values.flip(0))
     trainer._score()
     assert list(kept(trainer).values()) == list(found[0].values())[::-1]
 

@@ -1,19 +1,30 @@
 """`ProxConnectTrainer`: what it refuses, its parameter groups, the way of mu, its logs and evaluations."""
 
 import copy
+import inspect
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import TrainerCallback, ViTForImageClassification
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTForImageClassification,
+    default_data_collator,
+)
+from transformers.trainer_utils import HPSearchBackend
 
 import proxbit
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, LatentError, ModelStateError, MuRangeError
 from proxbit.nn import latent_layers, set_mu
-from proxbit.training import ProxConnectArguments, ProxConnectTrainer
+from proxbit.training import DistillationArguments, MuCallback, ProxConnectArguments, ProxConnectTrainer
+from proxbit.training.checkpoints import MANIFEST
 from proxbit.training.metrics import classification_metrics
 from tiny_models import LABELS, SIDE, vit
 
@@ -98,9 +109,10 @@ def test_latents_that_cannot_be_binarized_are_refused(tmp_path, value, words):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_is_needed(tmp_path):
-    with pytest.raises(ConfigError, match="needs a model; model_init is not supported"):
-        ProxConnectTrainer(args=arguments(tmp_path), model_init=make)
+@pytest.mark.parametrize("given", [{}, dict(model=nn.Linear(2, 2), model_init=make)], ids=["neither", "both"])
+def test_a_model_or_what_makes_one_is_needed(tmp_path, given):
+    with pytest.raises(ConfigError, match="needs a model, or model_init, which makes one: one of the two"):
+        ProxConnectTrainer(args=arguments(tmp_path), **given)
 
 
 def test_a_teacher_with_other_labels_is_refused(tmp_path):
@@ -169,6 +181,85 @@ def test_a_constant_mu_ends_where_it_starts(tmp_path, crops, end):
     trainer.train()
     told = trainer.run_record()["arguments"]
     assert (told["mu_schedule"], told["mu_start"], told["mu_end"]) == ("constant", 2.0, 2.0)
+
+
+# --- as the Trainer of transformers
+
+
+def test_arguments_of_transformers_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"args are TrainingArguments: .* takes ProxConnectArguments of"):
+        ProxConnectTrainer(make(), TrainingArguments(str(tmp_path / "out"), use_cpu=True))
+    with pytest.raises(ConfigError, match="args are DistillationArguments"):
+        ProxConnectTrainer(make(), DistillationArguments(str(tmp_path / "out"), use_cpu=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_by_position_are_those_of_transformers(tmp_path, crops):
+    given = inspect.signature(Trainer.__init__).parameters
+    assert list(inspect.signature(ProxConnectTrainer.__init__).parameters)[:8] == list(given)[:8]
+    data, own = examples(crops, 4), default_data_collator
+    order = ["model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class", "model_init"]
+    assert list(given)[1:10] == [*order, "compute_loss_func", "compute_metrics"]
+    values = (make(), arguments(tmp_path), own, data, data[:2], None, None, None, classification_metrics)
+    trainer = ProxConnectTrainer(*values)
+    assert (trainer.data_collator, trainer.train_dataset, trainer.eval_dataset) == (own, data, data[:2])
+    assert trainer.compute_metrics is classification_metrics
+
+
+def small(recipe=None):
+    torch.manual_seed(1)
+    model = ViTForImageClassification(vit(num_hidden_layers=1))
+    return model if recipe else proxbit.binarize(model)
+
+
+@pytest.mark.parametrize("recipe", [None, "w1a1"])
+def test_model_init_makes_a_model_for_each_training(tmp_path, crops, recipe):
+    """A float one is made latent by the recipe. mu, flips and the record follow the new one."""
+    recorder, made, logs = Recorder(), [], dict(logging_strategy="steps", logging_steps=4)
+
+    def init():
+        made.append(small(recipe))
+        return made[-1]
+
+    trainer = ProxConnectTrainer(
+        args=arguments(tmp_path, recipe=recipe, max_steps=4, hard_fraction=0.25, **logs),
+        train_dataset=examples(crops, 8),
+        model_init=init,
+        callbacks=[recorder],
+    )
+    ends = []
+    for _ in range(2):
+        trainer.train()
+        ends.append((trainer.model, latents(trainer.model), trainer.state.log_history[-2]["flip_ratio"]))
+    assert len(made) == 3 and ends[0][0] is made[1] and ends[1][0] is made[2]
+    assert all(torch.equal(ends[0][1][name], weight) for name, weight in ends[1][1].items())
+    assert ends[0][2] == ends[1][2] > 0
+    assert recorder.mu[:4] == recorder.mu[4:] and recorder.hard == [False, False, False, True] * 2
+    assert sum(isinstance(each, MuCallback) for each in trainer.callback_handler.callbacks) == 1
+
+
+def test_a_search_of_hyperparameters_trains_each_trial_anew(tmp_path, crops, monkeypatch):
+    """The search itself is optuna's or ray's; a trial of it is played here."""
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+    trainer = ProxConnectTrainer(
+        args=arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=3),
+        train_dataset=examples(crops, 4),
+        eval_dataset=examples(crops, 4),
+        model_init=lambda: small(),
+    )
+    trainer.hp_search_backend, trainer.hp_name = HPSearchBackend.OPTUNA, None
+    trainer.hp_space = lambda trial: trial.params
+    for number, factor in enumerate((0.5, 2.0)):
+        trainer.train(trial=SimpleNamespace(number=number, params={"latent_learning_rate_factor": factor}))
+        rates = [group["initial_lr"] for group in trainer.optimizer.param_groups]
+        assert rates[-1] == pytest.approx(1e-2 * factor) and rates[0] == 1e-2
+        assert (tmp_path / f"run-{number}" / "checkpoint-3" / MANIFEST).is_file()
+
+
+def test_a_teacher_is_compared_with_what_model_init_makes(tmp_path):
+    teacher = ViTForImageClassification(vit(num_labels=7, num_hidden_layers=1))
+    with pytest.raises(ConfigError, match="The teacher has 7 labels, the model 3"):
+        ProxConnectTrainer(args=arguments(tmp_path), model_init=lambda: small(), teacher=teacher)
 
 
 # --- parameter groups
@@ -265,6 +356,40 @@ def test_accumulated_batches_share_one_mu(tmp_path, crops):
     prepare(tmp_path, make(), crops, [recorder], gradient_accumulation_steps=4, **changes).train()
     assert recorder.mu == pytest.approx([1, 2, 3])
     assert recorder.hard == [False] * 3
+
+
+def test_a_training_begins_its_schedule_anew(tmp_path, crops):
+    """Of what was done with the model before, such as a search for a learning rate, only its weights are left."""
+    model, recorder = small(), Recorder()
+    prepare(tmp_path, model, crops, max_steps=5, hard_fraction=0.2, activations_first=0.4).train()
+    assert {(float(layer.mu), layer.hardened) for _, layer in latent_layers(model)} == {(30.0, True)}
+    prepare(tmp_path, model, crops, [recorder], max_steps=4, hard_fraction=0.25).train()
+    assert recorder.mu == pytest.approx([0.3, 3.0, 30.0, 30.0])
+    assert recorder.hard == [False, False, False, True]
+
+
+def test_the_model_that_is_loaded_in_the_end_has_its_own_mu(tmp_path, crops):
+    """Stopped early; scripted scores, hard and soft in turn. An evaluation afterwards is the one of then."""
+    scores = iter([0.1, 0.1, 0.9, 0.9, 0.3, 0.3, 0.2, 0.2, 0.9, 0.9])
+    strategy = dict(eval_strategy="steps", save_strategy="steps", eval_steps=2, save_steps=2, max_steps=40)
+    trainer = ProxConnectTrainer(
+        small(),
+        arguments(tmp_path, **strategy, load_best_model_at_end=True, metric_for_best_model="score"),
+        None,
+        examples(crops, 8),
+        examples(crops, 12),
+        compute_metrics=lambda prediction: {"score": next(scores)},
+        callbacks=[EarlyStoppingCallback(2)],
+    )
+    with pytest.warns(UserWarning, match="The best model, of step 4, is soft.*begins at step 36 of 40"):
+        trainer.train()
+    assert (trainer.state.global_step, trainer.state.best_global_step) == (8, 4)
+    expected = 0.3 * 100 ** (3 / 35)
+    assert [float(layer.mu) for _, layer in latent_layers(trainer.model)] == [pytest.approx(expected)] * 6
+    then = next(each for each in trainer.state.log_history if each.get("step") == 4 and "eval_loss" in each)
+    now = trainer.evaluate()
+    assert now["eval_loss"] == pytest.approx(then["eval_loss"], abs=1e-6)
+    assert now["eval_soft_loss"] == pytest.approx(then["eval_soft_loss"], abs=1e-6)
 
 
 # --- logs and evaluation

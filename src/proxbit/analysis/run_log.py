@@ -1,8 +1,10 @@
 """The log of a training run: JSON lines beside its checkpoints. Trainers write it, reports read it."""
 
+import errno
 import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +51,21 @@ def start_log(folder: str | Path, run: dict[str, Any], step: int = 0) -> None:
 
 
 def append_event(folder: str | Path, event: dict[str, Any]) -> None:
-    """Add one line: `event` ("log", "layers" or "predictions"), `step`, and what belongs to it. NaN becomes null."""
-    with (Path(folder) / RUN_LOG).open("a", encoding="utf-8") as file:
-        file.write(_line(event))
+    """Add one line: `event` ("log", "layers" or "predictions"), `step`, and what belongs to it. NaN becomes null.
+
+    Raises:
+        OSError: if it cannot be written; then no part of it is.
+    """
+    line = _line(event).encode()
+    with (Path(folder) / RUN_LOG).open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 def replace_event(folder: str | Path, event: dict[str, Any]) -> None:
@@ -63,8 +77,13 @@ def replace_event(folder: str | Path, event: dict[str, Any]) -> None:
 def _write(path: Path, events: list[dict[str, Any]]) -> None:
     """Put a new file in the place of the old one, at once."""
     part = path.with_suffix(".part")
-    part.write_text("".join(map(_line, events)), encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text("".join(map(_line, events)), encoding="utf-8")
+        os.replace(part, path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink()
+        raise
 
 
 def read_log(folder: str | Path) -> RunLog:

@@ -24,9 +24,9 @@ from proxbit.cli.progress import watch
 from proxbit.config import QUANT_METHOD, stored_kind
 from proxbit.errors import CheckpointError, ConfigError, DataError, ModelStateError, ProxbitError
 from proxbit.hub import pack
-from proxbit.hub.weights import is_model_folder
 from proxbit.patching import state_of
 from proxbit.training.arguments import ProxConnectArguments
+from proxbit.training.checkpoints import check_start
 from proxbit.training.image_folders import (
     IMAGE,
     LABEL,
@@ -207,10 +207,9 @@ def make_trainer(given: PictureArguments, args: ProxConnectArguments) -> ProxCon
             "`proxbit train` keeps the whole model in every process (DDP); with FSDP or DeepSpeed, use "
             "ProxConnectTrainer in a script of your own."
         )
+    check_start(out, args.resume_from_checkpoint)
     if args.resume_from_checkpoint is None:
         check_new_folder(out)
-    elif not is_model_folder(args.resume_from_checkpoint):
-        raise CheckpointError(f"resume_from_checkpoint: {args.resume_from_checkpoint!r} is no checkpoint.")
     train_split, test_split = pick_splits(given)
     processor = load_processor(given.model)
     if processor is None:

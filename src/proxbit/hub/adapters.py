@@ -1,4 +1,6 @@
-"""LoRA adapters of PEFT on packed layers. Importing this module imports `peft`, which is optional."""
+"""LoRA adapters of PEFT on packed layers; `nn.adapted` refuses to merge them. Importing this module imports `peft`,
+which is optional.
+"""
 
 from typing import Any
 
@@ -10,6 +12,7 @@ from proxbit.nn import PackedLinear
 try:
     from peft import LoraConfig
     from peft.tuners.lora.layer import Linear, LoraLayer
+    from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 except ImportError as error:
     raise ImportError("Adapters are those of PEFT, which is not installed: pip install peft") from error
 
@@ -42,20 +45,8 @@ class PackedLora(Linear):
         return {(): None}
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        assert isinstance(module, PackedLinear)
+        assert isinstance(module, PackedLinear | nn.Linear)  # the other once it is dequantized
         return module.in_features, module.out_features
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused.
-
-        Raises:
-            ModelStateError: always.
-        """
-        raise ModelStateError(
-            "A LoRA adapter cannot be merged into a packed layer: one bit a weight and one scale a row cannot hold "
-            "what the adapter adds to each weight. Keep it beside the packed model, or load it on the float one: "
-            "PeftModel.from_pretrained(proxbit.dequantize(packed_model), folder).merge_and_unload()."
-        )
 
 
 def packed_lora(config: LoraConfig) -> LoraConfig:
@@ -70,8 +61,14 @@ def packed_lora(config: LoraConfig) -> LoraConfig:
         config=config)`.
 
     Raises:
-        ConfigError: for `init_lora_weights` that starts from the float weight.
+        ConfigError: for `init_lora_weights` that starts from the float weight, and for `target_modules="all-linear"`.
     """
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        raise ConfigError(
+            "target_modules='all-linear' are to PEFT those of torch.nn.Linear: it would adapt the head and pass over "
+            "the packed layers. Name them: target_modules=list(model.binarization_report.converted), or by the ends "
+            "of their names, as ['q_proj', 'v_proj']."
+        )
     if config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights!r} starts from the float weight, which a packed layer has "

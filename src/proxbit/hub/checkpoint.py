@@ -1,15 +1,18 @@
 """Checks of packed checkpoint files, from their headers, before any weight is loaded."""
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
 from proxbit.errors import CheckpointError
-from proxbit.nn import learned_modules
+from proxbit.nn import LatentWeight, learned_modules
 from proxbit.packing import packed_columns
 from proxbit.patching.replace import PackedLayer
 
@@ -143,19 +146,39 @@ def is_of_saved_class(model: nn.Module) -> bool:
     return type(model).__name__ in (getattr(model.config, "architectures", None) or ())
 
 
-def check_complete(model: nn.Module, missing: Sequence[str]) -> None:
-    """Check that a model of the class that was saved got all of its tensors. Another class may have a head of its own.
+def check_complete(model: PreTrainedModel, missing: Sequence[str], stored: dict[str, Any] | None) -> None:
+    """Check that a model got all of its tensors that are binarized; and, if it is of the class that was saved, all that
+    this class has by itself.
+
+    Another class may have a head of its own, and a keyword may ask for more, as `use_mask_token=True`: transformers
+    fills these at random and warns, as it does for float models.
 
     Args:
         model: loaded from a checkpoint of proxbit.
         missing: names of the tensors that were filled at random.
+        stored: what `config.json` holds.
 
     Raises:
         CheckpointError: naming the tensors.
     """
-    if missing and is_of_saved_class(model):
-        names = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
-        raise CheckpointError(f"{names}: not in the checkpoint, which says that it is of a {type(model).__name__}.")
+    layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LatentWeight))
+    lost = [name for name in missing if name.startswith(layers)]
+    if missing and not lost and is_of_saved_class(model):
+        asked = set() if stored is None else _asked_for(model, stored)
+        lost = [name for name in missing if name not in asked]
+    if lost:
+        names = f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}"
+        raise CheckpointError(
+            f"{names}: not in the checkpoint, which says that it is of a {type(model).__name__}. If that was made "
+            "without them, load it so, as with add_pooling_layer=False; else copy the files again."
+        )
+
+
+def _asked_for(model: PreTrainedModel, stored: dict[str, Any]) -> set[str]:
+    """The names of those tensors of a model that its class does not have by itself, with the stored configuration."""
+    with torch.device("meta"):
+        plain = type(model)._from_config(type(model.config).from_dict(copy.deepcopy(stored)))
+    return set(model.state_dict()) - set(plain.state_dict())
 
 
 def check_dtypes(model: nn.Module, wanted: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:

@@ -1,22 +1,32 @@
 """Work-arounds for faults of dependencies, each with the issue and the condition under which it can go."""
 
+import functools
 import inspect
+import json
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed import DistError
+from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
+from transformers.utils import CONFIG_NAME, cached_file
 
 from proxbit.errors import CheckpointError
 
 __all__ = [
+    "ask_before_loading",
+    "ask_before_saving",
     "download_arguments",
     "is_lost_process",
     "loaded_folder",
     "missing_tensors",
     "outlines",
     "restore_outlines",
+    "stored_config",
 ]
 
 
@@ -57,6 +67,66 @@ def missing_tensors() -> list[str]:
     return sorted(getattr(_running("loading_info"), "missing_keys", ()))
 
 
+def ask_before_saving(ask: Callable[[PreTrainedModel, dict[str, Any] | None], AbstractContextManager[None]]) -> None:
+    """Have something asked before `save_pretrained` writes anything, of every model.
+
+    transformers (5.15 to 5.23 at least) asks a quantizer only where there is one, which a model around a binarized part
+    has not, and forgets the argument `state_dict` there. To be deleted once it asks.
+
+    Args:
+        ask: given the model and `state_dict`, a context to save in.
+    """
+    original = PreTrainedModel.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        with ask(self, given.get("state_dict")):
+            return original(self, *args, **kwargs)
+
+    PreTrainedModel.save_pretrained = save_pretrained
+
+
+def ask_before_loading(ask: Callable[[PreTrainedConfig], bool]) -> None:
+    """Have something asked before `from_pretrained` looks for a quantizer, of every configuration.
+
+    transformers (5.15 to 5.23 at least) looks at one place of a configuration alone. To be deleted once a plug-in can
+    look by itself.
+
+    Args:
+        ask: given the configuration, which it may change; what it returns becomes `by_parts` of the quantizer.
+    """
+    original = modeling_utils.get_hf_quantizer
+
+    @functools.wraps(original)
+    def get_hf_quantizer(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
+        by_parts = ask(config)
+        found = original(config, *args, **kwargs)
+        if by_parts:
+            found[0].by_parts = True
+        return found
+
+    modeling_utils.get_hf_quantizer = get_hf_quantizer
+
+
+def stored_config() -> dict[str, Any] | None:
+    """What `config.json` of the checkpoint that the `from_pretrained` that is running loads holds; None if it has none.
+
+    It has been fetched before. transformers (5.15 to 5.23 at least) tells a quantizer of the configuration in hand,
+    which is of a part of it, or another one that was given. To be deleted once it tells.
+    """
+    name = _running("pretrained_model_name_or_path")
+    if name is None or _running("gguf_file"):
+        return None
+    arguments = download_arguments() | {"local_files_only": True, "force_download": False}
+    try:
+        file = cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **arguments)
+        found = None if file is None else json.loads(Path(file).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None  # transformers reads it too, where it needs it, and says what is wrong.
+    return found if isinstance(found, dict) else None
+
+
 def _running(name: str) -> Any:
     """A variable of the innermost `from_pretrained` of a model that is running; None if there is none."""
     frame = inspect.currentframe()
@@ -67,9 +137,20 @@ def _running(name: str) -> Any:
     return None
 
 
-def outlines(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of every parameter and buffer, for `restore_outlines`."""
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
+def outlines(model: PreTrainedModel) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every parameter and buffer, for `restore_outlines`.
+
+    Args:
+        model: before its weights are loaded, while the default dtype is the one that it is loaded in. What it keeps in
+            fp32 even so, `_keep_in_fp32_modules`, has that dtype.
+    """
+    planned = model._get_dtype_plan(torch.get_default_dtype())
+    kept = {re.compile(pattern.replace("*", ".*")): each for pattern, each in planned.items()}
+    found = {}
+    for name, tensor in model.state_dict().items():
+        wider = next((each for pattern, each in kept.items() if pattern.search(name)), tensor.dtype)
+        found[name] = (tensor.shape, wider if tensor.is_floating_point() else tensor.dtype)
+    return found
 
 
 def restore_outlines(model: nn.Module, wanted: dict[str, tuple[torch.Size, torch.dtype]]) -> None:

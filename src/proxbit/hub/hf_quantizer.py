@@ -2,16 +2,17 @@
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from proxbit.config import QUANT_METHOD, BinarizationConfig
-from proxbit.errors import ConfigError
+from proxbit.errors import CheckpointError, ConfigError, ModelStateError
 from proxbit.hub.checkpoint import (
     check_complete,
     check_dtypes,
@@ -23,17 +24,28 @@ from proxbit.hub.checkpoint import (
     reset_learned,
     tensor_headers,
 )
-from proxbit.hub.compat import loaded_folder, missing_tensors, outlines, restore_outlines
+from proxbit.hub.compat import loaded_folder, missing_tensors, outlines, restore_outlines, stored_config
 from proxbit.hub.downloads import check_downloads
 from proxbit.hub.files import check_against_card
 from proxbit.hub.folders import check_folder
+from proxbit.hub.placement import check_trainable_places
 from proxbit.hub.push_method import give_push, take_push
 from proxbit.hub.tensor_parallel import check_not_split
 from proxbit.hub.weights import check_storable
 from proxbit.nn import learned_modules
-from proxbit.patching import check_latents, check_packed_layers, matches, packed_layers, to_float, to_latent, to_packed
+from proxbit.patching import (
+    check_latents,
+    check_packed_layers,
+    config_of,
+    matches,
+    packed_layers,
+    state_of,
+    to_float,
+    to_latent,
+    to_packed,
+)
 
-__all__ = ["ProxbitHfQuantizer", "attach", "detach", "take_own_config"]
+__all__ = ["ProxbitHfQuantizer", "as_config", "claim_of", "claims", "take_own_config", "tell"]
 
 register_quantization_config(QUANT_METHOD)(BinarizationConfig)
 
@@ -47,9 +59,11 @@ class ProxbitHfQuantizer(HfQuantizer):
     """
 
     quantization_config: BinarizationConfig
-    # Whole weights of a model that is spread over processes, while it is saved: `save_pretrained` (transformers 5.23)
-    # asks a quantizer for them, and forgets its own argument `state_dict`.
+    # What `save_pretrained` was given to write, while it runs: transformers (5.15 to 5.23 at least) asks a quantizer
+    # for the tensors, and forgets its own argument `state_dict`.
     gathered_state: dict[str, Any] | None = None
+    # Whether it is the parts of the model whose configurations say how they were binarized, and not the model's.
+    by_parts = False
 
     def __init__(self, quantization_config: BinarizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -84,39 +98,64 @@ class ProxbitHfQuantizer(HfQuantizer):
             for file in checkpoint_files or []:
                 tensor_headers(file)
             check_against_card(checkpoint_files or [], model.config.name_or_path)
-            self.quantization_config = _fit_patterns(model, self.quantization_config)
-        check = None if self.pre_quantized else partial(check_storable, model)
-        _, self.quantization_config = to_latent(model, self.quantization_config, check)
+            self._restore_layers(model)
+        else:
+            check = partial(check_storable, model)
+            to_latent(model, self.quantization_config, check)
         if not self.pre_quantized:
             # What is learned beside the weights is in no float checkpoint: it starts at its defaults.
             own = [rf"^{re.escape(name)}\." for name, _ in learned_modules(model)]
             model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *own]
         if state == "packed":
             to_packed(model)
-            check_packed_files(checkpoint_files or [], packed_layers(model), is_of_saved_class(model))
-        if self.pre_quantized:
-            check_size(checkpoint_files or [], model)
+        if checkpoint_files is not None:  # Tensors may be in hand.
+            if state == "packed":
+                check_packed_files(checkpoint_files, packed_layers(model), is_of_saved_class(model))
+            if self.pre_quantized:
+                check_size(checkpoint_files, model)
+        self.quantization_config = config_of(model) or self.quantization_config
         self._outlines = outlines(model)
-        give_push(model)
         return model
+
+    def _restore_layers(self, model: PreTrainedModel) -> None:
+        """Make the layers of a model without data latent, as its configuration says, or those of its parts do."""
+        said = {model: self.quantization_config}
+        if self.by_parts:
+            inside = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+            read = {part: claim_of(part.config) for part in inside if part.config is not model.config}
+            said = {part: as_config(claim) for part, claim in read.items() if claim is not None}
+        for part, config in said.items():
+            if config.state != self.quantization_config.state:
+                raise CheckpointError("config.json says that some parts of the model are latent and some packed.")
+            if state_of(part) == "float":  # Not a part of the one before.
+                to_latent(part, _fit_patterns(part, config))
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """What is asked before a device is given anything; see `check_trainable_places`."""
+        if self.quantization_config.state == "latent":
+            check_trainable_places(device_map)
+        return device_map
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_not_split(model)
+        if self.quantization_config.state == "latent":
+            check_trainable_places(getattr(model, "hf_device_map", None))
         restore_outlines(model, self._outlines)
         check_loaded(packed_layers(model))
         if self.pre_quantized:
             check_learned(model)
-            check_complete(model, missing_tensors())
+            check_complete(model, missing_tensors(), stored_config())
             check_dtypes(model, self._outlines)
         else:
             reset_learned(model)
         check_latents(model)
         check_packed_layers(model)
+        tell(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         to_float(model)
-        take_push(model)
+        tell(model)
         return model if dtype is None else model.to(dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -174,13 +213,63 @@ def _fit_patterns(model: PreTrainedModel, config: BinarizationConfig) -> Binariz
     )
 
 
-def attach(model: PreTrainedModel, config: BinarizationConfig) -> None:
-    """Tell transformers that a model in hand is latent or packed, as `from_pretrained` would have."""
-    model.config.quantization_config = config
-    model.hf_quantizer = ProxbitHfQuantizer(config, pre_quantized=True)
-    model.quantization_method = QUANT_METHOD
-    model.is_quantized = True
-    give_push(model)
+def tell(model: nn.Module) -> None:
+    """Make the transformers models in a module say how their layers are binarized, in their configurations, and treat
+    them as `from_pretrained` would have; those that are float say nothing.
+
+    Of models that have one configuration together it tells of the outermost.
+    """
+    for part, config in list(claims(model)):
+        quantizer = vars(part).get("hf_quantizer")
+        if config is not None:
+            part.config.quantization_config = config
+            part.hf_quantizer = ProxbitHfQuantizer(config, pre_quantized=True)
+            part.quantization_method = QUANT_METHOD
+            part.is_quantized = True
+            give_push(part)
+        elif isinstance(quantizer, ProxbitHfQuantizer):
+            quantizer.remove_quantization_config(part)
+            take_push(part)
+        elif claim_of(part.config) is not None:
+            del part.config.quantization_config
+
+
+def claims(model: nn.Module, strict: bool = False) -> Iterator[tuple[PreTrainedModel, BinarizationConfig | None]]:
+    """The transformers models in a module, and what their configurations should say; None for float ones.
+
+    Args:
+        model: any.
+        strict: raise ModelStateError where one configuration cannot say it; else it says nothing.
+    """
+    known: dict[int, BinarizationConfig | None] = {}
+    for part in model.modules():
+        if not isinstance(part, PreTrainedModel):
+            continue
+        key = id(part.config)
+        if key not in known:
+            try:
+                config = config_of(part)
+            except ModelStateError:
+                if strict:
+                    raise
+                config = None
+            said = getattr(claim_of(part.config), "calibration", None)
+            known[key] = config.replace(calibration=said) if config is not None and said else config
+        yield part, known[key]
+
+
+def claim_of(config: Any) -> BinarizationConfig | dict[str, Any] | None:
+    """What a configuration of a model says of proxbit; None if it says nothing, or is of another quantizer."""
+    said = getattr(config, "quantization_config", None)
+    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    return said if method == QUANT_METHOD else None
+
+
+def as_config(claim: BinarizationConfig | dict[str, Any]) -> BinarizationConfig:
+    """A claim, read from a file or not."""
+    config = BinarizationConfig.from_dict(claim) if isinstance(claim, dict) else claim
+    assert isinstance(config, BinarizationConfig)
+    return config
 
 
 def take_own_config(model: PreTrainedModel) -> None:
@@ -197,12 +286,3 @@ def take_own_config(model: PreTrainedModel) -> None:
         for key, value in vars(module).items():
             if isinstance(value, PreTrainedConfig) and id(value) in copies:
                 vars(module)[key] = copies[id(value)]
-
-
-def detach(model: PreTrainedModel) -> None:
-    """Tell transformers that a model is float again, and a part of it that was binarized by itself."""
-    for module in model.modules():
-        quantizer = vars(module).get("hf_quantizer")
-        if isinstance(quantizer, ProxbitHfQuantizer):
-            quantizer.remove_quantization_config(module)
-            take_push(module)

@@ -35,7 +35,8 @@ def write_release(
 
     The folder holds the weights (safetensors), `config.json`, the configuration of the processor, a model card
     (`README.md`) and `quantization_card.json` with the checksums of the weights. It is written beside its place and
-    renamed, so that it is there as a whole or not at all. An older release in its place is replaced.
+    renamed, so that it is there as a whole or not at all. An older release in its place is replaced. Of two processes
+    that write into one folder the second waits for its turn.
 
     Args:
         model: a packed model; or a latent one, to be trained on.
@@ -50,8 +51,8 @@ def write_release(
 
     Raises:
         ModelStateError: if the model is float, carries an adapter, or is no model of transformers.
-        CheckpointError: if the folder holds something else than a release, or is the one that this is run in; it is
-            left as it is.
+        CheckpointError: if the folder holds something else than a release, is the one that this is run in, or has been
+            written by another process for a minute; it is left as it is.
         CardError: if the record of the run is not valid.
     """
     folder = Path(folder).absolute()
@@ -64,8 +65,8 @@ def write_release(
             "This model carries an adapter, which transformers would save in its place. Save that by itself, "
             "model.save_pretrained(...), or take it off first, model.delete_adapter(...)."
         )
-    _check_place(folder)
     with staged(folder) as made:
+        _check_place(folder)
         if processing_class is not None:
             processing_class.save_pretrained(made)
         card = quantization_card(model, run=run, files=save_weights(model, made, max_shard_size))

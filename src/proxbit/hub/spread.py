@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from proxbit.errors import ModelStateError
-from proxbit.hub.hf_quantizer import attach
+from proxbit.hub.hf_quantizer import tell
 from proxbit.nn import LatentWeight, latent_layers
 from proxbit.packing import pack_signs
 from proxbit.patching import state_of, to_latent, to_packed
@@ -76,9 +76,9 @@ def packed_copy(model: PreTrainedModel) -> PreTrainedModel:
     kind: type[PreTrainedModel] = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
     with torch.device("meta"):
         copy = kind(deepcopy(model.config))
-    _, config = to_latent(copy, config)
+    to_latent(copy, config)
     to_packed(copy)
-    attach(copy, config.replace(state="packed"))
+    tell(copy)
     modules = {f"{name}.".replace(_WRAPPER, "").removesuffix("."): module for name, module in model.named_modules()}
     if other := modules.keys() ^ dict(copy.named_modules()).keys():
         raise ModelStateError(

@@ -11,13 +11,12 @@ from transformers import PreTrainedModel
 
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, ModelStateError, ProxbitError
-from proxbit.hub.hf_quantizer import attach, detach, take_own_config
+from proxbit.hub.hf_quantizer import take_own_config, tell
 from proxbit.hub.weights import check_storable
 from proxbit.patching import (
     PICTURE_ERRORS,
     beyond_float,
     blank_picture,
-    config_of_part,
     equalize_layers,
     fuse_layers,
     state_of,
@@ -113,10 +112,11 @@ def binarize(model: Model, config: BinarizationConfig | None = None) -> Model:
         LatentError: for NaN or infinite weights, or rows that are all zero. The model is unchanged after an error.
     """
     given = (_given(config) or BinarizationConfig()).replace(state="latent", calibration=None)
-    report, resolved = to_latent(model, given, partial(_check_parts, model))
-    for name, part in _parts(model):
-        take_own_config(part)
-        attach(part, config_of_part(model, report, resolved, name))
+    to_latent(model, given, partial(_check_parts, model))
+    for _, part in _outermost(model):
+        if state_of(part) != "float":
+            take_own_config(part)
+    tell(model)
     return model
 
 
@@ -130,14 +130,12 @@ def pack(model: Model) -> Model:
         The same model, with a `binarization_report`. It cannot be trained any more.
 
     Raises:
-        ModelStateError: if the model is float or packed already, or if only a part of it was binarized.
+        ModelStateError: if the model is float or packed already.
         ConfigError: if the levels of a pair are not -1 and +1.
         LatentError: for NaN or infinite latents, or rows that are all zero. The model is unchanged after an error.
     """
-    stored = _stored(model)
     to_packed(model)
-    for part, config in stored:
-        attach(part, config.replace(state="packed"))
+    tell(model)
     return model
 
 
@@ -150,34 +148,11 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
             yield name, module
 
 
-def _parts(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
-    """Those that are not float."""
-    return ((name, part) for name, part in _outermost(model) if state_of(part) != "float")
-
-
 def _check_parts(model: nn.Module, layers: list[str]) -> None:
     """Check that the transformers models in a float model could be saved once they are packed."""
     for name, part in _outermost(model):
         prefix = f"{name}." if name else ""
         check_storable(part, [layer.removeprefix(prefix) for layer in layers if layer.startswith(prefix)])
-
-
-def _stored(model: nn.Module) -> list[tuple[PreTrainedModel, BinarizationConfig]]:
-    """How the latent or packed transformers models in a model were binarized.
-
-    Raises:
-        ModelStateError: if the layers of one were binarized in a part of it, so that it could not be saved.
-    """
-    found = []
-    for _, part in _parts(model):
-        stored = getattr(part.config, "quantization_config", None)
-        if not isinstance(stored, BinarizationConfig):
-            raise ModelStateError(
-                f"{type(part).__name__} is {state_of(part)}, but its configuration does not say how: a part of it was "
-                "binarized by itself, or its configuration was replaced. Make the call on the part that was binarized."
-            )
-        found.append((part, stored))
-    return found
 
 
 def fuse(model: Model, inputs: dict[str, Tensor] | None = None) -> Model:
@@ -214,12 +189,11 @@ def dequantize(model: Model) -> Model:
         The same model, with a `binarization_report`. It needs no plug-in to be saved and loaded.
 
     Raises:
-        ModelStateError: if the model is float already, or has an RPReLU, or if only a part of it was binarized.
+        ModelStateError: if the model is float already, or has an RPReLU.
     """
-    left_out, stored = beyond_float(model), _stored(model)
+    left_out = beyond_float(model)
     to_float(model)
+    tell(model)
     if left_out:
         warnings.warn(f"The float model has other outputs: it is without {', '.join(left_out)}.", stacklevel=2)
-    for part, _ in stored:
-        detach(part)
     return model

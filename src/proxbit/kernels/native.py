@@ -24,6 +24,7 @@ from proxbit.packing import packed_columns
 __all__ = [
     "Native",
     "address_of",
+    "aligned",
     "find_library",
     "is_dense",
     "is_plain",
@@ -107,6 +108,7 @@ class Native:
         flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), columns)
         if flat.stride(1) != 1 or flat.is_neg():
             flat = flat.resolve_neg().contiguous()
+        flat = aligned(flat)
         # Variables, so that what is converted lives as long as the call reads it.
         scales, bias, levels = _as_floats(scale), _as_floats(bias), _as_floats(levels)
         norm_weight, norm_bias = (None, None) if norm is None else (_as_floats(norm.weight), _as_floats(norm.bias))
@@ -160,6 +162,7 @@ class Native:
         """See `packing.pack_signs`; `values` is a matrix in fp32 or bf16 on the CPU."""
         if values.stride(1) != 1 or values.is_neg():
             values = values.resolve_neg().contiguous()
+        values = aligned(values)
         rows, columns = values.shape
         bits = torch.empty(rows, packed_columns(columns), dtype=torch.uint8, device="cpu")
         self.library.proxbit_pack_signs(
@@ -218,18 +221,28 @@ def native_for(*tensors: Tensor) -> Native | None:
 
 def mu_of(mu: Tensor) -> Tensor:
     """A sharpness as the library reads it; to read it in Python would show as a wait for an accelerator."""
-    return mu.to("cpu", torch.float64)
+    return aligned(mu.to("cpu", torch.float64))
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The same numbers at an address where the processor can read them, as those of files and buffers need not be."""
+    return tensor.clone() if tensor.is_cpu and tensor.data_ptr() % tensor.element_size() else tensor
 
 
 def address_of(tensor: Tensor | None) -> int:
     """Where the data are: the one place where the library gets a pointer from.
 
     Raises:
-        PackedFormatError: for a tensor of another device, or whose storage was freed.
+        PackedFormatError: for a tensor of another device, whose storage was freed, or that is not `aligned`.
     """
     if tensor is None:
         return 0
     address = tensor.data_ptr() if tensor.is_cpu else 0
+    if address % tensor.element_size():
+        raise PackedFormatError(
+            f"The kernels of the CPU were given a tensor {list(tensor.shape)} of {tensor.dtype} at an address that is "
+            f"no multiple of {tensor.element_size()}."
+        )
     if not address and (not tensor.is_cpu or tensor.numel()):
         what = "whose storage was freed" if tensor.is_cpu else f"on the device {tensor.device}"
         raise PackedFormatError(f"The kernels of the CPU were given a tensor {list(tensor.shape)} {what}.")
@@ -260,7 +273,7 @@ def _as_floats(numbers: Tensor | None) -> Tensor | None:
     if numbers is None:
         return None
     if numbers.dtype is torch.float32 and numbers.is_contiguous() and not numbers.is_neg():
-        return numbers if numbers.data_ptr() % 4 == 0 else numbers.clone()
+        return aligned(numbers)
     return numbers.resolve_neg().to(torch.float32).contiguous()
 
 

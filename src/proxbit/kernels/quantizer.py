@@ -5,7 +5,7 @@ from torch import Tensor
 
 from proxbit.errors import PackedFormatError
 from proxbit.kernels.interface import FUNCTIONS, QUANTIZER_CALL
-from proxbit.kernels.native import Native, address_of, mu_of, parallel_for, whole
+from proxbit.kernels.native import Native, address_of, aligned, mu_of, parallel_for, whole
 
 __all__ = ["gradient_rows", "quantize_rows"]
 
@@ -33,9 +33,10 @@ def quantize_rows(
     Raises:
         PackedFormatError: for a tensor without data, of another shape or of another dtype.
     """
-    s = latent.new_empty(len(latent), 1) if divisor is None else divisor.contiguous()
+    latent = aligned(latent)
+    s = latent.new_empty(len(latent), 1) if divisor is None else aligned(divisor.contiguous())
     if factor is not None:
-        a = factor.contiguous()
+        a = aligned(factor.contiguous())
     else:
         a = s if scale == "fixed" else latent.new_empty(len(latent), 1)
     result = torch.empty_like(latent)
@@ -70,7 +71,8 @@ def gradient_rows(
         PackedFormatError: for a tensor without data, of another shape or of another dtype.
     """
     # Variables, here and above, so that what is copied lives as long as the call reads it.
-    s, a, grad = divisor.contiguous(), factor.contiguous(), grad.resolve_neg().contiguous()
+    latent = aligned(latent)
+    s, a, grad = (aligned(each.resolve_neg().contiguous()) for each in (divisor, factor, grad))
     result, number = grad if overwrite else torch.empty_like(latent), mu_of(mu)
     level.library.proxbit_gradient(_call(level, function, number, (latent, grad, s, a, result), (False, False)))
     return result

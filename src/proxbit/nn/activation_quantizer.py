@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from proxbit.errors import ConfigError
 from proxbit.kernels import Levels
-from proxbit.nn.blockwise import Blockwise, is_plain, product
+from proxbit.nn.blockwise import Blockwise, is_plain, linear, product
 from proxbit.nn.learned import Learned
 from proxbit.nn.levels import level_pass
 from proxbit.quantizers import QuantizerPair, get_pair
@@ -124,7 +124,7 @@ class ActivationQuantizer(Learned):
             `[..., O]`.
         """
         if is_plain():
-            return nn.functional.linear(self(x, hard), weight, bias)
+            return linear(self(x, hard), weight, bias)
         rows = x.reshape(-1, self.columns)
         numbers = self.numbers()
         once = level_pass(self.levels(hard), numbers, rows)

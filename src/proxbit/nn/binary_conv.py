@@ -69,5 +69,8 @@ class BinaryConv2d(LatentWeight, nn.Conv2d):
         return layer.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        result: Tensor = self._conv_forward(input, self.effective_weight(), self.bias)
+        if self.bias is not None and self.bias.dtype != self.weight.dtype:
+            # Models bring images to the dtype of the weight, which is that of the latent.
+            input = input.to(self.bias.dtype)
+        result: Tensor = self._conv_forward(input, self.effective_weight().to(input.dtype), self.bias)
         return result

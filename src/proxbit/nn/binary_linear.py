@@ -94,7 +94,8 @@ class BinaryLinear(LatentWeight, Surroundings, nn.Linear):
         if "activation" in self.waits and not self.is_hard:
             # The bias has what a calibrated activation takes off its input.
             shift = self.activation.shift
-            result = linear(input if shift is None else input - shift, self.effective_weight(), self.bias)
+            shifted = input if shift is None else (input - shift).to(input.dtype)
+            result = linear(shifted, self.effective_weight(), self.bias)
             self.overflow_share = self.overflow_penalty = None
         elif self.accumulator is not None:
             result = self._narrow(input)

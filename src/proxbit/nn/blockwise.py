@@ -78,7 +78,8 @@ def product(once: Pass, weight: Tensor, bias: Tensor | None, shared: Sequence[Te
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`torch.nn.functional.linear`; for the backward pass it does not keep a weight from `quantize`, see `again`.
+    """`torch.nn.functional.linear` in the dtype of the input; for the backward pass it does not keep a weight from
+    `quantize`, see `again`.
 
     Args:
         input: `[..., I]`.
@@ -90,10 +91,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     made = None if is_plain() else again(weight)
     if made is None:
-        return nn.functional.linear(input, weight, bias)
+        return nn.functional.linear(input, *_like(input, weight, bias))
     flat = input.reshape(-1, input.shape[-1])
     rows: Tensor = _Product.apply(None, made, weight.detach(), made.kept[0], bias, flat)
     return rows.view(*input.shape[:-1], len(weight))
+
+
+def _like(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in the dtype of an input: latent weights are in single precision, also in a model of half."""
+    return weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
 
 
 def _itself(weight: Tensor, *kept: Tensor) -> Tensor:
@@ -201,7 +207,8 @@ class _Product(torch.autograd.Function):
         ctx.once, ctx.made, ctx.dtype = once, made._replace(kept=()), weight.dtype
         ctx.kept = len(made.kept)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return nn.functional.linear(once.results(tensors)[0] if once else tensors[0], weight, bias)
+        values = once.results(tensors)[0] if once else tensors[0]
+        return nn.functional.linear(values, *_like(values, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

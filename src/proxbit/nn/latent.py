@@ -29,6 +29,7 @@ class LatentWeight(nn.Module):
         hardened: training uses the sign as well.
         soft_eval: evaluation uses F_mu.
         waits: what is not binary yet where F is soft: "weight", "activation", both or nothing.
+        trained_soft: whether the last forward pass of a training, in this process, used F_mu.
     """
 
     weight: Tensor
@@ -40,6 +41,7 @@ class LatentWeight(nn.Module):
     hardened: bool
     soft_eval: bool
     waits: frozenset[str]
+    trained_soft: bool
 
     def init_latent(self, pair: QuantizerPair, normalize: str, scale: str, center: str) -> None:
         """Set the quantizer, with mu at the start of the pair's default schedule.
@@ -53,6 +55,7 @@ class LatentWeight(nn.Module):
         self.hardened = False
         self.soft_eval = False
         self.waits = frozenset()
+        self.trained_soft = False
 
     def reset_parameters(self) -> None:
         """Initialise as the float layer does; on the meta device there is nothing to do, and doing it takes time."""
@@ -70,7 +73,10 @@ class LatentWeight(nn.Module):
         Args:
             hard: use the sign, or F_mu. None: whichever the next forward uses.
         """
-        hard = self.is_hard if hard is None else hard
+        if hard is None:
+            hard = self.is_hard
+            if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self.trained_soft = not hard
         if "weight" in self.waits and not hard:
             return self.weight
         return quantize(self.weight, self.mu, self.pair, hard=hard, **self.units)

@@ -136,7 +136,9 @@ class Surroundings(nn.Module):
         """The output, from the product and the input."""
         if self.rprelu is not None:
             result = self.rprelu(result)
-        return result + input if self.residual else result
+        result = result + input if self.residual else result
+        # What is learned is in single precision, also in a model of half; autocast sees to dtypes itself.
+        return result if torch.is_autocast_enabled(input.device.type) else result.to(input.dtype)
 
     def without_surroundings(self, layer: nn.Linear) -> nn.Linear:
         """A plain layer that does the same, of one that has the right weight and bias.

@@ -2,7 +2,7 @@
 
 from proxbit.patching.equalize import equalize_layers
 from proxbit.patching.fuse import FusedActivation, FusedLayerNorm, fuse_layers, unfuse_layers
-from proxbit.patching.parts import config_of_part
+from proxbit.patching.parts import config_of, is_binarized, origin_of
 from proxbit.patching.pictures import PICTURE_ERRORS, blank_picture
 from proxbit.patching.replace import (
     beyond_float,
@@ -26,10 +26,12 @@ __all__ = [
     "blank_picture",
     "check_latents",
     "check_packed_layers",
-    "config_of_part",
+    "config_of",
     "equalize_layers",
     "fuse_layers",
+    "is_binarized",
     "matches",
+    "origin_of",
     "packed_layers",
     "select",
     "state_of",

@@ -1,16 +1,29 @@
 """Changing the layers of a model in place: float to latent, latent to packed, latent or packed to float."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, ModelStateError
-from proxbit.nn import BinaryConv2d, BinaryLinear, PackedConv2d, PackedLinear, latent_layers
+from proxbit.nn import (
+    HALF,
+    BinaryConv2d,
+    BinaryLinear,
+    PackedConv2d,
+    PackedLinear,
+    dtype_around,
+    keep_single,
+    latent_layers,
+    learned_modules,
+)
 from proxbit.nn.surroundings import Surroundings
 from proxbit.patching.attention import learn_scales, learned_attentions, unlearn_scales
 from proxbit.patching.fuse import unfuse_layers
+from proxbit.patching.parts import Origin, leave_origin, take_origin
 from proxbit.patching.report import BinarizationReport, ModuleDecision
 from proxbit.patching.sites import surroundings
 from proxbit.patching.swap import swap
@@ -25,6 +38,11 @@ __all__ = [
     "to_latent",
     "to_packed",
 ]
+
+# |soft - hard| / |hard| of weights above which a packed model is another one than the model that was trained.
+FAR = 0.1
+
+logger = logging.getLogger(__name__)
 
 LatentLayer = BinaryLinear | BinaryConv2d
 PackedLayer = PackedLinear | PackedConv2d
@@ -53,7 +71,8 @@ def to_latent(
     """Replace the selected linear and convolutional layers of a float model by latent ones.
 
     Args:
-        model: a float model; its parameters are kept, not copied.
+        model: a float model; its parameters are kept, not copied. Latent weights and what is learned beside them come
+            to single precision, unless the model is to be packed.
         config: what to select, and which quantizer.
         check: called with the names of what was selected, before anything is changed; its errors go through.
 
@@ -96,11 +115,16 @@ def to_latent(
     swap(model, replacements)
     call_layers(model, replacements)
     learn_scales(model, attentions)
+    if config.state == "latent":
+        keep_single(model)
     report = BinarizationReport("binarized", tuple(decisions))
     report.attach(model)
     include = explicit_patterns(replacements, report.left)
     changes = {"include": include, "modules_to_not_convert": None, "overrides": overrides, "learned_attention": learned}
-    return report, config.replace(**changes)
+    resolved = config.replace(**changes)
+    for name, latent in replacements.items():
+        leave_origin(latent, Origin(resolved, name))
+    return report, resolved
 
 
 def _convert(model: nn.Module, action: str, convert: Callable[[nn.Module], nn.Module | None]) -> None:
@@ -118,7 +142,11 @@ def _convert(model: nn.Module, action: str, convert: Callable[[nn.Module], nn.Mo
             decisions.append(ModuleDecision(name, type(module).__name__, _weights(module), False, "float"))
     # Not before: a layer may refuse, and the model is to stay as it was.
     unfuse_layers(model)
+    dtype = dtype_around(model)
     swap(model, replacements)
+    if dtype in HALF:  # of a model that is no longer trained, all of it
+        for module in (*replacements.values(), *(each for _, each in learned_modules(model))):
+            module.to(dtype)
     BinarizationReport(action, tuple(decisions)).attach(model)
 
 
@@ -132,11 +160,11 @@ def _weights(module: nn.Module) -> int:
 
 
 def _packed(layer: nn.Module) -> nn.Module | None:
-    if isinstance(layer, BinaryLinear):
-        return PackedLinear.from_latent(layer)
-    if isinstance(layer, BinaryConv2d):
-        return PackedConv2d.from_latent(layer)
-    return None
+    if not isinstance(layer, LatentLayer):
+        return None
+    packed = PackedLinear.from_latent(layer) if isinstance(layer, BinaryLinear) else PackedConv2d.from_latent(layer)
+    take_origin(packed, layer)
+    return packed
 
 
 def to_packed(model: nn.Module) -> None:
@@ -162,8 +190,28 @@ def to_packed(model: nn.Module) -> None:
             )
         if not layer.weight.is_meta:
             layer.check_latent(name)
-
+    _tell_if_soft(model)
     _convert(model, "packed", _packed)
+
+
+@torch.no_grad()
+def _tell_if_soft(model: nn.Module) -> None:
+    """Say so in the log if what was trained is far from what is packed: weights of F_mu that no hard step followed."""
+    layers = [(name, layer) for name, layer in latent_layers(model) if layer.trained_soft and not layer.weight.is_meta]
+    gaps = {}
+    for name, layer in layers:
+        soft, hard = layer.effective_weight(hard=False), layer.effective_weight(hard=True)
+        gaps[name] = float((soft - hard).abs().sum() / hard.abs().sum())
+    far = [name for name, gap in gaps.items() if gap > FAR]
+    if far:
+        logger.warning(
+            "%d layers were trained with soft weights, which differ from their hard ones by %.0f %% on average (%s "
+            "first): the packed model is not the one that was trained. End the training hard: ProxConnectTrainer "
+            "does, and MuCallback of proxbit.training under any other Trainer.",
+            len(far),
+            100 * sum(gaps[name] for name in far) / len(far),
+            far[0],
+        )
 
 
 def beyond_float(model: nn.Module) -> list[str]:

@@ -20,8 +20,13 @@ _HOOKS = (
 )
 
 
+# How transformers marks a module that has its weights: others are filled at random when a model around them is made.
+_HAS_WEIGHTS = "_is_hf_initialized"
+
+
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
-    """Put modules in the place of others, also where modules hold them beside their registered children; hooks stay.
+    """Put modules in the place of others, also where modules hold them beside their registered children; hooks stay,
+    and the mark of transformers that weights are there.
 
     Some layers of transformers call their children from a list, as in the feature pyramid of MaskFormer: what is
     registered under the name alone would be saved, and never run.
@@ -38,6 +43,9 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     for name, module in replacements.items():
         model.set_submodule(name, module)
         vars(module).update({hooks: vars(old[name])[hooks] for hooks in _HOOKS})
+        tensors = (*module.parameters(), *module.buffers())
+        if vars(old[name]).get(_HAS_WEIGHTS) or not any(tensor.is_meta for tensor in tensors):
+            vars(module)[_HAS_WEIGHTS] = True
     replacing = {id(module) for module in replacements.values()}
     for holder in model.modules():
         if id(holder) not in replacing:  # which may keep the old one

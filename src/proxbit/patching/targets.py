@@ -1,15 +1,10 @@
 """Which modules of a model are binarized: patterns on in-memory names, and safe defaults."""
 
-import ast
 import difflib
 import glob
-import inspect
 import re
-import textwrap
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from functools import cache
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -18,6 +13,8 @@ from proxbit.config import BinarizationConfig
 from proxbit.errors import PatternError
 from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear
 from proxbit.patching.report import ModuleDecision
+from proxbit.patching.sides import CONVERTIBLE, PIXEL_CHANNELS, backbone, heads, text_layers, vocabularies
+from proxbit.patching.sources import weights_read
 
 __all__ = [
     "CONVERTIBLE",
@@ -30,10 +27,6 @@ __all__ = [
     "state_of",
 ]
 
-CONVERTIBLE = (nn.Linear, nn.Conv2d)
-PIXEL_CHANNELS = 4
-# Where a model computes: in a forward pass, and, in timm, what is not in a checkpoint when it is loaded.
-STARTS = ("forward", "init_non_persistent_buffers")
 # Layers whose weight their owner reads unless it is told to call them, and the attribute that tells it: in timm,
 # attention that has biases beside its layer.
 SWITCHES = {"qkv": "qkv_bias_separate"}
@@ -59,67 +52,6 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(len(parts), 0, -1))
 
 
-def _path(node: ast.AST, known: Mapping[str, str]) -> str | None:
-    """What an expression names below `self`: "blocks.*.0" of `self.blocks[i][0]`; None for other expressions."""
-    if isinstance(node, ast.Name):
-        return known.get(node.id)
-    if not isinstance(node, ast.Attribute | ast.Subscript) or (owner := _path(node.value, known)) is None:
-        return None
-    if isinstance(node, ast.Attribute):
-        child: Any = node.attr
-    else:
-        child = node.slice.value if isinstance(node.slice, ast.Constant) else "*"
-    return f"{owner}.{child}".removeprefix(".")
-
-
-def _variables(target: ast.AST, values: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """The variables of a loop, and what each of them runs over: also in `enumerate(...)` and `zip(...)`."""
-    if isinstance(target, ast.Name):
-        yield target.id, values
-    elif isinstance(target, ast.Tuple) and isinstance(values, ast.Call):
-        for each, argument in zip(target.elts[-len(values.args) :], values.args, strict=False):
-            yield from _variables(each, argument)
-
-
-def _names(nodes: Iterable[ast.AST]) -> dict[str, str]:
-    """What the variables of a method name below `self`: its parts, and, in loops, those of its lists."""
-    known = {"self": ""}
-    for node in nodes:
-        if isinstance(node, ast.For | ast.comprehension):
-            found, index = list(_variables(node.target, node.iter)), ".*"
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            found, index = [(node.targets[0].id, node.value)], ""
-        else:
-            continue
-        for name, values in found:
-            if (path := _path(values, known)) is not None:
-                known.setdefault(name, path + index)
-    return known
-
-
-@cache
-def _weights_read(kind: Hashable) -> frozenset[tuple[str, str]]:
-    """The modules, by name, of which a class names the weight, `self.wo.weight`, where it computes: in `STARTS`, and in
-    methods called there; and what of the weight, as "dtype". Of methods without a source nothing is known.
-    """
-    found, methods = set(), list(STARTS)
-    for method in methods:
-        try:
-            nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(getattr(kind, method))))))
-        except (AttributeError, OSError, TypeError, SyntaxError):
-            continue
-        known = _names(nodes)
-        attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
-        of_weights = {id(node.value): node.attr for node in attributes}
-        for node in attributes:
-            owner = _path(node.value, known)
-            if owner and node.attr == "weight":
-                found.add((owner, of_weights.get(id(node), "")))
-            elif owner == "" and node.attr not in methods and inspect.isfunction(getattr(kind, node.attr, None)):
-                methods.append(node.attr)
-    return frozenset(found)
-
-
 def _reads_weight(model: nn.Module, name: str) -> bool:
     """Whether a module that a layer lies in reads its weight beside calling the layer, or goes by the dtype of it."""
     parts = name.split(".")
@@ -127,7 +59,7 @@ def _reads_weight(model: nn.Module, name: str) -> bool:
     harmless = {"device"} if isinstance(model.get_submodule(name), nn.Linear) else {"device", "dtype"}
     for end in range(len(parts)):
         owner, inside = model.get_submodule(".".join(parts[:end])), parts[end:]
-        for path, what in _weights_read(type(owner)):  # type: ignore[arg-type]
+        for path, what in weights_read(type(owner)):  # type: ignore[arg-type]
             spelled = path.split(".")
             named = len(spelled) == len(inside) and all(map(fnmatchcase, inside, spelled))
             if named and what not in harmless and not hasattr(owner, SWITCHES.get(path, "")):
@@ -144,8 +76,8 @@ def call_layers(model: nn.Module, names: Iterable[str]) -> None:
             setattr(owner, SWITCHES[child], True)
 
 
-def _default_reason(name: str, module: nn.Module, backbone: str) -> str | None:
-    """Why a module is left alone by default; None if it is binarized."""
+def _named_reason(name: str, module: nn.Module) -> str | None:
+    """Why a module is left alone by its name."""
     segments = name.split(".")
     # In a pyramid, the "patch embedding" of a later stage is a downsampling convolution like any other.
     later_stage = any(segment.isdigit() and int(segment) > 0 for segment in segments)
@@ -154,8 +86,24 @@ def _default_reason(name: str, module: nn.Module, backbone: str) -> str | None:
         for expression, reason in DEFAULT_SKIPS:
             if re.fullmatch(expression, segment) and not (reason == "embedding" and downsampling):
                 return reason
-    if backbone and not name.startswith(f"{backbone}."):
-        return "outside the backbone: task head"
+    return None
+
+
+def _placed_reasons(model: nn.Module) -> dict[str, str]:
+    """Why layers are left alone by where they are in the model, by their names."""
+    words = vocabularies(model)
+    found = dict.fromkeys(heads(model, words), "head")
+    if body := backbone(model):
+        layers = (name for name, module in model.named_modules() if isinstance(module, CONVERTIBLE))
+        beside = (name for name in layers if not name.startswith(f"{body}."))
+        found |= dict.fromkeys(beside, "outside the backbone: task head")
+    return found | dict.fromkeys(text_layers(model, words), "text side")
+
+
+def _default_reason(name: str, module: nn.Module, placed: Mapping[str, str]) -> str | None:
+    """Why a module is left alone by default; None if it is binarized."""
+    if reason := _named_reason(name, module) or placed.get(name):
+        return reason
     if not module.weight.requires_grad:
         return "frozen: it would stay at its signs"
     if isinstance(module, nn.Conv2d):
@@ -180,12 +128,6 @@ def check_patterns(field: str, patterns: Iterable[str], names: list[str]) -> Non
         )
 
 
-def _backbone(model: nn.Module) -> str:
-    """The attribute that holds the base model of a task model, as transformers names it; empty if there is none."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return prefix if prefix in dict(model.named_children()) else ""
-
-
 def select(model: nn.Module, config: BinarizationConfig) -> list[ModuleDecision]:
     """Decide, for every linear and convolutional module, whether it is binarized.
 
@@ -203,10 +145,10 @@ def select(model: nn.Module, config: BinarizationConfig) -> list[ModuleDecision]
     candidates = {name: module for name, module in modules.items() if isinstance(module, CONVERTIBLE)}
     check_patterns("include", config.include or (), [n for n, m in candidates.items() if type(m) in CONVERTIBLE])
     check_patterns("modules_to_not_convert", config.modules_to_not_convert or (), list(modules))
-    backbone = _backbone(model)
+    placed = _placed_reasons(model) if config.include is None else {}
     decisions = []
     for name, module in candidates.items():
-        reason, converted = _decide(name, module, config, backbone)
+        reason, converted = _decide(name, module, config, placed)
         if converted and _reads_weight(model, name):
             reason, converted = "its model reads its weight, or the dtype of it, by itself", False
         weight = getattr(module, "weight", None)
@@ -222,7 +164,7 @@ def select(model: nn.Module, config: BinarizationConfig) -> list[ModuleDecision]
     return decisions
 
 
-def _decide(name: str, module: nn.Module, config: BinarizationConfig, backbone: str) -> tuple[str, bool]:
+def _decide(name: str, module: nn.Module, config: BinarizationConfig, placed: Mapping[str, str]) -> tuple[str, bool]:
     if type(module) not in CONVERTIBLE:
         return f"{type(module).__name__} computes in its own way", False
     if not isinstance(vars(module)["_parameters"].get("weight"), nn.Parameter):
@@ -235,7 +177,7 @@ def _decide(name: str, module: nn.Module, config: BinarizationConfig, backbone: 
     if config.include is not None:
         hits = [pattern for pattern in config.include if matches(name, pattern)]
         return (f"include: {hits[0]}", True) if hits else ("not in include", False)
-    reason = _default_reason(name, module, backbone)
+    reason = _default_reason(name, module, placed)
     return (reason, False) if reason else ("default", True)
 
 

@@ -36,6 +36,11 @@ class Float:
     weight: Tensor
     bias: Tensor | None
 
+    def placed(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """An input, the weight and the bias in one dtype, that of the model: latent weights are in single precision."""
+        dtype = input.dtype if self.bias is None else self.bias.dtype
+        return input.to(dtype), self.weight.to(dtype), self.bias
+
 
 class Layer(ABC):
     """A latent layer as rows and columns, whatever its shape.
@@ -183,7 +188,7 @@ class _Linear(Layer):
             self.ridge = RIDGE_OF_SIGNS
 
     def floating(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input, self.original.weight, self.original.bias)
+        return nn.functional.linear(*self.original.placed(input))
 
     def fit_inputs(self, gathered: Gathered) -> None:
         activation = self.module.activation
@@ -216,7 +221,8 @@ class _Linear(Layer):
         weight, bias = self.module.effective_weight(hard=True), self.module.bias
 
         def sums(k: int) -> list[Tensor]:
-            z = nn.functional.linear(self.inputs(gathered.pairs[k].binarized)[::step, 0], weight, bias).double()
+            inputs = self.inputs(gathered.pairs[k].binarized)[::step, 0]
+            z = nn.functional.linear(inputs, weight.to(inputs.dtype), bias).double()
             u, rest = z.clamp(max=0), wanted(k)[:, 0].double() - z.clamp(min=0)
             return [u.sum(0), (u * u).sum(0), (u * rest).sum(0), rest.sum(0), z.new_tensor(len(z))]
 
@@ -242,7 +248,7 @@ class _Conv(Layer):
         """Nothing: its output is the product."""
 
     def floating(self, input: Tensor) -> Tensor:
-        result: Tensor = self.module._conv_forward(input, self.original.weight, self.original.bias)
+        result: Tensor = self.module._conv_forward(*self.original.placed(input))
         return result
 
     def stride(self, gathered: Gathered) -> int:

@@ -4,13 +4,15 @@ import math
 from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from proxbit.errors import ConfigError
 from proxbit.quantizers import SCHEDULES
+from proxbit.training.checkpoints import resume_from
 from proxbit.training.recipes import DEFAULT_RECIPE, FROM_CALIBRATION, Recipe, get_recipe
 from proxbit.training.stages import PROGRESSIONS
 
-__all__ = ["DistillationArguments", "ProxConnectArguments"]
+__all__ = ["DistillationArguments", "ProxConnectArguments", "check_hub_strategy"]
 
 
 def _check_fraction(name: str, value: float) -> None:
@@ -28,6 +30,16 @@ def _check_positive(name: str, value: float) -> None:
         raise ConfigError(f"{name} must be positive, not {value}.")
     if math.isinf(value):
         raise ConfigError(f"{name} must be finite.")
+
+
+def check_hub_strategy(args: TrainingArguments) -> None:
+    """Raise ConfigError for a strategy that would upload checkpoints: latent weights, and the rest as pickles."""
+    strategy = HubStrategy(args.hub_strategy)
+    if args.push_to_hub and strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ConfigError(
+            f"hub_strategy={strategy.value!r} would publish checkpoints: latent weights and pickles. Take 'end' or "
+            "'every_save', which upload the packed model; trainer.push_to_hub(latent=True) uploads the latent one."
+        )
 
 
 @dataclass
@@ -155,6 +167,9 @@ class ProxConnectArguments(DistillationArguments):
                 raise ConfigError(f"The recipe {self.recipe!r} sets {unknown}; a recipe sets some of {valid}.")
             self.fill_in(recipe)
         super().__post_init__()
+        check_hub_strategy(self)
+        resume: str | bool | None = self.resume_from_checkpoint  # type: ignore[has-type]
+        self.resume_from_checkpoint = resume_from(resume)
         if self.mu_schedule is not None:
             SCHEDULES.get(self.mu_schedule)
         PROGRESSIONS.get(self.progression)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, ModelStateError
-from proxbit.nn import Learned, RPReLU, binary_activations, learned_modules
+from proxbit.nn import Learned, RPReLU, binary_activations, dtype_around, learned_modules
 from proxbit.patching import state_of
 from proxbit.posttraining import CalibrationReport, Told, calibration_of, fit_weights
 from proxbit.training.quantizer_start import start_quantizers
@@ -147,12 +147,12 @@ def _quantizers(model: nn.Module) -> Iterator[Learned]:
 def _placed(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     """A batch where the model is, and in its dtype unless autocast sees to that."""
     like = next(each for each in model.parameters() if each.is_floating_point())
-    cast = not torch.is_autocast_enabled(like.device.type)
+    dtype = None if torch.is_autocast_enabled(like.device.type) else dtype_around(model)
 
     def place(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.to(like.device, like.dtype if cast and value.is_floating_point() else None)
+        return value.to(like.device, dtype if value.is_floating_point() else None)
 
     return {key: place(value) for key, value in batch.items()}
 

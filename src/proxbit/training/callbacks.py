@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from proxbit.errors import MuRangeError
-from proxbit.nn import ActivationQuantizer, binary_activations, latent_layers, set_mu, start_update
+from proxbit.nn import ActivationQuantizer, LatentWeight, binary_activations, latent_layers, set_mu, start_update
 from proxbit.quantizers import AGGREGATE, MuSchedule
 from proxbit.training.monitor import hardening_gap
 from proxbit.training.stages import Stage
@@ -25,30 +25,36 @@ SOFT = 0.01
 class MuCallback(TrainerCallback):
     """Sets mu, and whether F is hard, before every optimizer step, from the step's number alone.
 
+    `ProxConnectTrainer` has one. Any other Trainer of transformers hardens a latent model with it:
+    `Trainer(model, args, ..., callbacks=[MuCallback(model)])`. Each training begins at the first step of its schedule,
+    whatever was done to the model before.
+
     Args:
         model: the latent model.
-        begin: called when training begins or resumes, with the number of optimizer steps; returns the schedule.
+        begin: called when training begins or resumes, with the number of optimizer steps; returns the schedule. None:
+            that of the pair, whose last tenth is hard.
         stages: called next, likewise; says when each layer begins. None: all at once.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        begin: Callable[[int], MuSchedule],
+        begin: Callable[[int], MuSchedule] | None = None,
         stages: Callable[[int], list[Stage]] | None = None,
     ) -> None:
         self.model = model
-        self.begin = begin
+        self.begin = begin or self._default
         self.stages = stages
         self.late: list[tuple[Stage, MuSchedule]] = []
         self.schedule: MuSchedule | None = None
+        self.best: int | None = None
         self.activations: list[tuple[ActivationQuantizer, int, MuSchedule]] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the schedule and go to where training starts or resumes."""
-        steps = state.max_steps
+        steps, self.best = state.max_steps, None
         self.schedule = schedule = self.begin(steps)
         stages = [] if self.stages is None else self.stages(steps)
         self.late = [(stage, _from(schedule, stage.weight)) for stage in stages if stage.weight or stage.activation]
@@ -82,18 +88,41 @@ class MuCallback(TrainerCallback):
         gap = hardening_gap(self.model)
         if gap > SOFT and state.is_world_process_zero:
             layer = next(layer for _, layer in latent_layers(self.model))
-            # The steps must outweigh the pull of a pair that updates from P(w*): there a larger mu learns nothing.
-            schedule = self.schedule
-            goes = schedule is not None and schedule.goes_to_end
-            none = schedule is not None and schedule.hard_fraction > 0 and schedule.soft_steps == schedule.steps
-            short = f", which of {state.max_steps} steps is none" if none else ""
-            sharper = ", or a larger mu_end" if goes and layer.pair.update_from is None else ""
+            what = "Training ended soft" if self.best is None else f"The best model, of step {self.best}, is soft"
             warnings.warn(
-                f"Training ended soft, at mu = {float(layer.mu):.3g}: the hardening gap |soft - hard| / |hard| of the "
-                f"weights is {gap:.3f}, so the packed model is not the one that was trained. Give the training a hard "
-                f"part (hard_fraction, now {args.hard_fraction:g}{short}){sharper}.",
+                f"{what}, at mu = {float(layer.mu):.3g}: the hardening gap |soft - hard| / |hard| of the weights is "
+                f"{gap:.3f}, so the packed model is not the one that was trained. {self._advice(state, layer)}",
                 stacklevel=2,
             )
+
+    def _advice(self, state: TrainerState, layer: LatentWeight) -> str:
+        """What would have made the end of a run hard."""
+        schedule = self.schedule
+        assert schedule is not None
+        if state.global_step <= schedule.soft_steps < schedule.steps:
+            return (
+                f"Its hard part begins at step {schedule.soft_steps} of {schedule.steps}, and training stopped at "
+                f"{state.global_step}: let it get there, with more patience where it stops early, or with fewer steps "
+                "(num_train_epochs, max_steps); or begin hard (hard_fraction=1)."
+            )
+        if self.best is not None and schedule.soft_steps < schedule.steps:
+            return (
+                "No step of the hard part had a better score, which is that of the packed model: give the hard part "
+                f"more steps (hard_fraction, now {schedule.hard_fraction:g}), or a smaller learning rate."
+            )
+        # The steps must outweigh the pull of a pair that updates from P(w*): there a larger mu learns nothing.
+        sharper = ", or a larger mu_end" if schedule.goes_to_end and layer.pair.update_from is None else ""
+        short = f", which of {schedule.steps} steps is none" if schedule.hard_fraction > 0 else ""
+        return f"Give the training a hard part (hard_fraction, now {schedule.hard_fraction:g}{short}){sharper}."
+
+    def went_back(self, step: int) -> None:
+        """Tell that the model is now the best one, saved after that many steps: mu is that of the last of them."""
+        self.best = step
+        self._apply(max(0, step - 1))
+
+    def _default(self, steps: int) -> MuSchedule:
+        layer = next(layer for _, layer in latent_layers(self.model))
+        return MuSchedule(*layer.pair.schedule, steps=steps, hard_fraction=0.1)
 
     def _apply(self, step: int) -> None:
         assert self.schedule is not None

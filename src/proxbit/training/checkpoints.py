@@ -2,34 +2,56 @@
 
 import json
 import logging
+import re
 import shutil
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from proxbit.errors import CheckpointError
+from proxbit.foreign import printable
 from proxbit.hub.files import read_json, sha256
 from proxbit.hub.staging import put
+from proxbit.hub.weights import is_model_folder
 
 __all__ = [
     "MANIFEST",
     "STAGING",
     "check_checkpoint",
     "check_place",
+    "check_resumable",
+    "check_start",
     "checkpoint_to_resume",
+    "clear",
     "commit",
+    "new_staging",
     "recover",
+    "resume_from",
     "rotate",
     "write_manifest",
 ]
 
 MANIFEST = "proxbit_manifest.json"
-# Checkpoints are written in here. The Trainer's uploads leave out names that begin so.
+# Checkpoints are written in here, each run in a folder of its own. The Trainer's uploads leave out names that begin so.
 STAGING = "_proxbit_saving"
+_RUN = re.compile("[0-9a-f]{8}")
 ASIDE = "replaced"
 FORMAT = 1
+
+# What a training that goes on needs beside weights, and how the names of its files begin: of the Trainer, FSDP (which
+# has folders), and DeepSpeed, which keeps optimizer and scheduler in a folder of the step.
+PARTS = {
+    "optimizer": ("optimizer", "global_step"),
+    "scheduler": ("scheduler", "global_step"),
+    "random state": ("rng_state",),
+    "state of the Trainer": (TRAINER_STATE_NAME,),
+}
+# Words of a command line for what `resume_from_checkpoint` takes beside folders.
+WORDS = {"true": True, "last": True, "false": None}
 
 logger = logging.getLogger(__name__)
 
@@ -63,27 +85,80 @@ def check_checkpoint(folder: Path) -> None:
             raise CheckpointError(f"{name} is damaged: its SHA-256 is not that of its manifest")
 
 
-def commit(output_dir: Path, name: str) -> Path:
+def check_resumable(folder: Path) -> None:
+    """Check that a checkpoint holds more than weights: all that a training needs to go on as if it had not stopped.
+
+    Raises:
+        CheckpointError: naming what is not there, such as all but the weights with `save_only_model=True`.
+    """
+    names = [path.name for path in folder.iterdir()]
+    missing = [what for what, starts in PARTS.items() if not any(name.startswith(starts) for name in names)]
+    if missing:
+        raise CheckpointError(f"it holds no {', '.join(missing)} (save_only_model=True leaves them out)")
+
+
+def resume_from(wanted: str | bool | None) -> str | bool | None:
+    """What `resume_from_checkpoint` means: "last" and "true", in any case, are True, and "false" is None."""
+    return WORDS.get(wanted.lower(), wanted) if isinstance(wanted, str) else wanted or None
+
+
+def check_start(output_dir: Path, wanted: str | bool | None) -> None:
+    """Check, before anything is read, that a command which trains into a folder means what lies there.
+
+    Args:
+        output_dir: of the training.
+        wanted: as `resume_from_checkpoint`.
+
+    Raises:
+        CheckpointError: if nothing is to be resumed, and checkpoints lie there; or what was named is no checkpoint.
+    """
+    found = _checkpoints(output_dir)
+    if wanted is None and found:
+        raise CheckpointError(
+            f"{printable(output_dir)} holds a training with {found[-1].name}; nothing is overwritten. To go on from "
+            "its last checkpoint: --resume_from_checkpoint last. To begin anew: name a new folder."
+        )
+    if isinstance(wanted, str) and not is_model_folder(wanted):
+        raise CheckpointError(
+            f"resume_from_checkpoint: {printable(wanted)!r} is no checkpoint. Name a folder, or `last` for the last "
+            "one of the output folder."
+        )
+
+
+def new_staging() -> str:
+    """A folder for one run to save in, relative to the output folder: no other run writes there."""
+    return f"{STAGING}/{uuid.uuid4().hex[:8]}"
+
+
+def clear(staging: Path) -> None:
+    """Delete the staging folder of a run, as far as it can be deleted, and the one that those of all runs lie in."""
+    shutil.rmtree(staging, ignore_errors=True)
+    with suppress(OSError):
+        staging.parent.rmdir()  # unless another run has one
+
+
+def commit(staging: Path, output_dir: Path, name: str) -> Path:
     """Make a checkpoint in the staging folder complete, and put it in its place with one rename.
 
     Args:
+        staging: of this run; gone afterwards.
         output_dir: of the training.
         name: of the checkpoint, such as "checkpoint-500"; an older one of this name is replaced.
 
     Returns:
         Its folder.
     """
-    staging = output_dir / STAGING
     write_manifest(staging / name)
     put(staging / name, output_dir / name, staging / ASIDE)
-    staging.rmdir()
+    clear(staging)
     return output_dir / name
 
 
 def rotate(output_dir: Path, limit: int | None, keep: set[str | None]) -> None:
     """Delete the oldest checkpoints, as far as they can be deleted.
 
-    Each is moved into the staging folder first: none is ever there in part.
+    Each is moved into a staging folder first: none is ever there in part. What no Trainer has made stays, whatever it
+    is called.
 
     The Trainer's own rotation goes by numbers where times are close: behind a damaged checkpoint with a higher number,
     which was passed over, it would delete the new ones.
@@ -93,43 +168,63 @@ def rotate(output_dir: Path, limit: int | None, keep: set[str | None]) -> None:
         limit: how many stay. None or not positive: all.
         keep: the folders that stay in any case: the last one, and the best.
     """
-    found = sorted(_checkpoints(output_dir), key=lambda folder: folder.stat().st_mtime_ns)
+    made = [folder for folder in _checkpoints(output_dir) if _is_of_a_trainer(folder)]
+    found = sorted(made, key=lambda folder: folder.stat().st_mtime_ns)
     spare = [folder for folder in found if str(folder) not in keep]
-    staging = output_dir / STAGING
     too_many = 0 if limit is None or limit <= 0 else max(0, len(found) - limit)
     for folder in spare[:too_many]:
+        staging = output_dir / new_staging()
         with suppress(OSError):
-            staging.mkdir(exist_ok=True)
+            staging.mkdir(parents=True)
             folder.rename(staging / folder.name)
-            shutil.rmtree(staging)
+            clear(staging)
 
 
-def recover(output_dir: Path) -> None:
+def _is_of_a_trainer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (MANIFEST, TRAINER_STATE_NAME))
+
+
+def recover(output_dir: Path, alone: bool = True) -> None:
     """Clear away what a training that was killed in the middle of a save has left; say so in a line of the log.
 
     A checkpoint that was complete, and had not been renamed yet, is put in its place.
+
+    Args:
+        output_dir: of the training.
+        alone: whether no other training can be saving there, so that what is not complete will never be.
     """
     staging = output_dir / STAGING
     if not staging.is_dir():
         return
-    for folder in _checkpoints(staging):
-        try:
-            check_checkpoint(folder)
-        except CheckpointError as error:
+    for run in (*sorted(each for each in staging.iterdir() if _RUN.fullmatch(each.name) and each.is_dir()), staging):
+        for folder in _checkpoints(run):
+            _recover_one(folder, output_dir, alone)
+        if alone:
+            shutil.rmtree(run / ASIDE, ignore_errors=True)
+        with suppress(OSError):
+            run.rmdir()  # unless there is something that no save has made
+
+
+def _recover_one(folder: Path, output_dir: Path, alone: bool) -> None:
+    aside = folder.with_name(ASIDE)
+    try:
+        check_checkpoint(folder)
+    except CheckpointError as error:
+        if alone:
+            shutil.rmtree(folder)
             logger.warning("Removed what a save that was cut short has left, %s: %s.", folder, error)
-        else:
-            shutil.rmtree(staging / ASIDE, ignore_errors=True)
-            put(folder, output_dir / folder.name, staging / ASIDE)
-            logger.warning("Put %s in its place: it was complete, but had not been renamed.", folder.name)
-    shutil.rmtree(staging)
+    else:
+        shutil.rmtree(aside, ignore_errors=True)
+        put(folder, output_dir / folder.name, aside)
+        logger.warning("Put %s in its place: it was complete, but had not been renamed.", folder.name)
 
 
 def check_place(output_dir: Path) -> None:
     """Raise CheckpointError if no checkpoint can be written there."""
-    staging = output_dir / STAGING
+    staging = output_dir / new_staging()
     try:
         staging.mkdir(parents=True)
-        staging.rmdir()
+        clear(staging)
     except OSError as error:
         raise CheckpointError(
             f"No checkpoint can be written into {output_dir}: {error.strerror or error}. Name another output_dir, or "
@@ -142,16 +237,17 @@ def checkpoint_to_resume(output_dir: Path, wanted: str | bool | None) -> str | N
 
     Args:
         output_dir: of the training.
-        wanted: True for the last complete checkpoint in the output folder; the ones that are passed over are named in
-            the log. A folder: this one; without a manifest, as the Trainer of transformers writes it, it is taken
-            unchecked, with a line in the log. None or False: nothing.
+        wanted: True, "true" or "last" for the last complete checkpoint in the output folder; the ones that are passed
+            over are named in the log. A folder: this one; without a manifest, as the Trainer of transformers writes it,
+            it is taken unchecked, with a line in the log. None or False: nothing.
 
     Returns:
         Its folder, or None.
 
     Raises:
-        CheckpointError: if the folder that was named is damaged, or none is complete.
+        CheckpointError: if the folder that was named is damaged, or holds weights alone; or if none is complete.
     """
+    wanted = resume_from(wanted)
     if wanted is None or wanted is False:
         return None
     if wanted is not True:
@@ -161,6 +257,7 @@ def checkpoint_to_resume(output_dir: Path, wanted: str | bool | None) -> str | N
     for folder in reversed(_checkpoints(output_dir)):
         try:
             check_checkpoint(folder)
+            check_resumable(folder)
         except CheckpointError as error:
             logger.warning("Passed over %s, which is not complete: %s.", folder, error)
             passed.append(f"{folder.name} ({error})")
@@ -176,17 +273,24 @@ def checkpoint_to_resume(output_dir: Path, wanted: str | bool | None) -> str | N
 def _check_named(folder: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(f"There is no checkpoint {folder}.")
-    if folder.absolute().parent.name == STAGING:
+    if STAGING in (above.name for above in folder.absolute().parents[:2]):
         raise CheckpointError(f"{folder} is what a save that was cut short has left, no checkpoint.")
     if not (folder / MANIFEST).exists():
         logger.warning("%s has no %s: whether it is complete is not known.", folder, MANIFEST)
-        return
+    else:
+        try:
+            check_checkpoint(folder)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{folder} is not complete: {error}. resume_from_checkpoint=True takes the last one that is. If the "
+                f"change is on purpose, delete its {MANIFEST}."
+            ) from error
     try:
-        check_checkpoint(folder)
+        check_resumable(folder)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{folder} is not complete: {error}. resume_from_checkpoint=True takes the last one that is. If the change "
-            f"is on purpose, delete its {MANIFEST}."
+            f"{folder} cannot be resumed from: {error}. To train on from its weights, with a learning rate and a mu "
+            "that begin anew, load it with from_pretrained and leave resume_from_checkpoint out."
         ) from error
 
 

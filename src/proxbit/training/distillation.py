@@ -1,19 +1,24 @@
 """`DistillationTrainer`: a Trainer whose model also learns from a teacher."""
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
 from proxbit.errors import ConfigError
+from proxbit.foreign import printable
 from proxbit.hub import ProxbitHfQuantizer
 from proxbit.hub.weights import is_model_folder, load_weights
 from proxbit.training.arguments import DistillationArguments
 from proxbit.training.losses import distillation_loss, gram_loss, token_loss
 
-__all__ = ["DistillationTrainer"]
+__all__ = ["DistillationTrainer", "check_arguments"]
 
 # By the argument that weighs them.
 _TOKEN_LOSSES = {"distillation_tokens": token_loss, "distillation_gram": gram_loss}
@@ -28,11 +33,12 @@ class DistillationTrainer(Trainer):
         model: a model whose outputs have what is compared: `logits`, or `hidden_states`.
         args: with weight and temperature of the distillation.
         teacher: any model with the same labels; it is put in evaluation mode. None: the task's loss alone.
-        **kwargs: as in `transformers.Trainer`.
+        *others, **kwargs: as in `transformers.Trainer`.
 
     Raises:
-        ConfigError: if the teacher has another number of labels; if `distillation_weight` is not 0, and one of the
-            models gives numbers, or labels that do not exclude each other: distillation is of one class among several;
+        ConfigError: if `args` are those of transformers; if the teacher shares parameters with the model, or has
+            another number of labels; if `distillation_weight` is not 0, and one of the models gives numbers, or labels
+            that do not exclude each other: distillation is of one class among several;
             in the first step, if one of the models does not give what is compared.
     """
 
@@ -42,13 +48,15 @@ class DistillationTrainer(Trainer):
         self,
         model: PreTrainedModel | nn.Module | None = None,
         args: DistillationArguments | None = None,
-        *,
+        *others: Any,
         teacher: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or DistillationArguments()
+        check_arguments(args, DistillationArguments)
         self._check_teacher(model, teacher, args.distillation_weight)
-        super().__init__(model=model, args=args, **kwargs)
+        self.teacher = teacher
+        super().__init__(model, args, *others, **kwargs)
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
         self._step_samples = 0
         self._share = 1.0
@@ -73,19 +81,34 @@ class DistillationTrainer(Trainer):
         return isinstance(model, PreTrainedModel) and not sharded and is_model_folder(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As the Trainer; the weights that an engine gathered reach the file of a latent model too."""
+        """As the Trainer; weights that an engine gathered reach the file of a latent model too, tokens reach none."""
         quantizer = vars(self.model).get("hf_quantizer")
-        if state_dict is None or not isinstance(quantizer, ProxbitHfQuantizer):
-            super()._save(output_dir, state_dict)
-            return
-        quantizer.gathered_state = state_dict
+        with self._without_tokens():
+            if state_dict is None or not isinstance(quantizer, ProxbitHfQuantizer):
+                super()._save(output_dir, state_dict)
+                return
+            quantizer.gathered_state = state_dict
+            try:
+                super()._save(output_dir, state_dict)
+            finally:
+                quantizer.gathered_state = None
+
+    @contextmanager
+    def _without_tokens(self) -> Iterator[None]:
+        """Within the context, the arguments hold no token: the Trainer pickles them beside every model."""
+        whole, self.args = self.args, copy.copy(self.args)
+        for each in fields(whole):
+            if each.name.endswith("_token"):
+                setattr(self.args, each.name, None)
         try:
-            super()._save(output_dir, state_dict)
+            yield
         finally:
-            quantizer.gathered_state = None
+            self.args = whole
 
     @staticmethod
     def _check_teacher(model: nn.Module | None, teacher: nn.Module | None, weight: float) -> None:
+        if model is not None and teacher is not None:
+            _check_apart(model, teacher)
         if not isinstance(model, PreTrainedModel) or not isinstance(teacher, PreTrainedModel):
             return
         if model.config.num_labels != teacher.config.num_labels:
@@ -157,6 +180,32 @@ class DistillationTrainer(Trainer):
         if penalty is not None:
             loss = loss + self._share * penalty
         return (loss, outputs) if return_outputs else loss
+
+
+def check_arguments(args: TrainingArguments, kind: type[DistillationArguments]) -> None:
+    """Raise ConfigError for arguments that lack the fields of a Trainer."""
+    if not isinstance(args, kind):
+        raise ConfigError(
+            f"args are {type(args).__name__}: this Trainer takes {kind.__name__} of proxbit.training, which have the "
+            f"same fields and its own: {kind.__name__}({printable(args.output_dir)!r}, ...)."
+        )
+
+
+def _check_apart(model: nn.Module, teacher: nn.Module) -> None:
+    """Check that no parameter is the model's and the teacher's: the teacher would learn with the model."""
+    own = {_place(parameter): name for name, parameter in model.named_parameters()}
+    shared = [own[_place(parameter)] for parameter in teacher.parameters() if _place(parameter) in own]
+    if shared:
+        raise ConfigError(
+            f"Model and teacher share {len(shared)} parameters, the first {shared[0]}: binarize works in place, so the "
+            "teacher is the model, or has parts of it. Take a copy for the teacher, copy.deepcopy before binarize."
+        )
+
+
+def _place(parameter: nn.Parameter) -> int:
+    """What two parameters have in common that share their numbers, which may be two objects."""
+    plain = type(parameter.data) is Tensor and parameter.data_ptr()
+    return plain or id(parameter)
 
 
 def _of_both(name: str, argument: str, outputs: Any, taught: Any) -> tuple[Any, Any]:

@@ -12,9 +12,12 @@ from huggingface_hub import run_as_future
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
+from proxbit.analysis.card import quantization_card
 from proxbit.errors import ConfigError
+from proxbit.hub.model_card import README, model_card
 from proxbit.hub.push import push
 from proxbit.hub.spread import is_spread, packed_copy
+from proxbit.training.arguments import check_hub_strategy
 from proxbit.training.distillation import DistillationTrainer
 
 __all__ = ["PushingTrainer"]
@@ -88,12 +91,51 @@ class PushingTrainer(DistillationTrainer):
         return future
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """With `args.push_to_hub`, at every save: the packed model, or what `args.hub_strategy` says of checkpoints."""
-        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            if self.is_world_process_zero():
-                super()._push_from_checkpoint(checkpoint_folder)
-        elif self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+        """With `args.push_to_hub`, at every save: the packed model, if `args.hub_strategy` says so."""
+        check_hub_strategy(self.args)  # It may have been set since.
+        if self.args.hub_strategy == HubStrategy.EVERY_SAVE:
             pending = self.push_in_progress is not None and not self.push_in_progress.is_done()
             # The first process knows whether an upload is under way, and each has its part in the next one.
             if self.args.hub_always_push or not broadcast_object_list([pending])[0]:
                 self.push_to_hub(f"Training in progress, step {self.state.global_step}", blocking=False)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md` into the output folder: the model card of proxbit. Arguments as in `transformers.Trainer`;
+        of several data sets or tasks the first one is named.
+        """
+        if not self.is_world_process_zero():
+            return
+        given = {
+            "license": license,
+            "base_model": finetuned_from,
+            "dataset_id": _first(dataset_tags),
+            "dataset": _first(dataset),
+            "dataset_config": _first(dataset_args),
+        }
+        run = self.run_record() | {name: value for name, value in given.items() if value is not None}
+        metadata = {"language": language, "pipeline_tag": _first(tasks)}
+        card = model_card(
+            self.model,
+            quantization_card(self.model, run=run),
+            run=run,
+            name=model_name or Path(self.args.output_dir).name,
+            processing_class=self.processing_class,
+            tags=tuple([tags] if isinstance(tags, str) else tags or ()),
+            **{name: value for name, value in metadata.items() if value is not None},
+        )
+        card.save(Path(self.args.output_dir) / README)
+
+
+def _first(values: str | list[str] | None) -> str | None:
+    return next(iter(values), None) if isinstance(values, list) else values

@@ -1,6 +1,8 @@
 """The callback that keeps what `proxbit report` shows and the Trainer's own log does not."""
 
+import logging
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from proxbit.analysis.environment import environment
-from proxbit.analysis.run_log import RUN_LOG, append_event, replace_event, start_log
+from proxbit.analysis.run_log import RUN_LOG, append_event, read_log, replace_event, start_log
 from proxbit.analysis.summary import summary
 from proxbit.errors import UnknownNameError
+from proxbit.foreign import printable
+from proxbit.hub.client import first_line
 from proxbit.hub.spread import whole_latents
 from proxbit.nn import LatentWeight, latent_layers
 from proxbit.quantizers import pair_key
 from proxbit.training.gallery import Gallery
 from proxbit.training.monitor import LATENT_EDGES, FlipCounter, latent_histogram
 
-__all__ = ["RunRecorder"]
+__all__ = ["RunRecorder", "begin"]
 
 # Snapshots of the layers in a run, about: with 48 layers 15 kB each, 1 MB in all.
 SNAPSHOTS = 60
@@ -36,6 +40,10 @@ SETTINGS = (
     "distillation_weight",
     "seed",
 )
+# What reading a file can end with, whatever it holds; and writing one.
+FAILURES = (OSError, ValueError, TypeError, OverflowError, RecursionError, MemoryError)
+
+logger = logging.getLogger(__name__)
 
 
 class RunRecorder(TrainerCallback):
@@ -44,8 +52,9 @@ class RunRecorder(TrainerCallback):
     Every process counts, for each may hold a part of the weights; the first one writes.
 
     It begins with the training, and not at all with `logging_strategy="no"`. A training that resumes goes on in the
-    same file. When it has ended, pictures of the last evaluation are added; those of an evaluation after it take their
-    place.
+    same file; one that is damaged is put aside, with a warning. What cannot be written is a warning too: it is the
+    report that lacks it, and the training goes on. When it has ended, pictures of the last evaluation are added; those
+    of an evaluation after it take their place.
 
     Args:
         model: the latent model.
@@ -56,7 +65,7 @@ class RunRecorder(TrainerCallback):
         self.model = model
         self.flips = flips
         self.about = _about(model)  # now, while this process has the whole model
-        self.active = self.writes = self.training = False
+        self.active = self.writes = self.training = self.warned = False
         self.snapshots = self.taken = -1
         self.found: Gallery | None = None
 
@@ -68,10 +77,10 @@ class RunRecorder(TrainerCallback):
         self.writes = self.active and state.is_world_process_zero
         if not self.active:
             return
-        self.training, self.found = True, None
+        self.training, self.found, self.warned = True, None, False
         self.snapshots = self.taken = -1
         if self.writes:
-            start_log(args.output_dir, self._run(args, state), state.global_step)
+            self.writes = self._attempt(begin, args.output_dir, self._run(args, state), state.global_step)
         if state.global_step == 0:
             self._add_layers(args, state, counted=False)
 
@@ -127,7 +136,7 @@ class RunRecorder(TrainerCallback):
         self.found = None
         if pictures and self._kept(args):
             when = {"event": "predictions", "step": state.global_step, "epoch": state.epoch}
-            replace_event(args.output_dir, when | pictures)
+            self._attempt(replace_event, args.output_dir, when | pictures)
 
     def _add_layers(self, args: TrainingArguments, state: TrainerState, counted: bool) -> None:
         counts = {name: latent_histogram(layer).tolist() for name, layer in whole_latents(self.model)}
@@ -144,7 +153,19 @@ class RunRecorder(TrainerCallback):
 
     def _write(self, args: TrainingArguments, event: dict[str, Any]) -> None:
         if self.writes and self._kept(args):
-            append_event(args.output_dir, event)
+            self._attempt(append_event, args.output_dir, event)
+
+    def _attempt(self, write: Callable[..., None], folder: str, *arguments: Any) -> bool:
+        """Whether something could be written; the first time that it could not, a warning says so."""
+        try:
+            write(folder, *arguments)
+        except FAILURES as error:
+            if not self.warned:
+                where, reason = Path(folder) / RUN_LOG, printable(first_line(error))
+                logger.warning("%s cannot be written (%s): `proxbit report` will lack it.", where, reason)
+            self.warned = True
+            return False
+        return True
 
     def _kept(self, args: TrainingArguments) -> bool:
         """Whether the file is still there: once the training has ended, its folder may go."""
@@ -157,6 +178,26 @@ class RunRecorder(TrainerCallback):
             "settings": {name: value for name, value in args.to_dict().items() if name in SETTINGS},
             "environment": str(environment()),
         }
+
+
+def begin(folder: str, run: dict[str, Any], step: int) -> None:
+    """Begin the file of a run, or go on in it; one that is damaged is put aside first."""
+    path = Path(folder) / RUN_LOG
+    if path.is_dir() or step and path.exists():
+        try:
+            read_log(folder)
+        except FAILURES as error:
+            names = (path.with_name(f"{RUN_LOG}.damaged-{number}") for number in count(1))
+            aside = next(each for each in names if not each.exists())
+            path.rename(aside)
+            logger.warning(
+                "%s is damaged, and lies in %s now: the report of this run begins at step %d (%s).",
+                path,
+                aside.name,
+                step,
+                printable(first_line(error)),
+            )
+    start_log(folder, run, step)
 
 
 def _about(model: nn.Module) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """`SavingTrainer`: a Trainer whose checkpoints are complete or not there, whatever breaks."""
 
 import shutil
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
@@ -16,12 +16,24 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, 
 from proxbit.errors import CheckpointError, ProcessLostError
 from proxbit.hub.client import first_line
 from proxbit.hub.compat import is_lost_process
-from proxbit.training.checkpoints import STAGING, check_place, checkpoint_to_resume, commit, recover, rotate
+from proxbit.hub.lock import locked
+from proxbit.training.checkpoints import (
+    check_place,
+    checkpoint_to_resume,
+    clear,
+    commit,
+    new_staging,
+    recover,
+    rotate,
+)
 from proxbit.training.finite import FiniteWatch
 from proxbit.training.preemption import SaveAtSigterm
 from proxbit.training.push import PushingTrainer
 
-__all__ = ["SavingTrainer"]
+__all__ = ["LOCK", "SavingTrainer"]
+
+# In the output folder while a training writes there. The Trainer's uploads leave out names that begin so.
+LOCK = "_proxbit_lock"
 
 
 class SavingTrainer(PushingTrainer):
@@ -29,6 +41,7 @@ class SavingTrainer(PushingTrainer):
 
     - A checkpoint is written into a staging folder, gets a manifest with the checksum of every file, is forced to disk
       and renamed. `train(resume_from_checkpoint=True)` takes the last complete one.
+    - One training at a time writes into an output folder: another one is refused.
     - What is no number is not saved: training stops with a LossError in every process.
     - With `args.enable_jit_checkpoint`, SIGTERM ends the process after the step and its checkpoint: `SaveAtSigterm`.
     - An error that stops the training says at which step, and what it can be resumed from.
@@ -37,6 +50,7 @@ class SavingTrainer(PushingTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._staging = False
+        self._staging_name = new_staging()  # on which the processes agree as they begin to train
         self._complete: str | None = None
         self._finite = FiniteWatch(self.accelerator)
         self._sigterm = SaveAtSigterm(self.accelerator)
@@ -59,15 +73,22 @@ class SavingTrainer(PushingTrainer):
             trial, ignore_keys_for_eval: as in `transformers.Trainer`.
 
         Raises:
-            CheckpointError: if the checkpoint is not complete, or there is none; if none can be written.
+            CheckpointError: if the checkpoint is not complete, or there is none; if none can be written; if another
+                training writes into the output folder.
             LossError: at a log or a save, if a loss or a weight is NaN or infinite.
             ProcessLostError: if another process of a distributed training has ended.
         """
-        folder = self._complete = self._prepare_folders(resume_from_checkpoint)
-        self._finite = FiniteWatch(self.accelerator)
+        with ExitStack() as stack:
+            folder = self._complete = self._prepare_folders(resume_from_checkpoint, stack)
+            self._finite = FiniteWatch(self.accelerator)
+            if self.args.enable_jit_checkpoint:
+                stack.enter_context(self._sigterm.listening())
+            return self._train(folder, trial, ignore_keys_for_eval)
+
+    def _train(self, folder: str | None, trial: Any, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
+        """As the Trainer's `train`; an error says where training stands."""
         try:
-            with self._sigterm.listening() if self.args.enable_jit_checkpoint else nullcontext():
-                return super().train(folder, trial, ignore_keys_for_eval)
+            return super().train(folder, trial, ignore_keys_for_eval)
         except UnpicklingError as error:
             raise CheckpointError(
                 f"{folder} holds a file with more than tensors and numbers; nothing in it was run: {first_line(error)}"
@@ -83,25 +104,32 @@ class SavingTrainer(PushingTrainer):
                 error.add_note(self._where())
             raise
 
-    def _prepare_folders(self, wanted: str | bool | None) -> str | None:
-        """Clear the output folder of what a killed run left; return what to resume from, the same in every process."""
-        found: list[str | CheckpointError | None] = [None]
+    def _prepare_folders(self, wanted: str | bool | None, stack: ExitStack) -> str | None:
+        """Lock the output folder and clear it of what a killed run left; return what to resume from, the same in every
+        process.
+        """
         output_dir = Path(self.args.output_dir)
+        resume: str | None = None
+        error: CheckpointError | None = None
         try:
             if self.args.should_save:
-                recover(output_dir)
+                recover(output_dir, alone=stack.enter_context(locked(output_dir / LOCK, output_dir)))
                 if self.args.save_strategy != IntervalStrategy.NO:
                     check_place(output_dir)
             if self.is_world_process_zero():
-                found = [checkpoint_to_resume(output_dir, wanted)]
-        except CheckpointError as error:
-            found = [error]
-        except OSError as error:
-            found = [CheckpointError(f"{output_dir} cannot be used: {error}.")]
-        broadcast_object_list(found)
-        if isinstance(found[0], CheckpointError):
-            raise found[0]
-        return found[0]
+                resume = checkpoint_to_resume(output_dir, wanted)
+        except CheckpointError as refusal:
+            error = refusal
+        except OSError as refusal:
+            error = CheckpointError(f"{output_dir} cannot be used: {refusal}.")
+        # With `save_on_each_node` several processes have a folder to lock.
+        found: list[tuple[str | None, CheckpointError | None, str]]
+        found = gather_object([(resume, error, self._staging_name)])
+        for _, each, _ in found:
+            if each is not None:
+                raise each
+        resume, _, self._staging_name = found[0]
+        return resume
 
     def _where(self) -> str:
         """Where training stands, and how it goes on."""
@@ -130,17 +158,17 @@ class SavingTrainer(PushingTrainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)
-        return str(Path(folder) / STAGING) if self._staging else folder
+        return str(Path(folder) / self._staging_name) if self._staging else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save into the staging folder; once all processes have, the first one makes it a checkpoint."""
         self._finite.check(self.state.global_step, self.model)
         output_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder = output_dir / name
+        folder, staging = output_dir / name, output_dir / self._staging_name
         try:
             if self.args.should_save:
-                shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+                clear(staging)
             self.accelerator.wait_for_everyone()
             self._staging = True
             super()._save_checkpoint(model, trial)
@@ -148,15 +176,15 @@ class SavingTrainer(PushingTrainer):
             self._name_best(output_dir)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self.state.save_to_json(str(output_dir / STAGING / name / TRAINER_STATE_NAME))
-                commit(output_dir, name)
+                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+                commit(staging, output_dir, name)
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
             if is_lost_process(error):
                 raise
             free = shutil.disk_usage(output_dir).free
             if self.args.should_save:
-                shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+                clear(staging)
             raise CheckpointError(
                 f"{folder} could not be written: {first_line(error)} ({free:,} bytes were free). Earlier checkpoints "
                 "are untouched."

@@ -1,45 +1,43 @@
 """`ProxConnectTrainer`: the ProxConnect++ step inside the ordinary Trainer of transformers."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable
 from contextlib import ExitStack
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from proxbit.analysis.card import quantization_card
-from proxbit.errors import ConfigError, ModelStateError, ProxbitError
+from proxbit.errors import ConfigError, ModelStateError
 from proxbit.hub import binarize
-from proxbit.hub.model_card import README, model_card
-from proxbit.nn import latent_layers, learned_modules, soft_evaluation
+from proxbit.hub.spread import is_spread
+from proxbit.nn import HALF, dtype_around, keep_single, latent_layers, learned_modules, soft_evaluation, unrounded
 from proxbit.patching import check_latents, state_of
 from proxbit.quantizers import AGGREGATE, CONSTANT, MuSchedule
 from proxbit.training.anomalies import watch_activations
 from proxbit.training.arguments import ProxConnectArguments
-from proxbit.training.calibration import calibrate, was_calibrated
-from proxbit.training.callbacks import LayerScores, MuCallback, learning_rates
+from proxbit.training.calibration import was_calibrated
+from proxbit.training.callbacks import MuCallback, learning_rates
+from proxbit.training.distillation import check_arguments
+from proxbit.training.first_look import FirstLookTrainer
 from proxbit.training.gallery import choose
+from proxbit.training.lookahead import is_used_up
 from proxbit.training.monitor import FlipCounter, hardening_gap, overflow_penalty, overflow_shares
 from proxbit.training.recipes import get_recipe
 from proxbit.training.recorder import RunRecorder
 from proxbit.training.run_record import run_record
-from proxbit.training.saving import SavingTrainer
-from proxbit.training.stages import PROGRESSIONS, Stage, stages
+from proxbit.training.stages import Stage, stages
 
-__all__ = ["BATCHES", "ProxConnectTrainer"]
+__all__ = ["ProxConnectTrainer"]
 
-# Batches that are looked at before the first step.
-BATCHES = 4
+logger = logging.getLogger(__name__)
 
 
-class ProxConnectTrainer(SavingTrainer):
+class ProxConnectTrainer(FirstLookTrainer):
     """A `Trainer` for latent models. It differs from its parent in this:
 
     - mu follows its schedule, a pure function of the optimizer step; the last steps are hard;
@@ -61,32 +59,57 @@ class ProxConnectTrainer(SavingTrainer):
 
     Args:
         model: a latent model, from `proxbit.binarize` or `from_pretrained(..., quantization_config=...)`; or, with
-            `args.recipe`, a float model, which is made latent by the recipe.
+            `args.recipe`, a float model, which is made latent by the recipe. Latent weights in half precision come to
+            single precision, with a line in the log. None: `model_init` makes one for each training.
         args: with the fields of the ProxConnect step.
         teacher: any model with the same labels, for distillation; it is put in evaluation mode.
-        **kwargs: as in `transformers.Trainer`.
+        data_collator, train_dataset, eval_dataset, processing_class, model_init, *others, **kwargs: as in
+            `transformers.Trainer`.
 
     Raises:
         ModelStateError: if the model is packed, or float and there is no recipe.
-        ConfigError: if the teacher is not one for the model, see `DistillationTrainer`; by `train`, for the schedule
-            "aggregate" and a pair with `update_from`, for a `mu_start` or `mu_end` that the schedule of mu does not
-            heed, and for a progression that goes by the loss where there is none.
+        ConfigError: if `args` are those of transformers; if the teacher is not one for the model, see
+            `DistillationTrainer`; by `train`, for the schedule "aggregate" and a pair with `update_from`, for a
+            `mu_start` or `mu_end` that the schedule of mu does not heed, and for a progression that goes by the loss
+            where there is none.
         LatentError: if a latent weight cannot be binarized.
     """
 
     args: ProxConnectArguments
+    _mu: MuCallback
+    _recorder: RunRecorder
 
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | None = None,
         args: ProxConnectArguments | None = None,
-        *,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        *others: Any,
         teacher: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        if model is None:
-            raise ConfigError("ProxConnectTrainer needs a model; model_init is not supported.")
         args = args or ProxConnectArguments()
+        check_arguments(args, ProxConnectArguments)
+        if (model is None) == (model_init is None):
+            raise ConfigError("ProxConnectTrainer needs a model, or model_init, which makes one: one of the two.")
+        self._followed: nn.Module | None = None
+        self._calibrated = False
+        if model is not None:
+            model = self._latent(model, args)
+        data = (data_collator, train_dataset, eval_dataset, processing_class)
+        super().__init__(model, args, *data, model_init, *others, teacher=teacher, **kwargs)
+        self._looks_first = self._calibrated and self.eval_dataset is not None and not self.args.eval_on_start
+        self.args.eval_on_start |= self._looks_first
+        self._resumed = False
+        self._other_evaluations: list[dict[str, Any]] = []
+        self._follow()
+
+    def _latent(self, model: nn.Module, args: ProxConnectArguments) -> nn.Module:
+        """The model that is given, checked, and made latent if there is a recipe."""
         state = state_of(model)
         if state == "float" and args.recipe is not None:
             model = binarize(model, get_recipe(args.recipe).binarization())
@@ -102,17 +125,24 @@ class ProxConnectTrainer(SavingTrainer):
         self._calibrated = was_calibrated(model)
         if self._calibrated:
             args.begin_at_calibration()
-        super().__init__(model=model, args=args, teacher=teacher, **kwargs)
-        self._looks_first = self._calibrated and self.eval_dataset is not None and not self.args.eval_on_start
-        self.args.eval_on_start |= self._looks_first
-        if PROGRESSIONS.get(self.args.progression).score is not None:
-            self.add_callback(LayerScores())
-        self.add_callback(MuCallback(self.model, self._begin, self._stages))
+        return model
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As the Trainer's; a float model is made latent by the recipe."""
+        model = self._latent(super().call_model_init(trial), self.args)
+        self._check_teacher(model, self.teacher, self.args.distillation_weight)
+        return model
+
+    def _follow(self) -> None:
+        """Let the callbacks of the step follow the model, which `model_init` makes anew for each training."""
+        if self._followed is not None:
+            self.remove_callback(self._mu)
+            self.remove_callback(self._recorder)
+        self._followed = self.model
+        self._mu = MuCallback(self.model, self._begin, self._stages)
         self._flips = FlipCounter(self.model)
-        self._calibration_samples: int | None = None
-        self._resumed = False
-        self._other_evaluations: list[dict[str, Any]] = []
         self._recorder = RunRecorder(self.model, lambda: self._flips)
+        self.add_callback(self._mu)
         self.add_callback(self._recorder)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -124,11 +154,40 @@ class ProxConnectTrainer(SavingTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Look at the first examples while each process still has the whole model, before an engine takes it apart."""
+        self._keep_single()
+        if self.model_init is not None and self.model is not self._followed:
+            self._follow()
         self._resumed = self.state.global_step > 0
         if not self._resumed:
             self._calibrate()
             self._score()
         return super()._prepare_for_training(*args, **kwargs)
+
+    def _keep_single(self) -> None:
+        """See that latents are in single precision, whatever was done to the model; engines take one dtype alone."""
+        half = keep_single(self.model)
+        if half:
+            logger.warning(
+                "%d latent weights and learned scales, the first %s, were in half precision, which loses small steps: "
+                "they are trained in fp32. For compute in half precision: dtype=torch.float32, bf16=True.",
+                len(half),
+                half[0],
+            )
+        whole = not is_spread(self.model)
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and whole and dtype_around(self.model) in HALF:
+            self.model.float()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, unless all steps are done: it would take one more, in a run that resumes from its end."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """As the parent's; mu is that of the step which the model is of."""
+        super()._load_best_model()
+        self._mu.went_back(self.state.best_global_step or 0)
 
     def _begin(self, steps: int) -> MuSchedule:
         """Count flips from here on; return the schedule of this run, checked against the range of every pair in use."""
@@ -188,58 +247,6 @@ class ProxConnectTrainer(SavingTrainer):
             progression=self.args.progression,
             scores=self._kept.scores if self._kept else {},
         )
-
-    @property
-    def _kept(self) -> LayerScores | None:
-        """Where scores are, if the progression goes by some; restoring callbacks from a checkpoint makes it anew."""
-        return next((each for each in self.callback_handler.callbacks if isinstance(each, LayerScores)), None)
-
-    def _score(self) -> None:
-        """Take what the progression goes by, before the first step; from then on checkpoints keep it."""
-        score, kept = PROGRESSIONS.get(self.args.progression).score, self._kept
-        if score is None or kept is None:
-            return
-        self.model.to(self.args.device)
-        with torch.random.fork_rng():
-            found = score(self.model, self._training_loss, islice(self._first_batches(), BATCHES))
-        # The same in every process, to the last bit: a GPU may sum in any order.
-        values = broadcast(torch.tensor(list(found.values()), device=self.args.device))
-        kept.scores = dict(zip(found, values.tolist(), strict=True))
-
-    def _training_loss(self, batch: Any) -> Tensor:
-        try:
-            with self.accelerator.autocast():
-                return self.compute_loss(self.model, self._prepare_inputs(batch))  # type: ignore[return-value]
-        except ProxbitError:
-            raise
-        except ValueError as error:
-            raise ConfigError(
-                f"progression={self.args.progression!r} takes gradients of the training loss, of which there is none: "
-                f"{error}"
-            ) from error
-
-    def _calibrate(self) -> None:
-        """Start what nobody has calibrated yet from the first examples, which are the same in every process."""
-        if self.train_dataset is None or all(module.calibrated for _, module in learned_modules(self.model)):
-            return
-        self.model.to(self.args.device)
-        with torch.random.fork_rng(), self.accelerator.autocast():
-            seen = BATCHES * self.args.per_device_train_batch_size
-            batches = list(islice(self._first_batches(), BATCHES))
-            calibrate(self.model, batches, weights=False, num_images=seen)
-        self._calibration_samples = min(len(self.train_dataset), seen) if has_length(self.train_dataset) else seen
-
-    def _first_batches(self) -> Iterable[Any]:
-        """The first training examples as the first process draws them, so that they are the same in all."""
-        dataset, collator = self.train_dataset, self.data_collator
-        if dataset is None:
-            return
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="training")
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="training")
-        for batch in DataLoader(dataset, self.args.per_device_train_batch_size, collate_fn=collator):
-            yield broadcast_object_list([batch])[0]
 
     def penalty(self) -> Tensor | None:
         """By how much the sums of narrow accumulators overflow, if that has a weight."""
@@ -301,13 +308,24 @@ class ProxConnectTrainer(SavingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate the hard model; add `{prefix}_soft_*` of F_mu, and `{prefix}_gap_*` = soft - hard."""
-        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        """Evaluate the hard model; add `{prefix}_soft_*` of F_mu, and `{prefix}_gap_*` = soft - hard.
+
+        The soft values are left out where the data can be read only once.
+        """
+        with unrounded(self.model):  # by `bf16_full_eval`
+            return self._evaluate_twice(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+
+    def _evaluate_twice(self, dataloader: Any, description: str, *rest: Any) -> EvalLoopOutput:
+        metric_key_prefix: str = rest[-1]
+        arguments = (dataloader, description, *rest)
         hard: EvalLoopOutput = super().evaluation_loop(*arguments)
         if self._recorder.writes and metric_key_prefix.startswith("eval"):
             names = self.model.config.id2label if isinstance(self.model, PreTrainedModel) else {}
             self._recorder.evaluated(choose(dataloader, hard, names))
         self._close_evaluation_bar()
+        if self._is_used_up(dataloader):
+            logger.warning("The data of %s can be read once: soft values are left out.", description)
+            return hard
         with soft_evaluation(self.model):
             soft = super().evaluation_loop(*arguments).metrics
         prefix = f"{metric_key_prefix}_"
@@ -317,6 +335,13 @@ class ProxConnectTrainer(SavingTrainer):
                 hard.metrics[f"{prefix}soft_{name}"] = value
                 hard.metrics[f"{prefix}gap_{name}"] = value - hard.metrics[key]
         return hard
+
+    def _is_used_up(self, dataloader: Any) -> bool:
+        """Whether there is nothing left for a second pass, where the first process may read for all."""
+        dataset = getattr(dataloader, "dataset", None)
+        if not isinstance(dataset, IterableDataset) or dataloader.num_workers:  # which read copies
+            return False
+        return bool(broadcast_object_list([is_used_up(dataset)])[0])
 
     def _close_evaluation_bar(self) -> None:
         """The bar of the hard pass is full; the soft pass gets one of its own."""
@@ -343,53 +368,11 @@ class ProxConnectTrainer(SavingTrainer):
         Returns:
             The fields of `analysis.run.RUN_FIELDS`, JSON types, None for what is unknown.
         """
-        callback = next(each for each in self.callback_handler.callbacks if isinstance(each, MuCallback))
         return run_record(
             self,
             self.teacher,
-            callback.schedule,
+            self._mu.schedule,
             self._calibration_samples,
             resumed=self._resumed,
             others=self._other_evaluations,
         )
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """Write `README.md` into the output folder: the model card of proxbit. Arguments as in `transformers.Trainer`;
-        of several data sets or tasks the first one is named.
-        """
-        if not self.is_world_process_zero():
-            return
-        given = {
-            "license": license,
-            "base_model": finetuned_from,
-            "dataset_id": _first(dataset_tags),
-            "dataset": _first(dataset),
-            "dataset_config": _first(dataset_args),
-        }
-        run = self.run_record() | {name: value for name, value in given.items() if value is not None}
-        metadata = {"language": language, "pipeline_tag": _first(tasks)}
-        card = model_card(
-            self.model,
-            quantization_card(self.model, run=run),
-            run=run,
-            name=model_name or Path(self.args.output_dir).name,
-            processing_class=self.processing_class,
-            tags=tuple([tags] if isinstance(tags, str) else tags or ()),
-            **{name: value for name, value in metadata.items() if value is not None},
-        )
-        card.save(Path(self.args.output_dir) / README)
-
-
-def _first(values: str | list[str] | None) -> str | None:
-    return next(iter(values), None) if isinstance(values, list) else values

@@ -5,6 +5,7 @@
 // for every column, 8 bytes, 4 times the index of each table.
 #pragma once
 
+#include <algorithm>
 #include <cfloat>
 
 #include <immintrin.h>
@@ -104,7 +105,7 @@ struct W1 {
     }
     static float load_values(const Call &call, int64_t row, float *, float *to) {
         const float *from = load_row(call, row, call.inputs, to);
-        if (from != to) std::memcpy(to, from, call.inputs * sizeof(float));
+        if (from != to) std::copy_n(from, call.inputs, to);
         return 1.0f;
     }
     // lanes[c] = values[lane][c] for 8 values of every row
