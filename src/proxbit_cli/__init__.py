@@ -5,6 +5,7 @@ A command is the function of its name in the module `proxbit.cli.<name>`, which 
 """
 
 import sys
+import warnings
 from importlib import import_module
 from inspect import getdoc
 from typing import Any
@@ -71,14 +72,22 @@ for _name, _help in COMMANDS.items():
 
 def main() -> None:
     """Run the program. What proxbit or the file system refuses is one line on standard error, and exit status 2."""
+    warnings.showwarning = _warn  # type: ignore[assignment]
     try:
         app()
     except Exception as error:
         no_place = isinstance(error, OSError) and error.filename is not None
         if not no_place and not isinstance(error, import_module("proxbit.errors").ProxbitError):
             raise
-        line = import_module("proxbit.foreign").printable(
-            " ".join([str(error), *vars(error).get("__notes__", ())]), most=5000
-        )
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(line)}", highlight=False)
+        _tell("[bold red]Error:[/]", " ".join([str(error), *vars(error).get("__notes__", ())]))
         sys.exit(2)
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    """Show a warning in one line, without the line of code that it came from."""
+    _tell("[yellow]Warning:[/]", str(message))
+
+
+def _tell(title: str, text: str) -> None:
+    line = import_module("proxbit.foreign").printable(text, most=5000)
+    Console(stderr=True, soft_wrap=True).print(f"{title} {escape(line)}", highlight=False)

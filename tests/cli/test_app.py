@@ -23,7 +23,7 @@ from proxbit.cli.app import app, main
 from proxbit.errors import LossError
 from proxbit_cli import COMMANDS
 
-NO_COMMANDS = {"__init__", "app", "checkpoints", "progress"}
+NO_COMMANDS = {"__init__", "app", "checkpoints", "pictures", "progress"}
 DEMO = Path(proxbit.__file__).parent / "demo" / "digits"
 # Many commands in one process, each with its exit status behind it.
 SESSION = """

@@ -8,16 +8,19 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
 
 from proxbit.errors import CheckpointError
+from proxbit.foreign import printable
 from proxbit.hub.client import first_line
 from proxbit.hub.release import write_release
 from proxbit.hub.staging import staged
 from proxbit.patching import state_of
+from proxbit.training.sources import is_path, why_nowhere
 
 __all__ = ["architecture", "check_new_folder", "load_model", "load_processor", "save", "save_plain"]
 
@@ -32,12 +35,32 @@ def architecture(name: str) -> tuple[transformers.PreTrainedConfig, Any | None]:
         CheckpointError: if there is no such model.
     """
     if Path(name).is_file():
-        raise CheckpointError(f"There is no model in {name!r}: it is a file. Name the folder that it lies in.")
+        raise CheckpointError(f"There is no model in {_shown(name)}: it is a file. Name the folder that it lies in.")
+    options = _options(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, **options)
     except (*MISTAKES, OSError, ValueError) as error:
         raise CheckpointError(_nowhere(name, error)) from error
     return config, getattr(transformers, next(iter(config.architectures or []), ""), None)
+
+
+def _shown(name: str) -> str:
+    return repr(printable(name))
+
+
+def _options(name: str) -> dict[str, Any]:
+    """With which a name is loaded: no code of a repository, and from the cache where the Hub cannot be asked.
+
+    Raises:
+        CheckpointError: if there is neither a folder nor a repository of that name.
+    """
+    options = {"trust_remote_code": False}
+    reason = why_nowhere(name, "model")
+    if reason is None:
+        return options
+    if not is_path(name) and isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return options | {"local_files_only": True}
+    raise CheckpointError(f"There is no model {_shown(name)}: {reason}.")
 
 
 def _nowhere(name: str, error: Exception) -> str:
@@ -46,11 +69,11 @@ def _nowhere(name: str, error: Exception) -> str:
     if isinstance(error, StrictDataclassError):  # The second line says what, the first one only where.
         reason = " ".join(str(error).split())
     if place.is_dir() and not (place / "config.json").is_file():
-        return f"There is no model in {name!r}: it holds no config.json."
+        return f"There is no model in {_shown(name)}: it holds no config.json."
     if place.exists():
-        return f"There is no model in {name!r} that can be read: {reason}."
+        return f"There is no model in {_shown(name)} that can be read: {reason}."
     private = " If it is private: `hf auth login`, or HF_TOKEN." if "private repository" in str(error) else ""
-    return f"There is no model {name!r}, neither in a folder nor on the hub: {reason}.{private}"
+    return f"There is no model {_shown(name)}, neither in a folder nor on the hub: {reason}.{private}"
 
 
 def load_model(name: str, dtype: torch.dtype | str = "auto", **changes: Any) -> nn.Module:
@@ -65,17 +88,18 @@ def load_model(name: str, dtype: torch.dtype | str = "auto", **changes: Any) -> 
         CheckpointError: if there is no such model, or its weights are missing, damaged or not in safetensors.
     """
     _, model_class = architecture(name)
+    options = _options(name) | changes
     loader = model_class or transformers.AutoModelForImageClassification
     try:
-        model: nn.Module = loader.from_pretrained(name, dtype=dtype, use_safetensors=True, **changes)
+        model: nn.Module = loader.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"The weights of {name!r} cannot be read from safetensors: {first_line(error)}."
+            f"The weights of {_shown(name)} cannot be read from safetensors: {first_line(error)}."
         ) from error
     except (*MISTAKES, ImportError, RuntimeError) as error:
         mismatch = "the weights have other sizes than its config.json says, see above"
         reason = mismatch if "ignore_mismatched_sizes" in str(error) else first_line(error)
-        raise CheckpointError(f"The model of {name!r} cannot be made: {reason}.") from error
+        raise CheckpointError(f"The model of {_shown(name)} cannot be made: {reason}.") from error
     return model.eval()
 
 
@@ -83,11 +107,12 @@ def load_processor(name: str) -> Any | None:
     """The image processor that lies beside a model, or None.
 
     Raises:
-        CheckpointError: if there is one in the folder, which cannot be read.
+        CheckpointError: if there is one in the folder, which cannot be read; or neither such a folder nor a repository.
     """
+    options = _options(name)
     try:
-        return transformers.AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return transformers.AutoImageProcessor.from_pretrained(name, **options)
+    except (*MISTAKES, OSError, ValueError) as error:
         file = Path(name) / "preprocessor_config.json"
         if file.is_file():
             raise CheckpointError(f"{file} cannot be read: {first_line(error)}.") from error

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
     "pick_split",
     "read_pictures",
     "relabel",
+    "some",
     "unlabelled",
 ]
 
@@ -68,13 +69,13 @@ class Pictures:
         dataset: columns `image` (RGB, turned as its EXIF says) and `label` (numbers).
         names: of the labels, in their order; None if they are numbers only.
         left_out: what could not be read.
-        unread: labels of which there are files, but none that can be read.
+        unread: of each label of which there are files, but none that can be read: the first one.
     """
 
     dataset: datasets.Dataset
     names: tuple[str, ...] | None
     left_out: tuple[LeftOut, ...]
-    unread: tuple[int, ...] = ()
+    unread: Mapping[int, LeftOut] = field(default_factory=dict)
 
     def counts(self) -> Counter[str]:
         """How many pictures of each class there are, by name; of numbers only, by number."""
@@ -201,22 +202,37 @@ def read_pictures(dataset: datasets.Dataset, watch: Watch = lambda items, total:
     numbers = raw[label]
     reasons = raw[REASON] if REASON in raw.column_names else [None] * len(raw)
     kept, left_out = [], []
+    unread: dict[int, LeftOut] = {}
     for i, stored in enumerate(watch((raw[i][image] for i in range(len(raw))), len(raw))):
         reason = reasons[i] or ("no label" if numbers[i] is None else _why_unreadable(stored))
         if reason is None:
             kept.append(i)
         else:
             left_out.append(LeftOut(str(stored["path"] or f"picture {i}"), reason))
+            if numbers[i] is not None:
+                unread.setdefault(int(numbers[i]), left_out[-1])
     if not kept:
         first = "".join(f" {printable(each.picture)}: {each.reason}." for each in left_out[:1])
         raise DataError(f"None of {len(raw)} pictures can be read.{first}")
     labels = [int(numbers[i]) for i in kept]
-    unread = {int(each) for each in numbers if each is not None} - set(labels)
+    readable = set(labels)
+    unread = {label: first for label, first in unread.items() if label not in readable}
     chosen = dataset.select(kept).select_columns([image]).cast_column(image, _Picture())
     if image != IMAGE:
         chosen = chosen.rename_column(image, IMAGE)
-    chosen = chosen.add_column(LABEL, labels)
-    return Pictures(chosen, class_names(dataset), tuple(left_out), tuple(sorted(unread)))
+    chosen = _with_labels(chosen, labels)
+    return Pictures(chosen, class_names(dataset), tuple(left_out), unread)
+
+
+def _with_labels(dataset: datasets.Dataset, labels: list[int]) -> datasets.Dataset:
+    """With a column more; its rows are copied for that, without the bar that the library shows."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return dataset.add_column(LABEL, labels)
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def check_classes(pictures: Pictures, where: str) -> None:
@@ -229,15 +245,15 @@ def check_classes(pictures: Pictures, where: str) -> None:
     counts, place = pictures.counts(), printable(where)
     if pictures.unread:
         empty = [pictures.names[i] if pictures.names is not None else str(i) for i in pictures.unread]
-        first = "".join(f" {printable(each.picture)}: {each.reason}." for each in pictures.left_out[:1])
+        first = next(iter(pictures.unread.values()))
         raise DataError(
-            f"{place}: no picture of these classes can be read: {_some(empty)}; {len(pictures.left_out)} files are "
-            f"left out.{first} Mend the files, or remove the folders."
+            f"{place}: no picture of these classes can be read: {some(empty)}; {len(pictures.left_out)} files are "
+            f"left out. {printable(first.picture)}: {printable(first.reason)}. Mend the files, or remove the folders."
         )
     there = [name for name, count in counts.items() if count]
     if len(there) < 2:
         raise DataError(
-            f"{place} holds one class only, {_some(there)}, with {counts.total()} pictures; two are the least that can "
+            f"{place} holds one class only, {some(there)}, with {counts.total()} pictures; two are the least that can "
             f"be told apart. {LAYOUT}"
         )
 
@@ -306,21 +322,21 @@ def match_labels(names: Sequence[str] | None, label2id: Mapping[str, int], what:
     strange = [name for name, labels in meant.items() if not labels]
     if strange:
         raise DataError(
-            f"These classes of the pictures are no labels of {what}: {_some(strange)}. Its labels are: "
-            f"{_some(list(label2id))}. Name the folders as the labels, or set label2id in its config.json."
+            f"These classes of the pictures are no labels of {what}: {some(strange)}. Its labels are: "
+            f"{some(list(label2id))}. Name the folders as the labels, or set label2id in its config.json."
         )
     taken: dict[str, str] = {}
     for name, labels in meant.items():
         if len(labels) > 1:
             raise DataError(
-                f"The class {_some([name])} of the pictures may be any of these labels of {what}: {_some(labels)}. Name "
-                "its folder exactly as one of them."
+                f"The class {some([name])} of the pictures may be any of these labels of {what}: {some(labels)}. "
+                "Name its folder exactly as one of them."
             )
         if labels[0] in taken:
             raise DataError(
-                f"The classes {_some([taken[labels[0]]])} and {_some([name])} of the pictures are both the label "
-                f"{_some(labels)} of {what}. Put their pictures into one folder, or name one exactly as another of its labels: "
-                f"{_some(list(label2id))}."
+                f"The classes {some([taken[labels[0]]])} and {some([name])} of the pictures are both the label "
+                f"{some(labels)} of {what}. Put their pictures into one folder, or name one exactly as another of its "
+                f"labels: {some(list(label2id))}."
             )
         taken[labels[0]] = name
     return {i: label2id[meant[name][0]] for i, name in enumerate(names)}
@@ -336,14 +352,14 @@ def relabel(pictures: Pictures, numbers: Mapping[int, int], what: str) -> datase
     strange = sorted(set(labels) - set(numbers))
     if strange:
         raise DataError(f"Pictures with the labels {strange[:10]}: those of {what} are 0 to {max(numbers.values())}.")
-    return pictures.dataset.remove_columns(LABEL).add_column(LABEL, [numbers[label] for label in labels])
+    return _with_labels(pictures.dataset.remove_columns(LABEL), [numbers[label] for label in labels])
 
 
 def _plain(name: str) -> str:
     return nfc(name).casefold().replace("_", " ").replace("-", " ").strip()
 
 
-def _some(names: Sequence[str], most: int = 10) -> str:
+def some(names: Sequence[str], most: int = 10) -> str:
     return ", ".join(repr(printable(name)) for name in names[:most]) + (
         f", ... ({len(names)} in all)" if len(names) > most else ""
     )

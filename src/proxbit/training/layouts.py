@@ -39,17 +39,6 @@ __all__ = [
     "unlabelled_files",
     "walk",
 ]
-    "LAYOUT",
-    "Filed",
-    "Layout",
-    "LeftOut",
-    "Tree",
-    "layout_of",
-    "nfc",
-    "split_folders",
-    "unlabelled_files",
-    "walk",
-]
 
 LAYOUT = "Pictures lie in a folder for each class, such as DATA/cat/1.jpg, or DATA/train/cat/1.jpg for parts of a set."
 SPLITS = {
