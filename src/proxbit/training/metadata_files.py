@@ -8,6 +8,7 @@ import pyarrow as pa
 from pyarrow import csv, json, parquet
 
 from proxbit.errors import DataError
+from proxbit.foreign import printable
 
 __all__ = ["METADATA", "Label", "read_labels"]
 
@@ -24,12 +25,14 @@ def read_labels(file: Path) -> list[tuple[str, Label]]:
     """
     try:
         table = _table(file)
+        column = next((name for name in LABELS if table.column_names.count(name) == 1), None)
+        if column is None or table.column_names.count(FILE) != 1:
+            raise DataError(f"has no columns {FILE!r} and {LABELS[0]!r}")
+        names, labels = table[FILE].to_pylist(), table[column].to_pylist()
+    except DataError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"cannot be read ({str(error).partition(chr(10))[0].rstrip('.')})") from error
-    column = next((name for name in LABELS if table.column_names.count(name) == 1), None)
-    if column is None or table.column_names.count(FILE) != 1:
-        raise DataError(f"has no columns {FILE!r} and {LABELS[0]!r}")
-    names, labels = table[FILE].to_pylist(), table[column].to_pylist()
+        raise DataError(f"cannot be read ({printable(error).rstrip('.')})") from error
     kinds = {type(each) for each in labels if each is not None}
     if {type(each) for each in names} - {str} or not (kinds <= {str} or kinds <= {int}):
         raise DataError(f"has columns {FILE!r} and {column!r} that are not text, or numbers of classes")
