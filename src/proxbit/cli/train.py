@@ -171,7 +171,9 @@ def read_data(splits: Splits, given: PictureArguments, seed: int) -> list[Pictur
         unknown = sorted(test.counts().keys() - {label for label, count in train.counts().items() if count})
         unknown = [label for label in unknown if test.counts()[label]]
         if unknown:
-            raise DataError(f"{given.data}: {held_out} has pictures of classes that {name} has none of: {unknown}.")
+            raise DataError(
+                f"{printable(given.data)}: {held_out} has pictures of classes that {name} has none of: {some(unknown)}."
+            )
     tell_pictures(Console(stderr=True), splits, [name, held_out or name], {name: train, title: test})
     return [train, test]
 
