@@ -56,7 +56,7 @@ def test_mistakes_are_told(place, tmp_path):
 
 def test_folders_and_labels_as_others_write_them(place, tmp_path):
     """Brackets in a path, NFD on disk, no label2id, a metadata file about something else: each is evaluated."""
-    tiny_classifier(tmp_path / "model", names=("café", "thé"))
+    tiny_classifier(tmp_path / "model", names=("café", "lait", "thé"))
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     del config["label2id"]
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))

@@ -26,6 +26,101 @@ def seen(folder):
 def reasons(folder):
     """What was left out, and why; with what belongs to no split."""
     splits = load_splits(str(folder))
+    listed = [*splits.left_out, *(each for split in splits.values() for each in read_pictures(split).left_out)]
+    return {os.path.relpath(each.picture, folder): each.reason for each in listed}
+
+
+@pytest.mark.parametrize(
+    ("classes", "name"),
+    [
+        (("cat", "dog"), "rapid-test-7"),
+        (("cat", "dog"), "toy-train-3"),
+        (("bus", "car", "train"), "1"),
+        (("fail", "pass", "test"), "1"),
+        (("Dev", "Val"), "validation"),
+        (("a*b?", "photos [2024]"), "[x]"),
+    ],
+)
+def test_words_in_names_make_no_splits(tmp_path, classes, name):
+    data = tmp_path / "train [val] test"
+    for each in classes:
+        picture(data / each / "0.jpg")
+        picture(data / each / f"{name}.jpg")
+    assert seen(data) == {"train": (2 * len(classes), classes, 0)}
+
+
+@pytest.mark.parametrize(
+    ("folders", "splits"),
+    [
+        (("Training", "Testing"), ("train", "test")),
+        (("TRAIN", "valid", "test"), ("train", "validation", "test")),
+        (("train", "Dev"), ("train", "validation")),
+        (("val", "testing"), ("validation", "test")),
+    ],
+)
+def test_folders_of_splits_in_any_case(tmp_path, folders, splits):
+    for k, folder in enumerate(folders):
+        for name in ("glioma", "none"):
+            for i in range(k + 1):
+                picture(tmp_path / folder / name / f"{i}.png")
+    assert seen(tmp_path) == {split: (2 * k + 2, ("glioma", "none"), 0) for k, split in enumerate(splits)}
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path):
+    picture(tmp_path / "val" / "cat" / "1.png")
+    picture(tmp_path / "Validation" / "cat" / "1.png")
+    with pytest.raises(DataError, match="Validation and val are both the split validation"):
+        layout_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("paths", "words"),
+    [
+        (
+            ["cat/2021/1.jpg", "dog/2022/1.jpg"],
+            r"2 of 2 pictures at another depth .* as cat/2021/1.jpg\. Pictures",
+        ),
+        (["1.jpg", "cat/1.jpg", "dog/1.jpg"], "1 of 3 pictures at another depth .* such as 1.jpg"),
+        (["1.jpg", "2.jpg"], "2 of 2 pictures at another depth"),
+        (["train/cat/a/1.jpg", "train/dog/1.jpg"], "1 of 2 pictures at another depth .* such as train/cat/a/1.jpg"),
+        (["photos/train/cat/1.jpg", "photos/train/dog/1.jpg"], "If its classes are the folders in .*photos, name that"),
+    ],
+)
+def test_pictures_at_another_depth_are_refused_with_the_layout(tmp_path, paths, words):
+    for path in paths:
+        picture(tmp_path / path)
+    with pytest.raises(DataError, match=words) as refused:
+        layout_of(tmp_path)
+    assert "DATA/train/cat/1.jpg" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_folder_without_pictures_is_refused_with_what_there_is(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.heic").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"holds no pictures; 1 left out. .*a\.heic"):
+        layout_of(tmp_path)
+
+
+def test_every_file_is_taken_or_listed_or_litter(tmp_path):
+    for name in ("a.jpg", "b.JPG", "c.jpeg"):
+        picture(tmp_path / "cat" / name)
+    picture(tmp_path / "dog" / "d.png")
+    (tmp_path / "cat" / "c.jpeg").rename(tmp_path / "cat" / "c")
+    others = ["cat/IMG.HEIC", "cat/x.zip", "x.zip", "cat/notes.txt", "cat/old/notes.txt", "cat/e.eps"]
+    for name in others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "cat" / "empty.jpg").touch()
+    (tmp_path / "bird").mkdir()
+    os.mkfifo(tmp_path / "cat" / "pipe.jpg")
+    links = {"broken.jpg": "nowhere", "zero.jpg": "/dev/zero", "back": "..", "self.jpg": "self.jpg"}
+    for name, target in links.items():
+        (tmp_path / "cat" / name).symlink_to(target)
+    for litter in (".DS_Store", "._a.jpg", "Thumbs.db", ".ipynb_checkpoints/a.jpg", "__MACOSX/a.jpg"):
+        picture(tmp_path / "cat" / "litter.jpg")
+        (tmp_path / "cat" / litter).parent.mkdir(exist_ok=True)
+        (tmp_path / "cat" / "litter.jpg").rename(tmp_path / "cat" / litter)
+    found = reasons(tmp_path)
     listed = [*others, "bird", "cat/c", "cat/empty.jpg", "cat/pipe.jpg", *(f"cat/{name}" for name in links)]
     assert sorted(found) == sorted(listed)
     assert found["cat/x.zip"] == "an archive; unpack it" and found["cat/empty.jpg"] == "an empty file"

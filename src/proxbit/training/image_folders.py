@@ -117,19 +117,19 @@ def _of_folder(folder: Path) -> Splits:
     else:
         kind = datasets.ClassLabel(names=sorted({str(label) for label in labels}))
     features = datasets.Features({IMAGE: datasets.Image(), LABEL: kind, REASON: datasets.Value("string")})
-    splits = Splits({name: _rows(files, features) for name, files in layout.splits.items()})
+    splits = Splits({name: _rows(name, files, features) for name, files in layout.splits.items()})
     splits.left_out, splits.litter = layout.left_out, layout.litter
     return splits
 
 
-def _rows(files: Sequence[Filed], features: datasets.Features) -> datasets.Dataset:
+def _rows(split: str, files: Sequence[Filed], features: datasets.Features) -> datasets.Dataset:
     named = isinstance(features[LABEL], datasets.ClassLabel)
     columns: dict[str, list[Any]] = {
         IMAGE: [{"path": _stored(each.path), "bytes": None} for each in files],
         LABEL: [str(each.label) if named and each.label is not None else each.label for each in files],
         REASON: [each.reason for each in files],
     }
-    return datasets.Dataset.from_dict(columns, features=features)
+    return datasets.Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))
 
 
 def _stored(path: Path) -> str:

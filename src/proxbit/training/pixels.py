@@ -14,6 +14,7 @@
 | more pixels than Pillow takes for harmless, or one side 200 times the other | not at all |
 """
 
+import logging
 import warnings
 from functools import cache
 from importlib import import_module
@@ -36,6 +37,8 @@ FORMATS = (
 )
 HEIC = frozenset({".heic", ".heif", ".heics", ".heifs", ".hif"})
 NARROW = 200
+# What Pillow's readers log of damaged files comes as an error, too, whose text is the reason.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @cache
