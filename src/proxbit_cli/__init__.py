@@ -72,9 +72,10 @@ for _name, _help in COMMANDS.items():
 
 def main() -> None:
     """Run the program. What proxbit or the file system refuses is one line on standard error, and exit status 2."""
-    warnings.showwarning = _warn  # type: ignore[assignment]
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn  # type: ignore[assignment]
+            app()
     except Exception as error:
         no_place = isinstance(error, OSError) and error.filename is not None
         if not no_place and not isinstance(error, import_module("proxbit.errors").ProxbitError):
@@ -83,9 +84,10 @@ def main() -> None:
         sys.exit(2)
 
 
-def _warn(message: Warning | str, *_: Any) -> None:
-    """Show a warning in one line, without the line of code that it came from."""
-    _tell("[yellow]Warning:[/]", str(message))
+def _warn(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """Show a warning in one line, without the line of code that it came from; not those for programmers."""
+    if not issubclass(category, DeprecationWarning):
+        _tell("[yellow]Warning:[/]", str(message))
 
 
 def _tell(title: str, text: str) -> None:

@@ -208,6 +208,7 @@ def test_evaluate_in_a_terminal(session):
 
 def test_a_warning_is_one_line_without_the_code_that_it_came_from(monkeypatch, capsys):
     def command():
+        warnings.warn("for programmers", DeprecationWarning, stacklevel=2)
         warnings.warn("soft\x1b[2J [bold]at[/] mu", UserWarning, stacklevel=2)
 
     monkeypatch.setattr("proxbit_cli.app", command)

@@ -360,6 +360,6 @@ def _plain(name: str) -> str:
 
 
 def some(names: Sequence[str], most: int = 10) -> str:
-    return ", ".join(repr(printable(name)) for name in names[:most]) + (
-        f", ... ({len(names)} in all)" if len(names) > most else ""
-    )
+    """Names for a message: the first ones, fit to print, and how many there are."""
+    rest = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(repr(printable(name)) for name in names[:most]) + rest
