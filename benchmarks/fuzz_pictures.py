@@ -6,6 +6,7 @@ traceback, no hang, no program started, no file lost.
 """
 
 import argparse
+import faulthandler
 import io
 import os
 import random
@@ -194,15 +195,17 @@ def metadata(folder: Path, rng: random.Random) -> None:
     column = rng.choice(("label", "label", "labels", "place"))
     kind = rng.choice(("csv", "csv", "jsonl", "parquet", "noise"))
     table = datasets.Dataset.from_dict({"file_name": names, column: labels}) if names else None
+    name = f"metadata.{rng.choice(('csv', 'jsonl', 'parquet')) if kind == 'noise' else kind}"
+    (folder / name).unlink(missing_ok=True)  # It may be a link to a file that is not ours, or a pipe.
     if kind == "noise" or table is None:
-        (folder / rng.choice(("metadata.csv", "metadata.jsonl", "metadata.parquet"))).write_bytes(rng.randbytes(80))
+        (folder / name).write_bytes(rng.randbytes(80))
     elif kind == "parquet":
-        table.to_parquet(folder / "metadata.parquet")
+        table.to_parquet(folder / name)
     elif kind == "jsonl":
-        table.to_json(folder / "metadata.jsonl")
+        table.to_json(folder / name)
     else:
         rows = [f'"{name}",{label}' for name, label in zip(names, labels, strict=True)]
-        (folder / "metadata.csv").write_text("\n".join([f"file_name,{column}", *rows, *rng.choice(([], ["x", '"']))]))
+        (folder / name).write_text("\n".join([f"file_name,{column}", *rows, *rng.choice(([], ["x", '"']))]))
 
 
 def make(data: Path, rng: random.Random) -> str:
@@ -288,6 +291,7 @@ def outcome_of(data: Path, read: Callable[[Path], int], watch: Watch) -> tuple[s
 
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    faulthandler.dump_traceback_later(3 * SECONDS + 10, exit=True)  # of what no signal interrupts
     watch.seen.clear()
     taken, outcome, why = 0, READ, ""
     try:
@@ -303,6 +307,7 @@ def outcome_of(data: Path, read: Callable[[Path], int], watch: Watch) -> tuple[s
         outcome, why = TRACEBACK, f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
     return (PROGRAM, taken, str(watch.seen)) if watch.seen else (outcome, taken, why)
 
 

@@ -1,6 +1,7 @@
 """`proxbit train`: fields from options and files, pictures to packed model, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -190,3 +191,23 @@ def test_a_class_to_evaluate_with_is_one_to_train_with(place, tmp_path):
 def test_memory_is_pinned_for_accelerators_only():
     _, args = parse(["--model", "m", "--data", "d", "--use_cpu", "true"])
     assert args.dataloader_pin_memory is False
+
+
+@pytest.mark.parametrize("word", ["last", "True", "true"])
+def test_the_last_checkpoint_has_a_name(word):
+    _, args = parse(["--model", "m", "--data", "d", "--use_cpu", "true", "--resume_from_checkpoint", word])
+    assert args.resume_from_checkpoint is True
+
+
+def test_a_training_that_was_stopped_goes_on(place, tmp_path):
+    options = ["--model", place / "float", "--data", place / "photos", "--output_dir", tmp_path / "out", *FAST[:-2]]
+    options += ["--save_steps", "1", "--num_train_epochs", "1"]
+    assert run(*options).exit_code == 0
+    for made in ("latent", "packed"):
+        shutil.rmtree(tmp_path / "out" / made)
+    refused = run(*options).exception
+    assert isinstance(refused, CheckpointError) and "go on with --resume_from_checkpoint last" in str(refused)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    done = run(*options, "--resume_from_checkpoint", "last")
+    assert done.exit_code == 0, done.exception
+    assert (tmp_path / "out" / "packed" / "config.json").is_file()

@@ -238,3 +238,11 @@ def test_a_metadata_file_of_something_else_is_listed_beside_class_folders(tmp_pa
     (tmp_path / "other" / "metadata.csv").write_bytes(content)
     with pytest.raises(DataError, match="Its metadata file (has no columns|cannot be read)"):
         layout_of(tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+def test_a_metadata_file_that_is_a_pipe_is_not_waited_for(tmp_path, name):
+    for each in ("cat", "dog"):
+        flat(tmp_path / each, 1)
+    os.mkfifo(tmp_path / name)
+    assert reasons(tmp_path) == {name: "neither a file nor a folder"}

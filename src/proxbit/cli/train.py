@@ -122,10 +122,17 @@ def parse(arguments: list[str]) -> tuple[PictureArguments, ProxConnectArguments]
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if getattr(training, name) < 1:
             raise ConfigError(f"{name} must be 1 or more, not {getattr(training, name)}.")
+    _settle(training)
+    return pictures, training
+
+
+def _settle(training: ProxConnectArguments) -> None:
+    """Set what follows from the machine, and from what this command trains with."""
     training.remove_unused_columns = False
     if training.device.type == "cpu":  # Pages are pinned for the way to an accelerator.
         training.dataloader_pin_memory = False
-    return pictures, training
+    if str(training.resume_from_checkpoint).casefold() in ("true", "last"):
+        training.resume_from_checkpoint = True
 
 
 def _take(parser: HfArgumentParser, settings: Mapping[str, Any], path: str) -> None:
@@ -204,6 +211,19 @@ def prepare(batch: dict[str, Any], processor: Any) -> dict[str, Any]:
     return {"pixel_values": list(pixels), "labels": batch[LABEL]}
 
 
+def _check_folder(out: Path, resumed: str | bool | None) -> None:
+    """Raise CheckpointError unless the output folder is new, or the checkpoint to go on from may be one."""
+    if resumed is None and any(out.glob("checkpoint-*")):
+        raise CheckpointError(
+            f"{printable(out)} holds checkpoints of a training; nothing is overwritten. Name a new folder, or go on with "
+            "--resume_from_checkpoint last."
+        )
+    if resumed is None:
+        check_new_folder(out)
+    elif isinstance(resumed, str) and not is_model_folder(resumed):
+        raise CheckpointError(f"resume_from_checkpoint: {resumed!r} is no checkpoint; take a folder, or last.")
+
+
 def make_trainer(given: PictureArguments, args: ProxConnectArguments) -> ProxConnectTrainer:
     """The Trainer with everything that was asked for, checked; nothing is written yet."""
     out = Path(args.output_dir)
@@ -212,10 +232,7 @@ def make_trainer(given: PictureArguments, args: ProxConnectArguments) -> ProxCon
             "`proxbit train` keeps the whole model in every process (DDP); with FSDP or DeepSpeed, use "
             "ProxConnectTrainer in a script of your own."
         )
-    if args.resume_from_checkpoint is None:
-        check_new_folder(out)
-    elif not is_model_folder(args.resume_from_checkpoint):
-        raise CheckpointError(f"resume_from_checkpoint: {args.resume_from_checkpoint!r} is no checkpoint.")
+    _check_folder(out, args.resume_from_checkpoint)
     architecture(given.model)  # A name that is none is told before pictures are read.
     splits = load_splits(given.data)
     train_split, _ = pick_splits(splits, given)

@@ -216,7 +216,8 @@ def _files_of(
 ) -> list[Filed]:
     """Every file of one split."""
     depth = len(prefix.parts)
-    noted = next((prefix / name for name in METADATA if prefix / name in inside), None)
+    there = [prefix / name for name in METADATA if prefix / name in inside]
+    noted = next((path for path in there if os.path.isfile(data / path)), None)  # A pipe would be waited for.
     why = ""
     if noted is not None:
         try:
