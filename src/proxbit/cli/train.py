@@ -215,8 +215,8 @@ def _check_folder(out: Path, resumed: str | bool | None) -> None:
     """Raise CheckpointError unless the output folder is new, or the checkpoint to go on from may be one."""
     if resumed is None and any(out.glob("checkpoint-*")):
         raise CheckpointError(
-            f"{printable(out)} holds checkpoints of a training; nothing is overwritten. Name a new folder, or go on with "
-            "--resume_from_checkpoint last."
+            f"{printable(out)} holds checkpoints of a training; nothing is overwritten. Name a new folder, or go on "
+            "with --resume_from_checkpoint last."
         )
     if resumed is None:
         check_new_folder(out)
