@@ -4,11 +4,13 @@ import argparse
 import copy
 import importlib
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import proxbit
 from proxbit.analysis.environment import environment
@@ -258,3 +260,36 @@ def test_documents_are_damaged_and_read(script):
     assert wrong == [] and memory < 2**30 and sum(cells.total() for cells in counts.values()) == 20
     text = documents.page(20, 3, 0.1, (counts, ["case 3: **hang**"], memory))
     assert "- case 3: **hang**" in text and "| **all** | | 20 |" in text
+
+
+def test_folders_of_pictures_at_random_are_taken_or_refused(script):
+    fuzz = script("fuzz_pictures")
+    results, memory = fuzz.fuzz(25, 7)
+    assert {outcome for _, outcome, _, _ in results} == {fuzz.READ, fuzz.REFUSED} and memory < 400
+    page = fuzz.page(results, memory, 7, 0.1)
+    assert "| **all** | 25 | " in page and "Nothing else happened." in page
+
+
+def test_the_fuzzer_of_pictures_sees_what_must_not_happen(script, tmp_path, monkeypatch):
+    fuzz = script("fuzz_pictures")
+    monkeypatch.setattr(fuzz, "SECONDS", 0.05)
+    watch = fuzz.Watch()
+
+    def hang(data):
+        while True:
+            pass
+
+    for read, expected in (
+        (lambda data: 1 / 0, fuzz.TRACEBACK),
+        (hang, fuzz.HANG),
+        (lambda data: os.system("true"), fuzz.PROGRAM),
+    ):
+        assert fuzz.outcome_of(tmp_path, read, watch)[0] == expected
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / name / "1.png")
+    monkeypatch.setattr(fuzz, "SECONDS", 20)
+    assert fuzz.outcome_of(tmp_path, fuzz.commands, watch)[0] == fuzz.READ
+    found = fuzz.files_of(tmp_path)
+    monkeypatch.setattr(fuzz, "files_of", lambda data: found | {"lost.png"})
+    assert fuzz.outcome_of(tmp_path, fuzz.commands, watch)[0] == fuzz.LOST

@@ -5,6 +5,7 @@ A command is the function of its name in the module `proxbit.cli.<name>`, which 
 """
 
 import sys
+import warnings
 from importlib import import_module
 from inspect import getdoc
 from typing import Any
@@ -73,13 +74,23 @@ for _name, _help in COMMANDS.items():
 def main() -> None:
     """Run the program. What proxbit or the file system refuses is one line on standard error, and exit status 2."""
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn  # type: ignore[assignment]
+            app()
     except Exception as error:
         no_place = isinstance(error, OSError) and error.errno is not None  # Such as a full disk.
         if not no_place and not isinstance(error, import_module("proxbit.errors").ProxbitError):
             raise
-        line = import_module("proxbit.foreign").printable(
-            " ".join([str(error), *vars(error).get("__notes__", ())]), most=5000
-        )
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(line)}", highlight=False)
+        _tell("[bold red]Error:[/]", " ".join([str(error), *vars(error).get("__notes__", ())]))
         sys.exit(2)
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """Show a warning in one line, without the line of code that it came from; not those for programmers."""
+    if not issubclass(category, DeprecationWarning):
+        _tell("[yellow]Warning:[/]", str(message))
+
+
+def _tell(title: str, text: str) -> None:
+    line = import_module("proxbit.foreign").printable(text, most=5000)
+    Console(stderr=True, soft_wrap=True).print(f"{title} {escape(line)}", highlight=False)

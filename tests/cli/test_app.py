@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import termios
+import warnings
 from importlib import import_module
 from inspect import getdoc
 from pathlib import Path
@@ -23,7 +24,7 @@ from proxbit.cli.app import app, main
 from proxbit.errors import LossError
 from proxbit_cli import COMMANDS
 
-NO_COMMANDS = {"terminal", "__init__", "app", "checkpoints", "progress"}
+NO_COMMANDS = {"__init__", "app", "checkpoints", "pictures", "progress", "terminal"}
 DEMO = Path(proxbit.__file__).parent / "demo" / "digits"
 # Many commands in one process, each with its exit status behind it.
 SESSION = """
@@ -203,3 +204,15 @@ def test_the_demo_draws_in_colors(session):
 def test_evaluate_in_a_terminal(session):
     shown, _ = session["evaluate"]
     assert "2 left out:" in shown and "cut.jpg: " in shown and "text.jpg: not a picture" in shown
+
+
+def test_a_warning_is_one_line_without_the_code_that_it_came_from(monkeypatch, capsys):
+    def command():
+        warnings.warn("for programmers", DeprecationWarning, stacklevel=2)
+        warnings.warn("soft\x1b[2J [bold]at[/] mu", UserWarning, stacklevel=2)
+
+    monkeypatch.setattr("proxbit_cli.app", command)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        main()
+    assert capsys.readouterr().err == "Warning: soft\\x1b[2J [bold]at[/] mu\n"

@@ -89,6 +89,7 @@ def test_images_make_a_packed_model(folder, photos, tmp_path):
     done = run(folder, "--images", photos, "--output_dir", tmp_path / "out", "--recipe", "w1a8", "--labels")
     assert done.exit_code == 0, done.exception
     assert "fitted 12 layers to 8 images" in done.output and "left out:" in done.output
+    assert done.stderr.index("│ flower") < done.stderr.index("2 left out:") and "Reading" not in done.stderr
     assert all(word in done.output for word in ("accuracy", "balanced accuracy", "bytes", "x smaller", "x as fast"))
     assert "Accuracies are of 8 images that the weights were not fitted to." in done.output
     model = ViTForImageClassification.from_pretrained(tmp_path / "out")

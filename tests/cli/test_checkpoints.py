@@ -100,3 +100,31 @@ def test_only_a_new_or_empty_folder_is_written_to(tmp_path):
     for taken in (tmp_path, tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(CheckpointError):
             check_new_folder(taken)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("./nowhere", r"There is no model './nowhere': there is no folder of that name\.$"),
+        ("runs/flaot", r"There is no model 'runs/flaot': there is no folder .* \(did you mean 'runs/float'\?\)\.$"),
+        ("someone/model", "There is no model 'someone/model': there is no folder .* HF_HUB_OFFLINE"),
+        ("\x1b[2J\n", r"There is no model '\\\\x1b"),
+    ],
+)
+@pytest.mark.parametrize("load", [architecture, load_model, load_processor])
+def test_a_name_of_nothing_is_told_with_the_reason(tmp_path, monkeypatch, name, words, load):
+    (tmp_path / "runs" / "float").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=words) as refused:
+        load(name)
+    assert str(refused.value).isprintable()
+
+
+def test_code_of_a_repository_is_not_run(folder, monkeypatch):
+    """And nobody is asked whether it may."""
+    (folder / "evil.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
+    (folder / "config.json").write_text('{"model_type": "evilvit", "auto_map": {"AutoConfig": "evil.EvilConfig"}}')
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(CheckpointError):
+        load_model(str(folder))
+    assert not (folder / "ran").exists()

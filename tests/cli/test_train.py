@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import proxbit
 from picture_folders import odd_folder, tiny_classifier
 from proxbit.cli.app import app
-from proxbit.cli.train import parse
+from proxbit.cli.train import load_for, parse
 from proxbit.errors import CheckpointError, ConfigError, DataError, ModelStateError
 from proxbit.patching import state_of
 
@@ -34,7 +34,9 @@ def test_pictures_make_a_packed_model(place, tmp_path):
     options = ["--model", place / "float", "--teacher", place / "float", "--data", place / "photos", *FAST]
     done = run(*options, "--eval_fraction", "0.25", "--recipe", "w1a8", "--output_dir", tmp_path / "out")
     assert done.exit_code == 0, done.exception
-    assert done.stderr.count("left out: ") == 2 and "accuracy" in done.stdout
+    assert "2 left out:" in done.stderr and "accuracy" in done.stdout
+    assert "│ train │ held out, 25% │" in done.stderr.replace("┃", "│")
+    assert not any(noise in done.stderr for noise in ("pin_memory", "Downloading", "Flattening"))
     out = tmp_path / "out"
     config = json.loads((out / "packed" / "config.json").read_text())["quantization_config"]
     assert (config["state"], config["activations"]) == ("packed", "int8")
@@ -43,6 +45,7 @@ def test_pictures_make_a_packed_model(place, tmp_path):
     assert {name: state_of(model) for name, model in states.items()} == {"latent": "latent", "packed": "packed"}
     assert (out / "packed" / "preprocessor_config.json").is_file()
     card = json.loads((out / "packed" / "quantization_card.json").read_text())
+    assert card["dataset"] == "photos"
     assert card["split"] == "25% of train, held out"
     assert states["packed"].config.label2id == {"flower": 0, "other": 1, "temple": 2}
     start = hf.AutoModelForImageClassification.from_pretrained(place / "float")
@@ -55,7 +58,7 @@ def test_other_classes_get_a_new_head_from_a_file(place, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(settings))
     done = run(tmp_path / "run.json", *FAST)
     assert done.exit_code == 0, done.exception
-    assert "a new head for 2 classes" in done.stderr
+    assert "gets a new head for 2 classes: all of its rows are new." in done.stderr
     made = hf.AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "packed")
     assert made.config.id2label == {0: "flower", 1: "temple"} and made.classifier.weight.shape[0] == 2
     again = run(tmp_path / "run.json", *FAST, "--output_dir", tmp_path / "again")
@@ -181,3 +184,34 @@ def test_a_run_that_was_killed_goes_on(place, tmp_path):
         assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 2
         for folder in ("latent", "packed"):
             shutil.rmtree(out / folder)
+
+
+def test_rows_of_labels_that_stay_are_kept(place, tmp_path, capsys):
+    tiny_classifier(tmp_path / "fruit", names=("banana", "apple", "cherry"))
+    model, numbers = load_for(str(tmp_path / "fruit"), ["apple", "banana", "zucchini"])
+    assert "the rows of 'apple', 'banana' are kept, the others are new" in capsys.readouterr().err
+    old = hf.ViTForImageClassification.from_pretrained(tmp_path / "fruit").classifier.weight
+    assert torch.equal(model.classifier.weight[:2], old[[1, 0]]) and numbers == {0: 0, 1: 1, 2: 2}
+    assert not any(torch.equal(model.classifier.weight[2], row) for row in old)
+
+
+def test_a_class_to_evaluate_with_is_one_to_train_with(place, tmp_path):
+    for split, names in (("train", ("flower", "temple")), ("test", ("flower", "other", "temple"))):
+        for name in names:
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            source = place / "photos" / "flower" / "color.jpg"
+            (tmp_path / "data" / split / name / "1.jpg").write_bytes(source.read_bytes())
+    refused = run("--model", place / "float", "--data", tmp_path / "data", "--output_dir", tmp_path / "out", *FAST)
+    assert isinstance(refused.exception, DataError) and "train has none of: 'other'" in str(refused.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_is_pinned_for_accelerators_only():
+    _, args = parse(["--model", "m", "--data", "d", "--use_cpu", "true"])
+    assert args.dataloader_pin_memory is False
+
+
+@pytest.mark.parametrize("word", ["last", "True", "true"])
+def test_the_last_checkpoint_has_a_name(word):
+    _, args = parse(["--model", "m", "--data", "d", "--use_cpu", "true", "--resume_from_checkpoint", word])
+    assert args.resume_from_checkpoint is True

@@ -1,5 +1,8 @@
 """Pictures as users have them: what is read, what is left out, and whose labels they bear."""
 
+import unicodedata
+from types import SimpleNamespace
+
 import datasets
 import numpy as np
 import pytest
@@ -8,13 +11,17 @@ from PIL import Image
 from picture_folders import CLASSES, READABLE, UNREADABLE, odd_folder
 from proxbit.errors import DataError
 from proxbit.training.image_folders import (
+    LeftOut,
     Pictures,
+    check_classes,
     class_names,
     load_splits,
     match_labels,
+    numbers_of_labels,
     pick_split,
     read_pictures,
     relabel,
+    unlabelled,
 )
 
 LABEL2ID = {"flower": 0, "other": 1, "temple": 2}
@@ -153,3 +160,56 @@ def test_other_columns_do_not_matter_and_other_names_are_understood(photographs)
     assert list(read.dataset["label"]) == [1, 0]
     with pytest.raises(DataError, match="One column of pictures"):
         read_pictures(data.remove_columns("labels"))
+
+
+@pytest.mark.parametrize("names", [["café", "thé"], ["thé", "café"]])
+def test_labels_match_in_any_normal_form(names):
+    label2id = {unicodedata.normalize("NFD", name): i for i, name in enumerate(["café", "thé", "lait"])}
+    assert match_labels(names, label2id, "m") == {i: ["café", "thé"].index(name) for i, name in enumerate(names)}
+    both = {"café": 3, **label2id}
+    assert match_labels(["café", "lait"], both, "m") == {0: 3, 1: 2}, "that very name comes first"
+
+
+@pytest.mark.parametrize("label2id", [None, {}])
+def test_numbers_of_labels_come_from_their_names(label2id):
+    assert numbers_of_labels(SimpleNamespace(label2id=label2id, id2label={0: "a", 1: "b"})) == {"a": 0, "b": 1}
+    assert numbers_of_labels(SimpleNamespace(label2id={"c": 3}, id2label={0: "a"})) == {"c": 3}
+
+
+@pytest.mark.parametrize(
+    ("labels", "unread", "words"),
+    [
+        ([0, 0], {}, "photos, test holds one class only, 'cat', with 2 pictures; .* such as DATA/cat/1.jpg"),
+        ([0], {1: LeftOut("d\n.jpg", "an empty file")}, r"these classes can be read: 'dog'; .*d\\n.jpg: an empty file"),
+    ],
+)
+def test_classes_that_cannot_be_told_apart_are_refused(labels, unread, words):
+    found = Pictures(datasets.Dataset.from_dict({"label": labels}), ("cat", "dog"), tuple(unread.values()), unread)
+    with pytest.raises(DataError, match=words):
+        check_classes(found, "photos, test")
+    check_classes(Pictures(datasets.Dataset.from_dict({"label": [0, 1]}), ("cat", "dog", "none"), ()), "photos")
+
+
+def test_names_of_others_are_escaped_in_errors():
+    with pytest.raises(DataError) as refused:
+        match_labels(["\x1b[2J\nError: x"], LABEL2ID, "m")
+    assert str(refused.value).isprintable()
+
+
+def test_pictures_of_a_hub_are_shown_by_the_same_rules():
+    deep = Image.fromarray(np.tile(np.arange(256, dtype=np.uint16) * 257, (8, 1)))
+    data = datasets.Dataset.from_dict({"image": [deep, deep], "label": [0, 1]})
+    read = read_pictures(data.cast_column("image", datasets.Image()))
+    for shown in (read.dataset[0]["image"], read.dataset.train_test_split(0.5, seed=0)["test"]["image"][0]):
+        assert shown.mode == "RGB" and np.array_equal(np.asarray(shown)[0, :, 0], np.arange(256))
+
+
+def test_images_without_labels_are_shown_by_the_same_rules(tmp_path):
+    Image.fromarray(np.full((9, 9), 65535, np.uint16)).save(tmp_path / "deep.png")
+    Image.new("RGBA", (9, 9)).save(tmp_path / "clear.png")
+    (tmp_path / "text.png").write_text("x")
+    (tmp_path / "x.zip").write_bytes(b"x")
+    left_out: list[LeftOut] = []
+    shown = list(unlabelled(str(tmp_path), 0, left_out))
+    assert [(each.mode, each.getextrema()) for each in shown] == [("RGB", ((255, 255),) * 3)] * 2
+    assert {each.reason for each in left_out} == {"not a picture", "an archive; unpack it"}

@@ -1,6 +1,7 @@
 """What a model is shown: images in every form, and chunks that do not depend on batches."""
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import ViTImageProcessorPil
 
 from families import TABLE
-from proxbit.errors import ConfigError
+from proxbit.errors import ConfigError, DataError
 from proxbit.training.shown import CHUNK, batches_of, chunks_of, length, main_input
 from tiny_models import FAMILIES, SIDE
 
@@ -130,3 +131,12 @@ def test_other_shapes_stay_apart():
     assert [tuple(chunk["x"].shape) for chunk in chunks] == [(5, 4), (2, 5)]
     odd = [{"x": torch.zeros(3, 4), "y": torch.zeros(2)}] * 2
     assert [len(chunk["x"]) for chunk in chunks_of(odd)] == [3, 3]
+
+
+def test_images_are_shown_as_those_of_files(vit):
+    """16 bits by their high byte, transparent pixels on white; what cannot be shown truly is refused."""
+    white = [Image.fromarray(np.full((9, 9), 65535, np.uint16)), Image.new("RGBA", (9, 9)), Image.new("L", (9, 9), 255)]
+    pixels = next(batches_of(vit, white, images=None, processor=PROCESSOR))["pixel_values"]
+    assert torch.equal(pixels, torch.ones_like(pixels))
+    with pytest.raises(DataError, match="calibrate: an image of mode F cannot be taken: its pixels are floats from -1"):
+        list(batches_of(vit, [Image.new("F", (9, 9), -1)], images=None, processor=PROCESSOR))

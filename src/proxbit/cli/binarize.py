@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from datasets import Dataset
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,15 +16,17 @@ from torch import nn
 
 from proxbit.analysis.timing import time_rounds, torch_threads
 from proxbit.cli.checkpoints import check_new_folder, load_model, load_processor, save
+from proxbit.cli.pictures import name_of_data, read_split, tell_left_out, tell_pictures
 from proxbit.cli.progress import watch
 from proxbit.config import BinarizationConfig
 from proxbit.errors import CheckpointError, ConfigError, DataError
+from proxbit.foreign import printable
 from proxbit.hub import binarize as binarize_model
 from proxbit.hub import pack
 from proxbit.posttraining import calibration_of
 from proxbit.training.calibration import calibrate
 from proxbit.training.evaluation import Evaluation, evaluate_pictures
-from proxbit.training.image_folders import LeftOut, load_splits, pick_split, read_pictures, unlabelled
+from proxbit.training.image_folders import LeftOut, Pictures, load_splits, pick_split, unlabelled
 from proxbit.training.recipes import DEFAULT_RECIPE, get_recipe
 
 __all__ = ["binarize"]
@@ -170,8 +171,7 @@ def from_images(source: _Source, config: BinarizationConfig, folder: Path) -> No
     left_out: list[LeftOut] = []
     binarize_model(model, config)
     calibrate(model, unlabelled(source.images, 0, left_out), num_images=source.num_images, processor=processor)
-    for each in left_out:
-        typer.echo(f"left out: {each.picture}: {each.reason}", err=True)
+    tell_left_out(Console(stderr=True), left_out)
     report = calibration_of(model)
     assert report is not None
     pack(model)
@@ -183,7 +183,7 @@ def from_images(source: _Source, config: BinarizationConfig, folder: Path) -> No
     }
     run = {
         "recipe": source.recipe,
-        "dataset": Path(source.images).name if Path(source.images).is_dir() else source.images,
+        "dataset": name_of_data(source.images),
         "steps": 0,
         "train_samples": 0,
         "calibration_samples": report.images,
@@ -197,19 +197,21 @@ def from_images(source: _Source, config: BinarizationConfig, folder: Path) -> No
     show(plain, model, dict(processor(images=[image], return_tensors="pt")), folder, evaluations)
 
 
-def _labelled(images: str) -> Dataset:
-    """The part with labels that nothing is fitted to."""
+def _labelled(images: str) -> Pictures:
+    """The part with labels that nothing is fitted to; what it holds is printed."""
     splits = load_splits(images)
     if len(splits) < 2:
         raise DataError(
-            f"--labels: {images} has one part, which the weights are fitted to. Accuracies are of another one: lay "
-            "the images out as DATA/train/cat/1.jpg and DATA/test/cat/1.jpg."
+            f"--labels: {printable(images)} has one part, which the weights are fitted to. Accuracies are of another "
+            "one: lay the images out as DATA/train/cat/1.jpg and DATA/test/cat/1.jpg."
         )
-    return splits[pick_split(splits, None, HELD_OUT)]
+    chosen = pick_split(splits, None, HELD_OUT)
+    pictures = read_split(images, chosen, splits[chosen])
+    tell_pictures(Console(stderr=True), splits, splits, {chosen: pictures})
+    return pictures
 
 
-def _evaluate(model: Any, processor: Any, name: str, dataset: Dataset) -> Evaluation:
-    pictures = read_pictures(dataset, partial(watch, "Reading images"))
+def _evaluate(model: Any, processor: Any, name: str, pictures: Pictures) -> Evaluation:
     names = model.config.id2label  # which the evaluation replaces by numbers
     try:
         return evaluate_pictures(

@@ -8,18 +8,21 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
 
 from proxbit.errors import CheckpointError, ProxbitError
+from proxbit.foreign import printable
 from proxbit.hub.client import first_line
 from proxbit.hub.files import save_weights
 from proxbit.hub.loading import UNREADABLE, class_of, load_config, load_image_processor, load_pretrained
 from proxbit.hub.release import write_release
 from proxbit.hub.staging import staged
 from proxbit.patching import state_of
+from proxbit.training.sources import is_path, why_nowhere
 
 __all__ = ["architecture", "check_new_folder", "load_model", "load_processor", "save", "save_plain"]
 
@@ -34,14 +37,33 @@ def architecture(name: str) -> tuple[transformers.PreTrainedConfig, Any | None]:
         CheckpointError: if there is no such model.
     """
     if Path(name).is_file():
-        raise CheckpointError(f"There is no model in {name!r}: it is a file. Name the folder that it lies in.")
+        raise CheckpointError(f"There is no model in {_shown(name)}: it is a file. Name the folder that it lies in.")
+    options = _options(name)
     try:
-        config = load_config(name)
+        config = load_config(name, **options)
     except ProxbitError:
         raise
     except (*MISTAKES, OSError) as error:
         raise CheckpointError(_nowhere(name, error)) from error
     return config, class_of(config, name)
+
+
+def _shown(name: str) -> str:
+    return repr(printable(name))
+
+
+def _options(name: str) -> dict[str, Any]:
+    """With which a name is loaded: from the cache where the Hub cannot be asked.
+
+    Raises:
+        CheckpointError: if there is neither a folder nor a repository of that name.
+    """
+    reason = why_nowhere(name, "model")
+    if reason is None:
+        return {}
+    if not is_path(name) and isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return {"local_files_only": True}
+    raise CheckpointError(f"There is no model {_shown(name)}: {reason}.")
 
 
 def _nowhere(name: str, error: Exception) -> str:
@@ -50,11 +72,11 @@ def _nowhere(name: str, error: Exception) -> str:
     if isinstance(error, StrictDataclassError):  # The second line says what, the first one only where.
         reason = " ".join(str(error).split())
     if place.is_dir() and not (place / "config.json").is_file():
-        return f"There is no model in {name!r}: it holds no config.json."
+        return f"There is no model in {_shown(name)}: it holds no config.json."
     if place.exists():
-        return f"There is no model in {name!r} that can be read: {reason}."
+        return f"There is no model in {_shown(name)} that can be read: {reason}."
     private = " If it is private: `hf auth login`, or HF_TOKEN." if "private repository" in str(error) else ""
-    return f"There is no model {name!r}, neither in a folder nor on the hub: {reason}.{private}"
+    return f"There is no model {_shown(name)}, neither in a folder nor on the hub: {reason}.{private}"
 
 
 def load_model(name: str, dtype: torch.dtype | str = "auto", **changes: Any) -> nn.Module:
@@ -69,19 +91,20 @@ def load_model(name: str, dtype: torch.dtype | str = "auto", **changes: Any) -> 
         CheckpointError: if there is no such model, or its weights are missing, damaged or not in safetensors.
     """
     _, model_class = architecture(name)
+    options = _options(name) | changes
     loader = model_class or transformers.AutoModelForImageClassification
     try:
-        model: nn.Module = load_pretrained(loader, name, dtype=dtype, use_safetensors=True, **changes)
+        model: nn.Module = load_pretrained(loader, name, dtype=dtype, use_safetensors=True, **options)
     except ProxbitError:
         raise
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"The weights of {name!r} cannot be read from safetensors: {first_line(error)}."
+            f"The weights of {_shown(name)} cannot be read from safetensors: {first_line(error)}."
         ) from error
     except MISTAKES as error:
         mismatch = "the weights have other sizes than its config.json says, see above"
         reason = mismatch if "ignore_mismatched_sizes" in str(error) else first_line(error)
-        raise CheckpointError(f"The model of {name!r} cannot be made: {reason}.") from error
+        raise CheckpointError(f"The model of {_shown(name)} cannot be made: {reason}.") from error
     return model.eval()
 
 
@@ -89,10 +112,11 @@ def load_processor(name: str) -> Any | None:
     """The image processor that lies beside a model, or None.
 
     Raises:
-        CheckpointError: if there is one in the folder, which cannot be read.
+        CheckpointError: if there is one in the folder, which cannot be read; or neither such a folder nor a repository.
     """
+    options = _options(name)
     try:
-        return load_image_processor(name)
+        return load_image_processor(name, **options)
     except ProxbitError:
         raise
     except (*MISTAKES, OSError) as error:

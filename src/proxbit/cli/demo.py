@@ -26,6 +26,7 @@ from proxbit.analysis.variants import forward_calls
 from proxbit.cli.checkpoints import load_model, load_processor
 from proxbit.hub import binarize, fuse, pack
 from proxbit.training.calibration import calibrate
+from proxbit.training.pixels import read_picture
 
 __all__ = ["Reading", "demo", "half_blocks"]
 
@@ -63,8 +64,7 @@ def half_blocks(picture: Image.Image, colors: bool) -> Text:
 def read(model: Any, processor: Any, samples: list[Path]) -> Iterator[Reading]:
     """The model's answer for each picture, whose name is the truth."""
     for path in samples:
-        with Image.open(path) as picture:
-            inputs = processor(picture.convert("RGB"), return_tensors="pt")
+        inputs = processor(read_picture(path), return_tensors="pt")
         with torch.inference_mode():
             certainty, answer = model(**inputs).logits[0].softmax(0).max(0)
         yield Reading(path.name, model.config.id2label[int(answer)], float(certainty), path.stem)
@@ -82,8 +82,7 @@ class Form:
 
 def pictures_of(sheet: Path, side: int) -> list[Image.Image]:
     """The pictures that lie side by side on a sheet."""
-    with Image.open(sheet) as whole:
-        grey = whole.convert("RGB")
+    grey = read_picture(sheet)
     columns, rows = grey.width // side, grey.height // side
     return [
         grey.crop((side * x, side * y, side * (x + 1), side * (y + 1))) for y in range(rows) for x in range(columns)

@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from proxbit.cli.checkpoints import load_model, load_processor
+from proxbit.cli.pictures import read_split, tell_pictures
 from proxbit.cli.progress import watch
 from proxbit.errors import CheckpointError
+from proxbit.foreign import printable
 from proxbit.patching import state_of
 from proxbit.training.evaluation import Evaluation, evaluate_pictures
-from proxbit.training.image_folders import load_splits, pick_split, read_pictures
+from proxbit.training.image_folders import load_splits, pick_split
 
 __all__ = ["evaluate"]
 
@@ -43,22 +45,26 @@ def evaluate(
         raise CheckpointError(
             f"{model!r} has no preprocessor_config.json that can be read: it is not known how pictures are prepared."
         )
-    pictures = read_pictures(splits[chosen], partial(watch, "Reading pictures"))
+    pictures = read_split(data, chosen, splits[chosen])
+    if not as_json:
+        tell_pictures(Console(), splits, [chosen], {chosen: pictures})
     result = evaluate_pictures(
         loaded, processor, pictures, name=repr(model), batch=batch, watch=partial(watch, "Classifying")
     )
     facts = {"model": model, "state": state_of(loaded), "data": data, "split": chosen, "batch": batch}
     if as_json:
-        typer.echo(json.dumps({**facts, **asdict(result)}, indent=1))
+        found = asdict(result)
+        found["left_out"] = [asdict(each) for each in (*splits.left_out, *result.left_out)]
+        typer.echo(json.dumps({**facts, "classes": pictures.counts(), **found}, indent=1))
         return
     part = f", {chosen}" if len(splits) > 1 else ""  # datasets calls all of a folder "train"
     show(f"{model} ({facts['state']}) on {data}{part}", result, batch)
 
 
 def show(title: str, result: Evaluation, batch: int) -> None:
-    """The numbers, and below them what was left out."""
+    """The numbers."""
     console = Console()
-    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    console.print(printable(title), highlight=False, markup=False, soft_wrap=True)
     table = Table(show_header=False)
     rows = {
         "pictures": f"{result.pictures:,}",
@@ -70,7 +76,3 @@ def show(title: str, result: Evaluation, batch: int) -> None:
     for row in rows.items():
         table.add_row(*row)
     console.print(table)
-    if result.left_out:
-        console.print(f"{len(result.left_out)} left out:", highlight=False)
-    for each in result.left_out:
-        console.print(f"  {each.picture}: {each.reason}", highlight=False, markup=False, soft_wrap=True)

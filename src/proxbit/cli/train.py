@@ -1,7 +1,7 @@
 """`proxbit train`: from a float model and pictures to a packed classifier."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import partial
 from inspect import getdoc
@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import typer
 import yaml
 from accelerate.utils import parse_flag_from_env
-from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -20,22 +19,27 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from proxbit.analysis.latency import measure_latency
 from proxbit.cli.checkpoints import architecture, check_new_folder, load_model, load_processor, save, save_plain
-from proxbit.cli.progress import watch
+from proxbit.cli.pictures import name_of_data, read_split, tell_pictures
 from proxbit.config import QUANT_METHOD, stored_kind
 from proxbit.errors import CheckpointError, ConfigError, DataError, ModelStateError, ProxbitError
+from proxbit.foreign import printable
 from proxbit.hub import pack
 from proxbit.patching import state_of
 from proxbit.training.arguments import ProxConnectArguments
 from proxbit.training.checkpoints import check_start
+from proxbit.training.heads import give_labels
 from proxbit.training.image_folders import (
     IMAGE,
     LABEL,
+    Pictures,
+    Splits,
     class_names,
     load_splits,
     match_labels,
+    numbers_of_labels,
     pick_split,
-    read_pictures,
     relabel,
+    some,
 )
 from proxbit.training.metrics import classification_metrics
 from proxbit.training.recipes import DEFAULT_RECIPE
@@ -47,7 +51,6 @@ SETTINGS_FILES = (".yaml", ".yml", ".json")
 HELD_OUT = ("validation", "test")
 # By which `accelerate launch` says that no process has the whole model.
 SPREADING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-Read = Callable[[Dataset], Dataset]
 
 
 @dataclass
@@ -119,8 +122,15 @@ def parse(arguments: list[str]) -> tuple[PictureArguments, ProxConnectArguments]
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if getattr(training, name) < 1:
             raise ConfigError(f"{name} must be 1 or more, not {getattr(training, name)}.")
-    training.remove_unused_columns = False
+    _settle(training)
     return pictures, training
+
+
+def _settle(training: ProxConnectArguments) -> None:
+    """Set what follows from the machine, and from what this command trains with."""
+    training.remove_unused_columns = False
+    if training.device.type == "cpu":  # Pages are pinned for the way to an accelerator.
+        training.dataloader_pin_memory = False
 
 
 def _take(parser: HfArgumentParser, settings: Mapping[str, Any], path: str) -> None:
@@ -139,64 +149,64 @@ def _take(parser: HfArgumentParser, settings: Mapping[str, Any], path: str) -> N
         actions[name].default = str(value) if number else value
 
 
-def pick_splits(given: PictureArguments) -> tuple[Dataset, Dataset | None]:
-    """The pictures to train with, and those to evaluate with where they are a split of their own."""
-    splits = load_splits(given.data)
+def pick_splits(splits: Splits, given: PictureArguments) -> tuple[str, str | None]:
+    """The names of the split to train with, and of that to evaluate with where there is one."""
     name = pick_split(splits, given.train_split, ["train"])
     held_out = given.eval_split or next((other for other in HELD_OUT if other in splits and other != name), None)
     if held_out is None:
-        return splits[name], None
-    train, test = splits[name], splits[pick_split(splits, held_out, [])]
-    if class_names(train) != class_names(test):
-        raise DataError(f"The classes of {name} and {held_out} differ: {class_names(train)} and {class_names(test)}.")
-    return train, test
+        return name, None
+    pick_split(splits, held_out, [])
+    train, test = class_names(splits[name]), class_names(splits[held_out])
+    if train != test:
+        raise DataError(f"The classes of {name} and {held_out} differ: {train} and {test}.")
+    return name, held_out
 
 
-def read_data(train: Dataset, test: Dataset | None, read: Read, given: PictureArguments, seed: int) -> list[Dataset]:
-    """Both datasets, with nothing but pictures that can be read."""
-    if test is not None:
-        return [read(train), read(test)]
-    found = read(train)
-    if len(found) < 2:
-        raise DataError(f"{given.data} holds one picture; two are needed, to train with and to evaluate with.")
-    parts = found.train_test_split(test_size=given.eval_fraction, seed=seed)
-    return [parts["train"], parts["test"]]
-
-
-def read_labeled(dataset: Dataset, numbers: Mapping[int, int], name: str) -> Dataset:
-    """The pictures that can be read, with the model's labels; the others are named on standard error."""
-    pictures = read_pictures(dataset, partial(watch, "Reading pictures"))
-    for each in pictures.left_out:
-        typer.echo(f"left out: {each.picture}: {each.reason}", err=True)
-    return relabel(pictures, numbers, repr(name))
+def read_data(splits: Splits, given: PictureArguments, seed: int) -> list[Pictures]:
+    """The pictures to train and to evaluate with, none but such as can be read; what they are is printed."""
+    name, held_out = pick_splits(splits, given)
+    train = read_split(given.data, name, splits[name])
+    if held_out is None:
+        title = f"held out, {given.eval_fraction:.0%}"
+        parts = train.dataset.train_test_split(test_size=given.eval_fraction, seed=seed)
+        test = replace(train, dataset=parts["test"], left_out=())
+        train = replace(train, dataset=parts["train"])
+    else:
+        title, test = held_out, read_split(given.data, held_out, splits[held_out])
+        unknown = sorted(test.counts().keys() - {label for label, count in train.counts().items() if count})
+        unknown = [label for label in unknown if test.counts()[label]]
+        if unknown:
+            raise DataError(
+                f"{printable(given.data)}: {held_out} has pictures of classes that {name} has none of: {some(unknown)}."
+            )
+    tell_pictures(Console(stderr=True), splits, [name, held_out or name], {name: train, title: test})
+    return [train, test]
 
 
 def load_for(name: str, names: Sequence[str] | None) -> tuple[nn.Module, dict[int, int]]:
-    """The model, and its number of each class: with its own labels if they fit, else with a new head."""
+    """The model, and its number of each class: with its own labels if they fit, else with rows for those of the
+    pictures in its head, of which those for labels that it has stay."""
     config, _ = architecture(name)
     if stored_kind(getattr(config, "quantization_config", None), name) == (QUANT_METHOD, "packed"):
         raise ModelStateError(f"{name!r} is packed, and cannot be trained; name its latent checkpoint.")
-    changes: dict[str, Any] = {}
+    label2id = numbers_of_labels(config)
     try:
-        numbers = match_labels(names, config.label2id, repr(name))
+        numbers = match_labels(names, label2id, repr(name))
     except DataError:
-        label2id = {label: i for i, label in enumerate(names or ())}
-        numbers = {i: i for i in label2id.values()}
-        changes = {"id2label": dict(enumerate(label2id)), "label2id": label2id, "ignore_mismatched_sizes": True}
-        typer.echo(f"{name} gets a new head for {len(numbers)} classes, which do not match its labels.", err=True)
-    return load_model(name, **changes), numbers
+        model: Any = load_model(name)
+        kept = give_labels(model, list(names or ()))
+        rows = f"the rows of {some(kept)} are kept, the others are new" if kept else "all of its rows are new"
+        typer.echo(f"{printable(name)} gets a new head for {len(names or ())} classes: {rows}.", err=True)
+        return model, {i: i for i in range(len(names or ()))}
+    model = load_model(name)
+    model.config.label2id = label2id
+    return model, numbers
 
 
 def prepare(batch: dict[str, Any], processor: Any) -> dict[str, Any]:
     """Pictures and labels as the model takes them."""
     pixels = processor(batch[IMAGE], return_tensors="pt")["pixel_values"]
     return {"pixel_values": list(pixels), "labels": batch[LABEL]}
-
-
-def labels_of(model: nn.Module) -> dict[str, int]:
-    """The numbers of a classifier's labels, by name."""
-    labels: dict[str, int] = model.config.label2id  # type: ignore[union-attr, assignment]
-    return labels
 
 
 def make_trainer(given: PictureArguments, args: ProxConnectArguments) -> ProxConnectTrainer:
@@ -210,21 +220,22 @@ def make_trainer(given: PictureArguments, args: ProxConnectArguments) -> ProxCon
     check_start(out, args.resume_from_checkpoint)
     if args.resume_from_checkpoint is None:
         check_new_folder(out)
-    train_split, test_split = pick_splits(given)
+    architecture(given.model)  # A name that is none is told before pictures are read.
+    splits = load_splits(given.data)
+    train_split, _ = pick_splits(splits, given)
     processor = load_processor(given.model)
     if processor is None:
         raise CheckpointError(
             f"{given.model!r} has no preprocessor_config.json that can be read: how are pictures prepared for it?"
         )
     set_seed(args.seed)  # of a new head
-    model, numbers = load_for(given.model, class_names(train_split))
+    model, numbers = load_for(given.model, class_names(splits[train_split]))
     if state_of(model) == "float" and args.recipe is None:
         args.recipe = DEFAULT_RECIPE
     teacher = None if given.teacher is None else load_model(given.teacher)
-    if teacher is not None and labels_of(teacher) != labels_of(model):
+    if teacher is not None and numbers_of_labels(teacher.config) != numbers_of_labels(model.config):
         raise ConfigError(f"The labels of the teacher {given.teacher!r} are not those of the model.")
-    read = partial(read_labeled, numbers=numbers, name=given.model)
-    train_set, test_set = read_data(train_split, test_split, read, given, args.seed)
+    train_set, test_set = (relabel(each, numbers, repr(given.model)) for each in read_data(splits, given, args.seed))
     transform = partial(prepare, processor=processor)
     try:
         return ProxConnectTrainer(
@@ -269,7 +280,7 @@ def train(context: typer.Context) -> None:
         if "accuracy" in name:
             table.add_row(name.removeprefix("eval_").replace("_", " "), f"{value:.2%}")
     Console().print(table)
-    run = trainer.run_record() | {"dataset": given.data, "latency": measure_latency(pack(model))}
+    run = trainer.run_record() | {"dataset": name_of_data(given.data), "latency": measure_latency(pack(model))}
     if run["split"] is None:
         run["split"] = f"{given.eval_fraction:.0%} of {run['train_split']}, held out"
     save(model, processor, out / "packed", run)

@@ -55,18 +55,19 @@ def _no_code(name: Any) -> Iterator[None]:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = waits
 
 
-def load_config(name: str | Path) -> PreTrainedConfig:
+def load_config(name: str | Path, **arguments: Any) -> PreTrainedConfig:
     """The configuration of a model.
 
     Args:
         name: a folder, or a name on the Hub.
+        **arguments: of `from_pretrained`.
 
     Raises:
         CheckpointError: if it is a class of the repository's own.
         OSError, and others of `UNREADABLE`: from transformers.
     """
     with _no_code(name):
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **arguments)
 
 
 def class_of(config: PreTrainedConfig, where: str | Path) -> type[PreTrainedModel] | None:
@@ -136,15 +137,16 @@ def make_model(config: PreTrainedConfig, kind: type[PreTrainedModel] | None) -> 
         return made
 
 
-def load_image_processor(name: str | Path) -> Any:
+def load_image_processor(name: str | Path, **arguments: Any) -> Any:
     """What prepares pictures for a model.
 
     Args:
         name: a folder, or a name on the Hub.
+        **arguments: of `from_pretrained`.
 
     Raises:
         CheckpointError: if it is a class of the repository's own.
         OSError, and others of `UNREADABLE`: from transformers.
     """
     with _no_code(name):
-        return transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        return transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **arguments)

@@ -11,7 +11,15 @@ from transformers import ImageClassificationPipeline, PreTrainedModel
 
 from proxbit.analysis.timing import time_rounds
 from proxbit.analysis.variants import forward_calls
-from proxbit.training.image_folders import IMAGE, LABEL, LeftOut, Pictures, match_labels, relabel
+from proxbit.training.image_folders import (
+    IMAGE,
+    LABEL,
+    LeftOut,
+    Pictures,
+    match_labels,
+    numbers_of_labels,
+    relabel,
+)
 from proxbit.training.metrics import Accuracy, BalancedAccuracy
 
 __all__ = ["Evaluation", "evaluate_pictures"]
@@ -85,7 +93,7 @@ def evaluate_pictures(
     Raises:
         DataError: if a class is none of the model's labels.
     """
-    numbers = match_labels(pictures.names, model.config.label2id, name)
+    numbers = match_labels(pictures.names, numbers_of_labels(model.config), name)
     data = relabel(pictures, numbers, name)
     model.config.id2label = {i: str(i) for i in range(model.config.num_labels)}
     pipeline = ImageClassificationPipeline(model=model, image_processor=processor, batch_size=batch)

@@ -1,41 +1,64 @@
 """Pictures in folders, one a class, or of a dataset on the hub: read, checked, and with the labels of a model."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from io import BytesIO
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 from datasets.exceptions import DatasetsError
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from proxbit.errors import DataError
+from proxbit.foreign import printable
+from proxbit.training.layouts import LAYOUT, Filed, LeftOut, layout_of, nfc, unlabelled_files
+from proxbit.training.pixels import read_picture
+from proxbit.training.sources import why_nowhere
 
 __all__ = [
     "LeftOut",
     "Pictures",
+    "Splits",
+    "check_classes",
     "class_names",
+    "labels_meant",
     "load_splits",
     "match_labels",
+    "numbers_of_labels",
     "pick_split",
     "read_pictures",
     "relabel",
+    "some",
     "unlabelled",
 ]
 
-IMAGE, LABEL = "image", "label"
-LAYOUT = "Pictures lie in a folder for each class, such as DATA/cat/1.jpg, or DATA/train/cat/1.jpg for parts of a set."
+IMAGE, LABEL, REASON = "image", "label", "left out"
 Watch = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """A picture that was not read, and why."""
+class Splits(datasets.DatasetDict):
+    """The parts of a set of pictures, by name; of a folder, with what belongs to none of them.
 
-    picture: str
-    reason: str
+    Attributes:
+        left_out: files beside the folders of the splits.
+        litter: how many hidden files, and files of operating systems, were passed over.
+    """
+
+    left_out: tuple[LeftOut, ...] = ()
+    litter: int = 0
+
+
+class _Picture(datasets.Image):
+    """A column of pictures that are shown as `proxbit.training.pixels` says."""
+
+    def decode_example(self, value: Mapping[str, Any], token_per_repo_id: Any = None) -> Image.Image:
+        return _decoded(value)
+
+
+def _decoded(stored: Mapping[str, Any]) -> Image.Image:
+    return read_picture(stored["path"] if stored["bytes"] is None else stored["bytes"])
 
 
 @dataclass(frozen=True)
@@ -46,31 +69,72 @@ class Pictures:
         dataset: columns `image` (RGB, turned as its EXIF says) and `label` (numbers).
         names: of the labels, in their order; None if they are numbers only.
         left_out: what could not be read.
+        unread: of each label of which there are files, but none that can be read: the first one.
     """
 
     dataset: datasets.Dataset
     names: tuple[str, ...] | None
     left_out: tuple[LeftOut, ...]
+    unread: Mapping[int, LeftOut] = field(default_factory=dict)
+
+    def counts(self) -> Counter[str]:
+        """How many pictures of each class there are, by name; of numbers only, by number."""
+        found = Counter(self.dataset[LABEL])
+        numbers = range(len(self.names)) if self.names is not None else sorted(found)
+        return Counter({self.names[i] if self.names is not None else str(i): found[i] for i in numbers})
 
 
-def load_splits(source: str) -> datasets.DatasetDict:
+def load_splits(source: str) -> Splits:
     """The parts of an image folder or of a dataset on the hub, by name.
 
     Raises:
         DataError: if there is none, or it holds no pictures.
     """
     path = Path(source)
-    if path.exists() and not path.is_dir():
-        raise DataError(f"{source} is a file, not a folder of pictures. {LAYOUT}")
+    if path.is_dir():
+        return _of_folder(path)
+    if path.exists():
+        raise DataError(f"{printable(source)} is a file, not a folder of pictures. {LAYOUT}")
+    reason = why_nowhere(source, "dataset")
     try:
-        if path.is_dir():
-            return datasets.load_dataset("imagefolder", data_dir=str(path), drop_labels=False)
-        return datasets.load_dataset(source)
+        # What is in the cache can be had without the Hub.
+        if reason is None or _is_cached(source):
+            return Splits(datasets.load_dataset(source))
     except (OSError, ValueError, DatasetsError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
-        if path.is_dir():
-            raise DataError(f"{source} holds no pictures that can be read as a dataset: {reason}. {LAYOUT}") from error
-        raise DataError(f"There is no folder and no dataset on the hub named {source!r}: {reason}") from error
+    raise DataError(f"There is no folder and no dataset on the hub named {printable(source)!r}: {reason}.")
+
+
+def _is_cached(source: str) -> bool:
+    return (Path(datasets.config.HF_DATASETS_CACHE) / source.replace("/", "___")).is_dir()
+
+
+def _of_folder(folder: Path) -> Splits:
+    layout = layout_of(folder)
+    labels = [each.label for files in layout.splits.values() for each in files if each.label is not None]
+    if all(isinstance(label, int) for label in labels):
+        kind = datasets.Value("int64")
+    else:
+        kind = datasets.ClassLabel(names=sorted({str(label) for label in labels}))
+    features = datasets.Features({IMAGE: datasets.Image(), LABEL: kind, REASON: datasets.Value("string")})
+    splits = Splits({name: _rows(name, files, features) for name, files in layout.splits.items()})
+    splits.left_out, splits.litter = layout.left_out, layout.litter
+    return splits
+
+
+def _rows(split: str, files: Sequence[Filed], features: datasets.Features) -> datasets.Dataset:
+    named = isinstance(features[LABEL], datasets.ClassLabel)
+    columns: dict[str, list[Any]] = {
+        IMAGE: [{"path": _stored(each.path), "bytes": None} for each in files],
+        LABEL: [str(each.label) if named and each.label is not None else each.label for each in files],
+        REASON: [each.reason for each in files],
+    }
+    return datasets.Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))
+
+
+def _stored(path: Path) -> str:
+    """A path as text; what is no UTF-8 in it is not read, and shown as escapes."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def unlabelled(source: str, seed: int, left_out: list[LeftOut]) -> Iterator[Image.Image]:
@@ -85,27 +149,26 @@ def unlabelled(source: str, seed: int, left_out: list[LeftOut]) -> Iterator[Imag
         DataError: if there are no images.
     """
     path = Path(source)
-    if not path.is_dir():
+    if path.is_dir():
+        files, others = unlabelled_files(path)
+        if not files:
+            first = "".join(f" {printable(each.picture)}: {each.reason}." for each in others[:1])
+            raise DataError(f"{printable(source)} holds no images; {len(others)} left out.{first} {LAYOUT}")
+        left_out += others
+        stored = ({"path": str(files[i]), "bytes": None} for i in np.random.default_rng(seed).permutation(len(files)))
+    else:
         splits = load_splits(source)
         found = splits[pick_split(splits, None, ["train"])]
         column = next((name for name, kind in found.features.items() if isinstance(kind, datasets.Image)), None)
         if column is None:
-            raise DataError(f"{source!r} has no column of images, but {list(found.features)}.")
-        yield from (example[column].convert("RGB") for example in found.shuffle(seed))
-        return
-    part = path / "train"
-    kinds = {kind for kind, form in Image.registered_extensions().items() if form in Image.OPEN}
-    files = sorted(each for each in (part if part.is_dir() else path).rglob("*") if each.suffix.lower() in kinds)
-    if not files:
-        raise DataError(f"{source} holds no images. {LAYOUT}")
-    for i in np.random.default_rng(seed).permutation(len(files)):
-        stored = {"path": str(files[i]), "bytes": None}
-        reason = _why_unreadable(stored)
-        if reason is None:
-            with Image.open(files[i]) as image:
-                yield ImageOps.exif_transpose(image).convert("RGB")
-        else:
-            left_out.append(LeftOut(str(files[i]), reason))
+            raise DataError(f"{printable(source)!r} has no column of images, but {list(found.features)}.")
+        raw = found.cast_column(column, datasets.Image(decode=False)).shuffle(seed)
+        stored = (example[column] for example in raw)
+    for i, each in enumerate(stored):
+        try:
+            yield _decoded(each)
+        except DataError as error:
+            left_out.append(LeftOut(str(each["path"] or f"image {i}"), str(error)))
 
 
 def pick_split(splits: Mapping[str, datasets.Dataset], wanted: str | None, preferred: Sequence[str]) -> str:
@@ -116,7 +179,7 @@ def pick_split(splits: Mapping[str, datasets.Dataset], wanted: str | None, prefe
     """
     if wanted is not None:
         if wanted not in splits:
-            raise DataError(f"There is no split {wanted!r}; there are: {', '.join(splits)}.")
+            raise DataError(f"There is no split {printable(wanted)!r}; there are: {', '.join(splits)}.")
         return wanted
     found = next((name for name in preferred if name in splits), None)
     if found is None and len(splits) > 1:
@@ -137,22 +200,62 @@ def read_pictures(dataset: datasets.Dataset, watch: Watch = lambda items, total:
     image, label = _columns(dataset)
     raw = dataset.cast_column(image, datasets.Image(decode=False))
     numbers = raw[label]
+    reasons = raw[REASON] if REASON in raw.column_names else [None] * len(raw)
     kept, left_out = [], []
+    unread: dict[int, LeftOut] = {}
     for i, stored in enumerate(watch((raw[i][image] for i in range(len(raw))), len(raw))):
-        reason = "no label" if numbers[i] is None else _why_unreadable(stored)
+        reason = reasons[i] or ("no label" if numbers[i] is None else _why_unreadable(stored))
         if reason is None:
             kept.append(i)
         else:
             left_out.append(LeftOut(str(stored["path"] or f"picture {i}"), reason))
+            if numbers[i] is not None:
+                unread.setdefault(int(numbers[i]), left_out[-1])
     if not kept:
-        first = "".join(f" {each.picture}: {each.reason}." for each in left_out[:1])
+        first = "".join(f" {printable(each.picture)}: {each.reason}." for each in left_out[:1])
         raise DataError(f"None of {len(raw)} pictures can be read.{first}")
     labels = [int(numbers[i]) for i in kept]
-    chosen = dataset.select(kept).select_columns([image]).cast_column(image, datasets.Image(mode="RGB"))
+    readable = set(labels)
+    unread = {label: first for label, first in unread.items() if label not in readable}
+    chosen = dataset.select(kept).select_columns([image]).cast_column(image, _Picture())
     if image != IMAGE:
         chosen = chosen.rename_column(image, IMAGE)
-    chosen = chosen.add_column(LABEL, labels)
-    return Pictures(chosen, class_names(dataset), tuple(left_out))
+    chosen = _with_labels(chosen, labels)
+    return Pictures(chosen, class_names(dataset), tuple(left_out), unread)
+
+
+def _with_labels(dataset: datasets.Dataset, labels: list[int]) -> datasets.Dataset:
+    """With a column more; its rows are copied for that, without the bar that the library shows."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return dataset.add_column(LABEL, labels)
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def check_classes(pictures: Pictures, where: str) -> None:
+    """Raise DataError unless there are pictures of two classes at least, and of each class some that can be read.
+
+    Args:
+        pictures: what was read.
+        where: it was read from, for the message.
+    """
+    counts, place = pictures.counts(), printable(where)
+    if pictures.unread:
+        empty = [pictures.names[i] if pictures.names is not None else str(i) for i in pictures.unread]
+        first = next(iter(pictures.unread.values()))
+        raise DataError(
+            f"{place}: no picture of these classes can be read: {some(empty)}; {len(pictures.left_out)} files are "
+            f"left out. {printable(first.picture)}: {printable(first.reason)}. Mend the files, or remove the folders."
+        )
+    there = [name for name, count in counts.items() if count]
+    if len(there) < 2:
+        raise DataError(
+            f"{place} holds one class only, {some(there)}, with {counts.total()} pictures; two are the least that can "
+            f"be told apart. {LAYOUT}"
+        )
 
 
 def _columns(dataset: datasets.Dataset) -> tuple[str, str]:
@@ -176,15 +279,28 @@ def class_names(dataset: datasets.Dataset) -> tuple[str, ...] | None:
     return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
-def _why_unreadable(stored: dict[str, Any]) -> str | None:
+def _why_unreadable(stored: Mapping[str, Any]) -> str | None:
     try:
-        with Image.open(stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"])) as picture:
-            ImageOps.exif_transpose(picture).convert("RGB")
-    except UnidentifiedImageError:
-        return "not a picture"
-    except Exception as error:  # Pillow's many readers raise whatever they meet in a damaged file.
-        return str(error) or type(error).__name__
+        _decoded(stored)
+    except DataError as error:
+        return str(error)
     return None
+
+
+def numbers_of_labels(config: Any) -> dict[str, int]:
+    """The number of each label of a classifier, by name; from `id2label` where its configuration has no more."""
+    found: dict[str, int] = config.label2id or {label: number for number, label in (config.id2label or {}).items()}
+    return found
+
+
+def labels_meant(names: Iterable[str], label2id: Iterable[str]) -> dict[str, list[str]]:
+    """The labels that each class may be: that very one, else those that are the same in Unicode NFC, else those that
+    differ in upper and lower case, "_", "-" and spaces only."""
+    spelled: list[tuple[Callable[[str], str], dict[str, list[str]]]] = [(alike, {}) for alike in (str, nfc, _plain)]
+    for label in label2id:
+        for alike, found in spelled:
+            found.setdefault(alike(label), []).append(label)
+    return {name: next((found[alike(name)] for alike, found in spelled if alike(name) in found), []) for name in names}
 
 
 def match_labels(names: Sequence[str] | None, label2id: Mapping[str, int], what: str) -> dict[int, int]:
@@ -192,37 +308,35 @@ def match_labels(names: Sequence[str] | None, label2id: Mapping[str, int], what:
 
     Args:
         names: the dataset's classes, in the order of its numbers; None: its numbers are the model's.
-        label2id: of the model's configuration. A class that is none of its labels is the one that differs in upper and
-            lower case, "_", "-" and spaces only.
+        label2id: of the model's configuration; a class is the label that `labels_meant` names.
         what: the model, for the message.
 
     Raises:
         DataError: if a class is none of the model's labels, or may be several, or two classes are the same one.
     """
-    if names is None or list(names) == sorted(label2id, key=lambda name: label2id[name]):
-        return {i: i for i in (range(len(names)) if names else label2id.values())}
-    alike: dict[str, list[str]] = {}
-    for label in label2id:
-        alike.setdefault(_plain(label), []).append(label)
-    meant = {name: [name] if name in label2id else alike.get(_plain(name), []) for name in names}
+    if names is None:
+        return {i: i for i in label2id.values()}
+    if [nfc(name) for name in names] == [nfc(name) for name in sorted(label2id, key=lambda name: label2id[name])]:
+        return {i: i for i in range(len(names))}
+    meant = labels_meant(names, label2id)
     strange = [name for name, labels in meant.items() if not labels]
     if strange:
         raise DataError(
-            f"These classes of the pictures are no labels of {what}: {_some(strange)}. Its labels are: "
-            f"{_some(list(label2id))}. Name the folders as the labels, or set label2id in its config.json."
+            f"These classes of the pictures are no labels of {what}: {some(strange)}. Its labels are: "
+            f"{some(list(label2id))}. Name the folders as the labels, or set label2id in its config.json."
         )
     taken: dict[str, str] = {}
     for name, labels in meant.items():
         if len(labels) > 1:
             raise DataError(
-                f"The class {name!r} of the pictures may be any of these labels of {what}: {_some(labels)}. Name its "
-                "folder exactly as one of them."
+                f"The class {some([name])} of the pictures may be any of these labels of {what}: {some(labels)}. "
+                "Name its folder exactly as one of them."
             )
         if labels[0] in taken:
             raise DataError(
-                f"The classes {taken[labels[0]]!r} and {name!r} of the pictures are both the label {labels[0]!r} of "
-                f"{what}. Put their pictures into one folder, or name one exactly as another of its labels: "
-                f"{_some(list(label2id))}."
+                f"The classes {some([taken[labels[0]]])} and {some([name])} of the pictures are both the label "
+                f"{some(labels)} of {what}. Put their pictures into one folder, or name one exactly as another of its "
+                f"labels: {some(list(label2id))}."
             )
         taken[labels[0]] = name
     return {i: label2id[meant[name][0]] for i, name in enumerate(names)}
@@ -238,12 +352,14 @@ def relabel(pictures: Pictures, numbers: Mapping[int, int], what: str) -> datase
     strange = sorted(set(labels) - set(numbers))
     if strange:
         raise DataError(f"Pictures with the labels {strange[:10]}: those of {what} are 0 to {max(numbers.values())}.")
-    return pictures.dataset.remove_columns(LABEL).add_column(LABEL, [numbers[label] for label in labels])
+    return _with_labels(pictures.dataset.remove_columns(LABEL), [numbers[label] for label in labels])
 
 
 def _plain(name: str) -> str:
-    return name.casefold().replace("_", " ").replace("-", " ").strip()
+    return nfc(name).casefold().replace("_", " ").replace("-", " ").strip()
 
 
-def _some(names: Sequence[str], most: int = 10) -> str:
-    return ", ".join(map(repr, names[:most])) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+def some(names: Sequence[str], most: int = 10) -> str:
+    """Names for a message: the first ones, fit to print, and how many there are."""
+    rest = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(repr(printable(name)) for name in names[:most]) + rest

@@ -6,13 +6,14 @@ from itertools import islice
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BatchFeature, default_data_collator
 
-from proxbit.errors import ConfigError
+from proxbit.errors import ConfigError, DataError
 from proxbit.hub.loading import load_image_processor
+from proxbit.training.pixels import as_rgb
 
 __all__ = ["CHUNK", "batches_of", "chunks_of", "length", "main_input"]
 
@@ -80,8 +81,7 @@ class _Reader:
         examples = [each[0] if isinstance(each, tuple) else each for each in examples]
         images = [self._image(each) if isinstance(each, Mapping) else each for each in examples]
         if all(isinstance(each, Image.Image) for each in images):
-            turned = [ImageOps.exif_transpose(each).convert("RGB") for each in images]  # type: ignore[arg-type]
-            return dict(self.processor(images=turned, return_tensors="pt"))
+            return dict(self.processor(images=[_shown(each) for each in images], return_tensors="pt"))
         if all(isinstance(each, Tensor) for each in examples):
             return {self.key: torch.stack(examples)}
         without = [{key: value for key, value in each.items() if key not in LABELS} for each in examples]
@@ -105,6 +105,13 @@ class _Reader:
             found = {key: getattr(value, "shape", type(value).__name__) for key, value in kept.items()}
             raise ConfigError(f"calibrate: a batch holds tensors with at least one example, not {found}.")
         return kept
+
+
+def _shown(image: Any) -> Image.Image:
+    try:
+        return as_rgb(image)
+    except DataError as error:
+        raise DataError(f"calibrate: an image of mode {image.mode} cannot be taken: {error}.") from error
 
 
 def _agree(batch: Mapping[str, Any]) -> bool:
