@@ -326,7 +326,8 @@ Folders of tiny pictures: classes and splits, with names that look like those of
 characters, and not UTF-8; pictures of {modes} modes in {forms} formats, whole, damaged, and of 177 million pixels in
 some kB; EPS, archives, pipes, devices, and links to nowhere, back, and to themselves; metadata files of all kinds.
 `load_splits`, `read_pictures`, `unlabelled`, `read_split` and what the commands print read each of them. "Read" are
-folders that can be trained with; of those that are refused, too, every file is taken or listed, or else lost. More than
+folders that can be trained with; the others are refused for their layout, or for a class without a picture that can be
+read. Of every folder whose layout is not refused, each file is taken or listed, or else lost. More than
 {seconds:.0f} s are a hang.
 
 {table}

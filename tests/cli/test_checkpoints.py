@@ -122,7 +122,7 @@ def test_a_name_of_nothing_is_told_with_the_reason(tmp_path, monkeypatch, name, 
 
 def test_code_of_a_repository_is_not_run(folder, monkeypatch):
     """And nobody is asked whether it may."""
-    (folder / "evil.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
+    (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(folder / 'ran')!r}).touch()\n")
     (folder / "config.json").write_text('{"model_type": "evilvit", "auto_map": {"AutoConfig": "evil.EvilConfig"}}')
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     with pytest.raises(CheckpointError):
