@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from proxbit.foreign import printable
 from proxbit.hub.weights import as_saved, packed_outline
-from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, evaluating
-from proxbit.packing import packed_columns
+from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, dtype_around, evaluating, latent_layers
+from proxbit.nn.precision import trained_in_small_steps
 from proxbit.patching import PICTURE_ERRORS, blank_picture
 from proxbit.posttraining import calibration_of
 
@@ -265,23 +265,27 @@ def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None, *, count_
     seen: set[int] = set()
     header: dict[str, Tensor] = {}
     of_packed: dict[str, Tensor] = {}
+    around = dtype_around(model)
+    single = {id(each) for _, each in trained_in_small_steps(model)} if any(latent_layers(model)) else set()
     layers, report = [], calibration_of(model)
     errors = {layer.name: (layer.before, layer.after) for layer in report.layers} if report else {}
     for name, module in model.named_modules():
-        tensors, prefix = {}, f"{name}." if name else ""
+        tensors, packed, prefix = {}, {}, f"{name}." if name else ""
         for key, tensor in _stored(module).items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 tensors[key] = tensor
                 header[f"{prefix}{key}"] = _meta(tensor.shape, tensor.dtype)
+                packed[key] = _meta(tensor.shape, around if id(tensor) in single else tensor.dtype)
         if isinstance(module, LatentWeight) and "weight" in tensors:
-            of_packed[f"{prefix}weight"] = packed_outline(module.weight)
-            row_values = _meta(module.weight.shape[:1], module.weight.dtype)
-            of_packed |= dict.fromkeys((f"{prefix}{part}" for part in _beside_bits(module)), row_values)
+            packed["weight"] = packed_outline(module.weight)
+            packed |= dict.fromkeys(_beside_bits(module), _meta(module.weight.shape[:1], around))
         if tensors:
+            of_packed |= {f"{prefix}{key}": tensor for key, tensor in packed.items()}
             described = _describe(name, module, tensors, None if macs is None else macs.get(name, 0))
-            layers.append(replace(described, error=errors.get(name)))
-    sizes = [_header_bytes(as_saved(model, each)) for each in (header, header | of_packed)]
+            packed_bytes = sum(tensor.nbytes for tensor in packed.values())
+            layers.append(replace(described, packed_bytes=packed_bytes, error=errors.get(name)))
+    sizes = [_header_bytes(as_saved(model, each)) for each in (header, of_packed)]
     return ModelSummary(type(model).__name__, tuple(_fold(layers)), sizes[0], sizes[1], total, note)
 
 
@@ -320,14 +324,10 @@ def _describe(name: str, module: nn.Module, tensors: dict[str, Tensor], macs: in
         for key, tensor in tensors.items()
     }
     stored, state, kernel, binary = sum(sizes.values()), "float", "", 0
-    packed = stored
     others = sum(tensor.numel() for tensor in tensors.values())
     bits = 8 * max(tensor.element_size() for tensor in tensors.values())
     if isinstance(module, LatentWeight) and "weight" in tensors:
         state, kernel, binary = "latent", "simulated", module.weight.numel()
-        rows, columns = module.weight.flatten(1).shape
-        numbers = len(_beside_bits(module)) * module.weight.element_size()
-        packed = stored - sizes["weight"] + rows * (packed_columns(columns) + numbers)
         others -= binary
     elif isinstance(module, PackedLinear | PackedConv2d):
         state, kernel, binary, bits = "packed", module.kernel, len(module.weight_scale) * module.columns, 1
@@ -342,7 +342,7 @@ def _describe(name: str, module: nn.Module, tensors: dict[str, Tensor], macs: in
         binary_parameters=binary,
         float_parameters=others,
         bytes=stored,
-        packed_bytes=packed,
+        packed_bytes=stored,
         float32_bytes=sum(in_float32.values()),
         macs=macs,
         kernel=kernel,

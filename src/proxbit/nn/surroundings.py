@@ -138,7 +138,9 @@ class Surroundings(nn.Module):
             result = self.rprelu(result)
         result = result + input if self.residual else result
         # What is learned is in single precision, also in a model of half; autocast sees to dtypes itself.
-        return result if torch.is_autocast_enabled(input.device.type) else result.to(input.dtype)
+        kind = input.device.type
+        cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return result if cast else result.to(input.dtype)
 
     def without_surroundings(self, layer: nn.Linear) -> nn.Linear:
         """A plain layer that does the same, of one that has the right weight and bias.
