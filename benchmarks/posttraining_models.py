@@ -212,7 +212,7 @@ def other_rows(found: dict[Run, dict[str, Any]]) -> Iterator[list[str]]:
             yield [
                 task.title,
                 column,
-                *(f"{statistics.mean(row['kl'] for row in rows):.3f}" if rows else "" for rows in parts),
+                *(f"{statistics.mean(row['kl'] for row in rows):.4f}" if rows else "" for rows in parts),
                 *(points([row["agreement"] for row in rows]) if rows else "" for rows in parts),
                 *(f"{statistics.median(row['seconds'] for row in rows):.0f}" if rows else "" for rows in parts[1:]),
             ]

@@ -270,7 +270,7 @@ def test_the_closed_form_is_paired_with_signs_and_training(script, tmp_path, mon
     means = "90.0 ± 0.0 | 50.0 | 83.0 ± 3.0 | 86.0 ± 4.0"
     assert f"| Swin, solar cells | W1A32 | {means} | 30.0 (1) | 2.0 (1) | met |" in page
     assert "| Swin, solar cells | W1A8 | 90.0 |  | 70.0 |  |  |  |  |" in page
-    assert "| W1A32 | 0.125 | 0.125 | 0.125 | 75.0 | 75.0 ± 0.0 | 75.0 ± 0.0 | 60 | 60 |" in page
+    assert "| W1A32 | 0.1250 | 0.1250 | 0.1250 | 75.0 | 75.0 ± 0.0 | 75.0 ± 0.0 | 60 | 60 |" in page
     missed = models.write(dict([made_run(models, models.CLOSED, 0.8), made_run(models, models.TRAINED, 0.821)]))
     assert "| 2.1 (1) | **missed** |" in missed
 
