@@ -281,7 +281,7 @@ def rows_of(found: dict[Run, dict[str, Any]], runs: Iterator[Run], label: Callab
         if run in found:
             row = found[run]
             lost = row["float_accuracy"] - row["accuracy"]
-            numbers = [points([row["accuracy"]]), points([lost]), f"{row['kl']:.4f}", f"{row['seconds']:.0f}"]
+            numbers = [points([row["accuracy"]]), points([lost]), f"{row['kl']:.4f}"]
             rows.append([TITLES[run.task], run.column, label(run), str(row["shown"]), *numbers])
     return rows
 
@@ -326,7 +326,7 @@ def write(found: dict[Run, dict[str, Any]]) -> str:
         "",
         *main_table(found),
     ]
-    header = ["", "", "", "images", "1 bit %", "points lost", "KL", "s"]
+    header = ["", "", "", "images", "1 bit %", "points lost", "KL"]
     for title, part, label in (
         ("## What each step is worth (fold 0)", "ablation", lambda run: run.variant),
         ("## Over the number of images (fold 0; draws)", "curve", lambda run: f"draw {run.seed}"),

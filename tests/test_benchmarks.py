@@ -293,3 +293,53 @@ def test_the_fuzzer_of_pictures_sees_what_must_not_happen(script, tmp_path, monk
     found = fuzz.files_of(tmp_path)
     monkeypatch.setattr(fuzz, "files_of", lambda data: found | {"lost.png"})
     assert fuzz.outcome_of(tmp_path, fuzz.commands, watch)[0] == fuzz.LOST
+
+
+def made_run(models, method, accuracy, fold=0, start="a", column="W1A32"):
+    """A run that has been, and its row."""
+    run = models.Run("swin", fold, column, method)
+    numbers = {"float_accuracy": 0.9, "accuracy": accuracy, "kl": 0.125, "agreement": 0.75, "seconds": 60}
+    return run, asdict(run) | numbers | {"start": start}
+
+
+def test_the_closed_form_is_paired_with_signs_and_training(script, tmp_path, monkeypatch):
+    """By fold, and by float start: fold 1 was trained from another one."""
+    models = script("posttraining_models")
+    monkeypatch.setattr(models, "FOLDER", tmp_path)
+    rows = [made_run(models, models.SIGNS, 0.5), made_run(models, models.CLOSED, 0.8)]
+    rows += [made_run(models, models.CLOSED, 0.86, 1), made_run(models, models.TRAINED, 0.82)]
+    rows += [made_run(models, models.TRAINED, 0.9, 1, "b"), made_run(models, models.CLOSED, 0.7, column="W1A8")]
+    page = models.write(dict(rows))
+    assert page == (tmp_path / "models.md").read_text()
+    means = "90.0 ± 0.0 | 50.0 | 83.0 ± 3.0 | 86.0 ± 4.0"
+    assert f"| Swin, solar cells | W1A32 | {means} | 30.0 (1) | 2.0 (1) | met |" in page
+    assert "| Swin, solar cells | W1A8 | 90.0 |  | 70.0 |  |  |  |  |" in page
+    assert "| W1A32 | 0.1250 | 0.1250 | 0.1250 | 75.0 | 75.0 ± 0.0 | 75.0 ± 0.0 | 60 | 60 |" in page
+    missed = models.write(dict([made_run(models, models.CLOSED, 0.8), made_run(models, models.TRAINED, 0.821)]))
+    assert "| 2.1 (1) | **missed** |" in missed
+
+
+def test_models_are_made_1_bit_in_every_way(script, tmp_path, monkeypatch):
+    """On two pictures of each digit, for one epoch; what is finished is known again."""
+    models = script("posttraining_models")
+    train, test = models.accuracy.digits(0)
+    few = models.accuracy.Pictures(train.pixels[:20], train.labels[:20])
+    short = {"pictures": lambda fold: (few, test), "float_epochs": 1, "epochs": 1, "batch": 10}
+    monkeypatch.setitem(models.MODELS, "digits-32", replace(models.MODELS["digits-32"], **short))
+    runs = list(models.wanted(["digits-32"], [0], [models.SIGNS, models.CLOSED, models.TRAINED]))
+    assert len(runs) == 9 and [run.method for run in runs[-3:]] == 3 * [models.TRAINED]
+    rows = [models.do(run, tmp_path / "cache") for run in runs if run.column != "W1A8"]
+    assert len({row["start"] for row in rows}) == 1 and rows[0]["shown"] == 20
+    path = tmp_path / "models.jsonl"
+    assert models.known(path) == {}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(models.known(path)) == [run for run in runs if run.column != "W1A8"]
+    closed = {row["method"]: row["kl"] for row in rows if row["column"] == "W1A32"}
+    assert closed[models.CLOSED] < closed[models.SIGNS]
+
+
+def test_every_model_has_layers_to_make_1_bit(script):
+    models = script("posttraining_models")
+    for name, task in models.MODELS.items():
+        report = proxbit.binarize(task.model()).binarization_report
+        assert len(report.converted) > 10, name
