@@ -6,7 +6,6 @@ import json
 import pytest
 import transformers as hf
 from PIL import Image
-from transformers import dynamic_module_utils
 from typer.testing import CliRunner
 
 import proxbit
@@ -96,9 +95,8 @@ def originals(tmp_path_factory):
 
 
 @pytest.fixture
-def mark(tmp_path, monkeypatch):
-    """The file that the code leaves wherever it runs. Modules are copied to a place of the test, as it is forbidden."""
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+def mark(tmp_path, monkeypatch, copied_modules):
+    """The file that the code leaves wherever it runs."""
     monkeypatch.chdir(tmp_path)
     return tmp_path / "mark"
 

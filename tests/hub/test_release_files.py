@@ -59,7 +59,7 @@ def tinynet(tmp_path, monkeypatch):
 OF_ITS_OWN = {"README.md", "config.json", "model.safetensors", "quantization_card.json", "tinynet.py", "tinyparts.py"}
 
 
-def test_a_model_with_code_of_its_own(tinynet, tmp_path, hub, monkeypatch):
+def test_a_model_with_code_of_its_own(tinynet, tmp_path, hub, copied_modules):
     """It is written, replaced, uploaded whole, and loaded by whoever trusts it."""
     for _ in range(2):
         folder = write_release(tinynet, tmp_path / "release")
@@ -70,7 +70,6 @@ def test_a_model_with_code_of_its_own(tinynet, tmp_path, hub, monkeypatch):
     with pytest.raises(CheckpointError, match=r"something else than a release of proxbit \(diary.py\)"):
         write_release(tinynet, folder)
     proxbit.push(folder, "me/tiny")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     again = hf.AutoModelForImageClassification.from_pretrained("me/tiny", trust_remote_code=True)
     x = torch.randn(2, 3, 2, 2)
     assert torch.equal(again(x), tinynet.eval()(x))
