@@ -52,6 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without alignment": {f"{FIT}RIDGE": 1e9, f"{FIT}RIDGE_OF_SIGNS": 1e9, f"{WALK}FEEDBACK": 0.0},
     "full feedback": {f"{WALK}FEEDBACK": 1.0},
     "ridge / 3": {f"{FIT}RIDGE": 0.03, f"{FIT}RIDGE_OF_SIGNS": 0.007},
+    "full feedback, ridge / 3": {f"{WALK}FEEDBACK": 1.0, f"{FIT}RIDGE": 0.03, f"{FIT}RIDGE_OF_SIGNS": 0.007},
     "ridge x 3": {f"{FIT}RIDGE": 0.3, f"{FIT}RIDGE_OF_SIGNS": 0.06},
 }
 OTHERS = ("images of the other task", "noise")

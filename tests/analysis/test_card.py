@@ -75,7 +75,7 @@ def test_a_plain_module_has_a_card():
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
     card = quantization_card(proxbit.pack(proxbit.binarize(model, proxbit.BinarizationConfig(include=["0"]))))
     assert (card["state"], card["binary_parameters"], card["first_layer_bits"]) == ("packed", 256, 1)
-    assert card["weight_quantizer"] is None and card["binary_ops"] is None
+    assert card["weight_quantizer"] == "bnn++" and card["binary_ops"] is None
 
 
 def test_facts_of_the_run(card):

@@ -67,6 +67,8 @@ def test_weights_of_the_three_states():
     assert [facts["weight_levels"] for facts in (float_, latent, packed)] == [[], [-1, 1], [-1, 1]]
     assert [facts["weight_quantizer"] for facts in (float_, latent, packed)] == ["none", "bnn++", "bnn++"]
     assert [facts["scale_count"] for facts in (float_, latent, packed)] == [0, ROWS, ROWS]
+    whole = nn.Sequential(make("packed"), nn.Linear(3, 3))
+    assert model_facts(whole)["weight_quantizer"] == "bnn++"  # of a part, in a whole that is no model of transformers
     assert [f["simulated_or_kernel"] for f in (float_, latent, packed)] == ["float", "simulated", "kernel"]
     same = ("weight_symmetry", "weight_granularity", "scale_dtype", "bias_bits", "mixed_precision_policy")
     assert {name: latent[name] for name in same} == {name: packed[name] for name in same}

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from proxbit.analysis.summary import summary
-from proxbit.config import BinarizationConfig
 from proxbit.hub.files import sha256
 from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, Surroundings, evaluating
-from proxbit.patching import PICTURE_ERRORS, FusedLayerNorm, blank_picture, packed_layers, state_of
+from proxbit.patching import PICTURE_ERRORS, FusedLayerNorm, blank_picture, config_of, packed_layers, state_of
 from proxbit.posttraining import calibration_of
 
 __all__ = ["FORMATS", "Format", "checkpoint_sha", "file_facts", "hub_name", "model_facts"]
@@ -109,9 +108,9 @@ def _attention_bits(model: nn.Module) -> int | None:
 
 
 def _quantizer(model: nn.Module) -> str | None:
-    """The name of the pair that trained the weights; a plain module does not keep it."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    return str(config.weights) if isinstance(config, BinarizationConfig) else None
+    """The name of the pair that trained the weights, of the whole model or of the part that was binarized."""
+    config = config_of(model)
+    return None if config is None else str(config.weights)
 
 
 def _weights(model: nn.Module, binary: Sequence[nn.Module]) -> dict[str, Any]:
