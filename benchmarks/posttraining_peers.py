@@ -14,7 +14,8 @@ scikit-learn ship, in the order of their names, every other one is for calibrati
         openvino==2026.4.1 nncf==3.4.0
 
 beside the extras `benchmarks` and `examples`. Finished rows are kept in benchmarks/posttraining/peers.jsonl: the script
-goes on where it stopped. A peer that stops with an error is tried again at the next run. A run is of one thread.
+goes on where it stopped. A peer that stops with an error is tried again at the next run. A run is of one thread. The
+seconds of a row are those of a machine that did other work too.
 """
 
 import argparse
@@ -63,10 +64,10 @@ METHODS = (FLOAT, *OWN, *PEERS)
 _WHAT = (
     "The 72 linear layers of the blocks are quantized, and nothing else. *Images*: the same 256 without labels for all "
     "who look at any. *Bits a weight*: codes, scales and zero points of these layers, with as few bits for a code as "
-    "it needs; *as stored*: in the tensors or the file of the library. The int8 rows and W1A8 quantize the inputs of "
-    "the layers too, the others multiply floats. Settings of peers that are not their defaults were the best of some "
-    "tried on test images, which favours peers. BiLLM is that of onnxsim, without the paper's split of the weights by "
-    "size."
+    "it needs, and scales in fp32 as the models are; *as stored*: in the tensors or the file of the library. The int8 "
+    "rows and W1A8 quantize the inputs of the layers too, the others multiply floats. Settings of peers that are not "
+    "their defaults were the best of some tried on test images, which favours peers. BiLLM is that of onnxsim: without "
+    "the paper's split of the weights by size, and with one scale for 128 columns of all rows."
 )
 _COSINE = (
     "Mean cosine between the features of the quantized and of the float model: of the token CLS, and of the patches. "

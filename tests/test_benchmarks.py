@@ -373,7 +373,7 @@ def tiny_dinov2():
 
 
 @pytest.mark.parametrize(("name", "bits"), PEERS.items())
-def test_peers_quantize_the_layers_and_nothing_else(script, tiny_dinov2, name, bits):
+def test_peers_quantize_the_layers(script, tiny_dinov2, name, bits):
     """More bits come nearer to the float model; what they take is at least what the codes do."""
     peer = script("model_peers").PEERS[name]
     if peer.versions() is None:
