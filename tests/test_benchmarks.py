@@ -8,9 +8,11 @@ import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import Dinov2Config, Dinov2ForImageClassification
 
 import proxbit
 from proxbit.analysis.environment import environment
@@ -343,3 +345,115 @@ def test_every_model_has_layers_to_make_1_bit(script):
     for name, task in models.MODELS.items():
         report = proxbit.binarize(task.model()).binarization_report
         assert len(report.converted) > 10, name
+
+
+# Quantizers of other libraries, and bits of their codes.
+PEERS = {
+    "HQQ, 1 bit": 1,
+    "torchao, int1": 1,
+    "onnxsim, BiLLM": 1,
+    "optimum-quanto, qint2": 2,
+    "HQQ, 2 bits": 2,
+    "torchao, int2": 2,
+    "optimum-quanto, qint4": 4,
+    "HQQ, 4 bits": 4,
+    "torchao, int4": 4,
+    "onnxruntime, int8 dynamic": 8,
+    "onnxruntime, int8 static": 8,
+    "NNCF for OpenVINO, int8": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_dinov2():
+    """A DINOv2 of one layer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1, "image_size": 28, "num_labels": 3}
+    return Dinov2ForImageClassification(Dinov2Config(**sizes, patch_size=14)).eval()
+
+
+@pytest.mark.parametrize(("name", "bits"), PEERS.items())
+def test_peers_quantize_the_layers(script, tiny_dinov2, name, bits):
+    """More bits come nearer to the float model; what they take is at least what the codes do."""
+    peer = script("model_peers").PEERS[name]
+    if peer.versions() is None:
+        pytest.skip(f"{name} is not installed")
+    layers = list(proxbit.binarize(copy.deepcopy(tiny_dinov2)).binarization_report.converted)
+    images = torch.randn(40, 3, 28, 28, generator=torch.manual_seed(1))
+    made = peer.make(copy.deepcopy(tiny_dinov2), layers, images)
+    with torch.no_grad():
+        wanted, found = tiny_dinov2(pixel_values=images).logits, made.model(pixel_values=images)[0]
+    error = (found - wanted).norm() / (wanted - wanted.mean(0)).norm()
+    assert 0 < error < {1: 3, 2: 2, 4: 0.2, 8: 0.05}[bits]
+    weights = sum(tiny_dinov2.get_submodule(layer).weight.numel() for layer in layers)
+    assert bits < 8 * made.packed / weights < bits + 1.5 and made.packed <= made.stored
+
+
+def test_crops_are_of_one_photograph_each(script):
+    """Of one colour each, which normalization keeps apart; the same seed cuts the same."""
+    peers = script("posttraining_peers")
+    pictures = [np.full(size, color, np.uint8) for size, color in (((40, 60, 3), 0), ((90, 30, 3), 255))]
+    found = peers.crops(pictures, 5, seed=3, side=14)
+    assert found.shape == (5, 3, 14, 14) and torch.equal(found, peers.crops(pictures, 5, seed=3, side=14))
+    for index, color in enumerate((0, 1, 0, 1, 0)):
+        expected = [(color - mean) / std for mean, std in zip(peers.dinov2.MEAN, peers.dinov2.STD, strict=True)]
+        assert torch.allclose(found[index].mean((1, 2)), torch.tensor(expected), atol=1e-5)
+
+
+def test_photographs_that_need_no_download(script):
+    pytest.importorskip("skimage")
+    found = script("posttraining_peers").photographs()
+    assert list(found) == sorted(found) and len(found) == 10 and {"astronaut", "china", "rocket"} <= set(found)
+    assert all(image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8 for image in found.values())
+
+
+def test_fidelity_is_of_cls_and_of_patches(script, tiny_dinov2):
+    peers = script("posttraining_peers")
+    images = torch.randn(3, 3, 28, 28, generator=torch.manual_seed(2))
+    wanted = peers.features(tiny_dinov2.dinov2, images)
+    assert wanted.shape == (3, 5, 128)
+    wanted[:, 0] *= -2
+    assert peers.fidelity(tiny_dinov2.dinov2, wanted, images) == pytest.approx({"cls": -1, "patches": 1}, abs=1e-5)
+
+
+def test_a_model_is_calibrated_beside_its_peers(script, tiny_dinov2, tmp_path):
+    """The closed form is nearer than the signs; what is finished, and from this float model, is not done again."""
+    peers = script("posttraining_peers")
+    model = tiny_dinov2.dinov2
+    seen, images = torch.randn(44, 3, 28, 28, generator=torch.manual_seed(3)).split([40, 4])
+    wanted = peers.features(model, images)
+    subject = peers.Subject(peers.PHOTOGRAPHS, "a", model, seen, lambda each: peers.fidelity(each, wanted, images))
+    rows, runs = tmp_path / "peers.jsonl", tmp_path / "runs.jsonl"
+    signs, _, closed, _ = peers.OWN
+    methods = [peers.FLOAT, signs, closed]
+    made = [peers.do(subject, method) for method in methods]
+    assert made[0]["cls"] > made[2]["cls"] > made[1]["cls"] and [row["images"] for row in made] == [0, 0, peers.SHOWN]
+    assert peers.missing(subject, rows, runs)[:3] == list(peers.METHODS[:3])
+    rows.write_text("".join(json.dumps(row) + "\n" for row in made))
+    assert not set(methods) & set(peers.missing(subject, rows, runs))
+    assert set(methods) <= set(peers.missing(replace(subject, start="b"), rows, runs))
+    assert {signs, closed} <= set(peers.missing(replace(subject, name="solar"), rows, runs))
+
+
+def test_the_page_of_peers_has_our_runs_from_the_same_float_model(script, tmp_path):
+    """And says what is not installed, or stopped."""
+    peers = script("posttraining_peers")
+    _, _, closed, eight = peers.OWN
+    numbers = {"float_accuracy": 0.9, "accuracy": 0.85, "balanced": 0.8, "kl": 0.1234, "agreement": 0.75}
+    runs, lines = tmp_path / "runs.jsonl", []
+    for method, start in ((closed, "a"), (eight, "b")):
+        lines.append(json.dumps(asdict(peers.run_of("solar", method)) | numbers | {"start": start}) + "\n")
+    runs.write_text("".join(lines))
+    sizes = {"start": "a", "images": 0, "packed": 2.5, "stored": 8.25}
+    rows = {("solar", name): {"part": "solar"} | sizes | numbers for name in (peers.FLOAT, "torchao, int2")}
+    rows["photographs", "torchao, int2"] = {"part": "photographs", "cls": 0.5, "patches": 0.25} | sizes
+    gone = {name: replace(peer, packages=("no-such-package",)) for name, peer in peers.PEERS.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "PEERS", gone)
+        failed = {("animals", "HQQ, 2 bits"): "ValueError: no"}
+        page = peers.write(peers.with_own(rows, runs), failed, tmp_path / "peers.md")
+    assert page == (tmp_path / "peers.md").read_text()
+    assert "| torchao, int2 | 2.50 | 8.25 |  | 85.0 | 80.0 | 5.0 | 0.1234 | 75.0 |" in page
+    assert f"| **{closed}** | 1.06 | 1.06 | 256 | 85.0 | 80.0 | 5.0 | 0.1234 | 75.0 |" in page and eight not in page
+    assert "| torchao, int2 | 2.50 | 8.25 |  | 0.5000 | 0.2500 |" in page
+    assert "- HQQ, 2 bits: not installed, no row." in page and "- HQQ, 2 bits stopped: `ValueError: no`" in page
