@@ -25,7 +25,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib import pyplot
-from report import table
+from report import keep, table
 from torch import Tensor, nn
 
 import proxbit
@@ -372,10 +372,7 @@ def main() -> None:
             task = dinov2.load_task(run.task)
             there = dinov2.file_of(task, run.fold, SIDE, given.cache).is_file() or not given.only_cached
             if wanted and there and run not in known(path):
-                row = do(run, given.cache)
-                with path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(json.dumps(row), flush=True)
+                keep(do(run, given.cache), path)
     print(write(known(path)))
 
 

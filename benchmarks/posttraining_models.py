@@ -22,7 +22,7 @@ import accuracy
 import dinov2
 import numpy as np
 import torch
-from report import table
+from report import keep, table
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -259,10 +259,7 @@ def main() -> None:
     path = FOLDER / "models.jsonl"
     for run in wanted(given.models, given.folds, given.methods):
         if run.column in given.columns and run not in known(path):
-            row = do(run, given.cache)
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+            keep(do(run, given.cache), path)
     print(write(known(path)))
 
 

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from model_peers import PEERS
 from PIL import Image
-from report import table
+from report import keep, table
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
@@ -303,9 +303,7 @@ def main() -> None:
             except Exception as error:
                 failed[part, method] = f"{type(error).__name__}: {error}".partition("\n")[0]
                 continue
-            with (runs if elsewhere else rows).open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+            keep(row, runs if elsewhere else rows)
     print(write(with_own(known(rows), runs), failed, posttraining.FOLDER / "peers.md"))
 
 

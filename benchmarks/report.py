@@ -1,4 +1,4 @@
-"""What the pages of the benchmarks of speed share: tables, goals beside what was measured, files."""
+"""What the pages of benchmarks share: tables, goals beside what was measured, files."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -34,6 +34,14 @@ class Goal:
         if self.stretch is not None and round(measured, 2) >= self.stretch:
             return "met, stretch too"
         return "met" if round(measured, 2) >= self.at_least else "**missed**"
+
+
+def keep(row: dict[str, Any], path: Path) -> None:
+    """Add a run that is finished to the lines that a benchmark goes on from, and print it."""
+    line = json.dumps(row)
+    with path.open("a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

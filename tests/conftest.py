@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from hub_server import running
 from processes import Processes
+from proxbit.training.sources import _asked
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -44,6 +45,12 @@ def _turn(item: pytest.Item) -> int:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _ask_anew() -> None:
+    """What the Hub answered to a test before is not remembered."""
+    _asked.cache_clear()
 
 
 @pytest.fixture

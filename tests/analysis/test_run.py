@@ -66,6 +66,9 @@ def test_a_folder_that_is_there_is_called_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "me" / "patients").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "me")
     assert check_run({"dataset": "."})["dataset"] == "me"
+    names = (str(tmp_path / "me" / "patients"), "../me/patients/", "patients")
+    assert {check_run({"dataset": name})["dataset"] for name in names} == {"patients"}
+    assert check_run({"dataset": "user/set"})["dataset"] == "user/set"
     monkeypatch.chdir(tmp_path)
     assert check_run({"dataset": "me/patients"})["dataset"] == "patients"
     assert check_run({"dataset": "me/others"})["dataset"] == "me/others"

@@ -5,7 +5,7 @@ import io
 import datasets
 from rich.console import Console
 
-from proxbit.cli.pictures import name_of_data, tell_left_out, tell_pictures
+from proxbit.cli.pictures import tell_left_out, tell_pictures
 from proxbit.training.image_folders import LeftOut, Pictures, Splits
 
 
@@ -50,10 +50,3 @@ def test_many_files_of_one_reason_are_summed_up():
     assert lines[0] == "51 left out:" and lines[1] == r"  0\n.jpg: an empty file" and len(lines) == 23
     assert lines[21] == "  ... and 30 more: an empty file" and lines[22] == "  x.zip: an archive"
     assert told(tell_left_out, []) == ""
-
-
-def test_a_card_names_the_folder_only(tmp_path, monkeypatch):
-    (tmp_path / "patients").mkdir()
-    monkeypatch.chdir(tmp_path / "patients")
-    assert {name_of_data(name) for name in (str(tmp_path / "patients"), ".", "../patients/")} == {"patients"}
-    assert name_of_data("user/set") == "user/set"

@@ -82,10 +82,11 @@ def test_no_refusal_prints_it(hostile, tmp_path, monkeypatch, capsys, file, fiel
 
 
 def test_libraries_are_guarded():
-    """Logs of transformers, and warnings, as a process of its own prints them."""
+    """Logs of transformers, and warnings, as a process of its own prints them while a command runs."""
     code = (
-        "import warnings, logging; from proxbit.cli.terminal import guard_terminal as guard; guard(); guard()\n"
-        f"logging.getLogger('transformers.x').warning({HOSTILE[:-1]!r}); warnings.warn({HOSTILE[:-1]!r})"
+        "import logging, sys, warnings, proxbit_cli; from proxbit.cli.terminal import guard_terminal as guard\n"
+        "guard(); guard(); proxbit_cli.app = lambda: exec(sys.argv[1]); proxbit_cli.main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    told = f"logging.getLogger('transformers.x').warning({HOSTILE[:-1]!r}); warnings.warn({HOSTILE[:-1]!r})"
+    done = subprocess.run([sys.executable, "-c", code, told], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.count(r"\x1b[2J") == 2 and "\x1b" not in done.stderr

@@ -5,41 +5,16 @@ import logging
 import datasets
 import pytest
 import torch
-from torch.utils.data import IterableDataset
 from transformers import ViTForImageClassification
 
 import proxbit
 from proxbit.config import BinarizationConfig
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer
 from proxbit.training.metrics import classification_metrics
+from streams import Again, Endless, Once
 from tiny_models import LABELS, SIDE, vit
 
 BATCH, STEPS = 2, 7
-
-
-class Once(IterableDataset):
-    """A stream: its iterator is always the same one."""
-
-    def __init__(self, examples):
-        self.rest = iter(examples)
-
-    def __iter__(self):
-        return self.rest
-
-
-class Endless(Once):
-    """Each reading looks like one of its own."""
-
-    def __iter__(self):
-        yield from self.rest
-
-
-class Again(IterableDataset):
-    def __init__(self, examples):
-        self.examples = examples
-
-    def __iter__(self):
-        return iter(self.examples)
 
 
 def from_generator(examples):

@@ -30,7 +30,9 @@ def test_offline_is_said(tmp_path, monkeypatch):
 def test_the_hub_is_asked(hub, tmp_path, monkeypatch):
     """Once; what it does not know, it does not have."""
     monkeypatch.chdir(tmp_path)
-    assert "nor a model on the Hub" in why_nowhere("someone/model", "model")
+    for _ in range(2):
+        assert "nor a model on the Hub" in why_nowhere("someone/model", "model")
+    assert hub.count("GET", "someone/model") == 1
 
 
 def test_a_network_that_is_none(monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ from torch import nn
 
 from proxbit.analysis.timing import time_rounds, torch_threads
 from proxbit.cli.checkpoints import check_new_folder, load_model, load_processor, save
-from proxbit.cli.pictures import name_of_data, read_split, tell_left_out, tell_pictures
+from proxbit.cli.pictures import read_split, tell_left_out, tell_pictures
 from proxbit.cli.progress import watch
 from proxbit.config import BinarizationConfig
 from proxbit.errors import CheckpointError, ConfigError, DataError
@@ -183,7 +183,7 @@ def from_images(source: _Source, config: BinarizationConfig, folder: Path) -> No
     }
     run = {
         "recipe": source.recipe,
-        "dataset": name_of_data(source.images),
+        "dataset": source.images,
         "steps": 0,
         "train_samples": 0,
         "calibration_samples": report.images,

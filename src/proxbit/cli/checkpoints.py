@@ -18,7 +18,7 @@ from proxbit.errors import CheckpointError, ProxbitError
 from proxbit.foreign import printable
 from proxbit.hub.client import first_line
 from proxbit.hub.files import save_weights
-from proxbit.hub.loading import UNREADABLE, class_of, load_config, load_image_processor, load_pretrained
+from proxbit.hub.loading import UNREADABLE, class_of, load_pretrained
 from proxbit.hub.release import write_release
 from proxbit.hub.staging import staged
 from proxbit.patching import state_of
@@ -40,7 +40,7 @@ def architecture(name: str) -> tuple[transformers.PreTrainedConfig, Any | None]:
         raise CheckpointError(f"There is no model in {_shown(name)}: it is a file. Name the folder that it lies in.")
     options = _options(name)
     try:
-        config = load_config(name, **options)
+        config = load_pretrained(transformers.AutoConfig, name, **options)
     except ProxbitError:
         raise
     except (*MISTAKES, OSError) as error:
@@ -116,7 +116,7 @@ def load_processor(name: str) -> Any | None:
     """
     options = _options(name)
     try:
-        return load_image_processor(name, **options)
+        return load_pretrained(transformers.AutoImageProcessor, name, **options)
     except ProxbitError:
         raise
     except (*MISTAKES, OSError) as error:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from datasets import Dataset
 from rich.console import Console
@@ -13,7 +12,7 @@ from proxbit.cli.progress import watch
 from proxbit.foreign import printable
 from proxbit.training.image_folders import LeftOut, Pictures, Splits, check_classes, read_pictures
 
-__all__ = ["name_of_data", "read_split", "tell_left_out", "tell_pictures"]
+__all__ = ["read_split", "tell_left_out", "tell_pictures"]
 
 MOST_CLASSES, MOST_FILES = 20, 20
 
@@ -76,8 +75,3 @@ def tell_left_out(console: Console, left_out: Sequence[LeftOut], litter: int = 0
             console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     if litter:
         console.print(f"passed over: {litter:,} hidden files and files of the system", highlight=False)
-
-
-def name_of_data(data: str) -> str:
-    """What a card calls a set of pictures: the name of its folder, without the folders above it; or that on the hub."""
-    return Path(data).resolve().name if Path(data).is_dir() else data

@@ -1,8 +1,6 @@
 """What libraries write to the terminal while a command runs, which may quote files of others."""
 
 import logging
-import warnings
-from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
@@ -25,18 +23,8 @@ class _Formatter(logging.Formatter):
 
 
 def guard_terminal() -> None:
-    """Have the logs of transformers, and warnings, printed without control characters."""
+    """Have the logs of transformers printed without control characters; `proxbit_cli.main` sees to warnings."""
     transformers_logging.get_logger("transformers")  # which makes the handler, if there is none yet
     for handler in logging.getLogger("transformers").handlers:
         if not isinstance(handler.formatter, _Formatter):
             handler.setFormatter(_Formatter(handler.formatter._fmt if handler.formatter else None))
-    if not getattr(warnings.formatwarning, "guards", False):
-        warnings.formatwarning = _guarded(warnings.formatwarning)
-
-
-def _guarded(made: Any) -> Any:
-    def formatwarning(*arguments: Any, **keywords: Any) -> str:
-        return _lines(made(*arguments, **keywords))
-
-    formatwarning.guards = True  # type: ignore[attr-defined]
-    return formatwarning

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from proxbit.analysis.latency import measure_latency
 from proxbit.cli.checkpoints import architecture, check_new_folder, load_model, load_processor, save, save_plain
-from proxbit.cli.pictures import name_of_data, read_split, tell_pictures
+from proxbit.cli.pictures import read_split, tell_pictures
 from proxbit.config import QUANT_METHOD, stored_kind
 from proxbit.errors import CheckpointError, ConfigError, DataError, ModelStateError, ProxbitError
 from proxbit.foreign import printable
@@ -162,9 +162,11 @@ def pick_splits(splits: Splits, given: PictureArguments) -> tuple[str, str | Non
     return name, held_out
 
 
-def read_data(splits: Splits, given: PictureArguments, seed: int) -> list[Pictures]:
-    """The pictures to train and to evaluate with, none but such as can be read; what they are is printed."""
-    name, held_out = pick_splits(splits, given)
+def read_data(splits: Splits, names: tuple[str, str | None], given: PictureArguments, seed: int) -> list[Pictures]:
+    """The pictures of `pick_splits` to train and to evaluate with, none but such as can be read; what they are is
+    printed.
+    """
+    name, held_out = names
     train = read_split(given.data, name, splits[name])
     if held_out is None:
         title = f"held out, {given.eval_fraction:.0%}"
@@ -173,8 +175,8 @@ def read_data(splits: Splits, given: PictureArguments, seed: int) -> list[Pictur
         train = replace(train, dataset=parts["train"])
     else:
         title, test = held_out, read_split(given.data, held_out, splits[held_out])
-        unknown = sorted(test.counts().keys() - {label for label, count in train.counts().items() if count})
-        unknown = [label for label in unknown if test.counts()[label]]
+        known = train.counts()
+        unknown = sorted(label for label, count in test.counts().items() if count and not known[label])
         if unknown:
             raise DataError(
                 f"{printable(given.data)}: {held_out} has pictures of classes that {name} has none of: {some(unknown)}."
@@ -222,20 +224,21 @@ def make_trainer(given: PictureArguments, args: ProxConnectArguments) -> ProxCon
         check_new_folder(out)
     architecture(given.model)  # A name that is none is told before pictures are read.
     splits = load_splits(given.data)
-    train_split, _ = pick_splits(splits, given)
+    names = pick_splits(splits, given)
     processor = load_processor(given.model)
     if processor is None:
         raise CheckpointError(
             f"{given.model!r} has no preprocessor_config.json that can be read: how are pictures prepared for it?"
         )
     set_seed(args.seed)  # of a new head
-    model, numbers = load_for(given.model, class_names(splits[train_split]))
+    model, numbers = load_for(given.model, class_names(splits[names[0]]))
     if state_of(model) == "float" and args.recipe is None:
         args.recipe = DEFAULT_RECIPE
     teacher = None if given.teacher is None else load_model(given.teacher)
     if teacher is not None and numbers_of_labels(teacher.config) != numbers_of_labels(model.config):
         raise ConfigError(f"The labels of the teacher {given.teacher!r} are not those of the model.")
-    train_set, test_set = (relabel(each, numbers, repr(given.model)) for each in read_data(splits, given, args.seed))
+    parts = read_data(splits, names, given, args.seed)
+    train_set, test_set = (relabel(each, numbers, repr(given.model)) for each in parts)
     transform = partial(prepare, processor=processor)
     try:
         return ProxConnectTrainer(
@@ -280,7 +283,7 @@ def train(context: typer.Context) -> None:
         if "accuracy" in name:
             table.add_row(name.removeprefix("eval_").replace("_", " "), f"{value:.2%}")
     Console().print(table)
-    run = trainer.run_record() | {"dataset": name_of_data(given.data), "latency": measure_latency(pack(model))}
+    run = trainer.run_record() | {"dataset": given.data, "latency": measure_latency(pack(model))}
     if run["split"] is None:
         run["split"] = f"{given.eval_fraction:.0%} of {run['train_split']}, held out"
     save(model, processor, out / "packed", run)

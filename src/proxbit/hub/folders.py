@@ -1,7 +1,7 @@
 """Checks of a checkpoint's folder before transformers reads a weight in it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -97,10 +97,10 @@ def check_folder(folder: Path, config: Any, variant: str | None = None) -> None:
     _check_patterns(getattr(config, "quantization_config", None), tensors)
 
 
-def _check_length(values: Sequence[Any], tensors: int, where: str) -> None:
+def _check_length(values: Collection[Any], tensors: int, where: str, what: str = "entries") -> None:
     if len(values) > max(tensors, _ANY_LENGTH):
         raise CheckpointError(
-            f"config.json: {where} has {len(values):,} entries, but the weight files hold {tensors} tensors."
+            f"config.json: {where} has {len(values):,} {what}, but the weight files hold {tensors} tensors."
         )
 
 
@@ -109,10 +109,8 @@ def _check_patterns(stored: Any, tensors: int) -> None:
     values = stored if isinstance(stored, dict) else getattr(stored, "__dict__", {})
     for name in ("include", "modules_to_not_convert", "learned_attention", "overrides"):
         patterns = values.get(name)
-        if isinstance(patterns, list | dict) and len(patterns) > max(tensors, _ANY_LENGTH):
-            raise CheckpointError(
-                f"config.json: {name} has {len(patterns):,} patterns, but the weight files hold {tensors} tensors."
-            )
+        if isinstance(patterns, list | dict):
+            _check_length(patterns, tensors, name, "patterns")
 
 
 def check_sizes(values: Any, tensors: int, stored: int, where: str = "") -> None:

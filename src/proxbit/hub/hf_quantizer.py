@@ -144,7 +144,8 @@ class ProxbitHfQuantizer(HfQuantizer):
         check_loaded(packed_layers(model))
         if self.pre_quantized:
             check_learned(model)
-            check_complete(model, missing_tensors(), stored_config())
+            if missing := missing_tensors():
+                check_complete(model, missing, stored_config())
             check_dtypes(model, self._outlines)
         else:
             reset_learned(model)
@@ -259,8 +260,11 @@ def claims(model: nn.Module, strict: bool = False) -> Iterator[tuple[PreTrainedM
 
 
 def claim_of(config: Any) -> BinarizationConfig | dict[str, Any] | None:
-    """What a configuration of a model says of proxbit; None if it says nothing, or is of another quantizer."""
-    said = getattr(config, "quantization_config", None)
+    """What a configuration of a model, read from a file or not, says of proxbit; None if it says nothing, or is of
+    another quantizer.
+    """
+    key = "quantization_config"
+    said = config.get(key) if isinstance(config, dict) else getattr(config, key, None)
     method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
     return said if method == QUANT_METHOD else None
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, dynamic_module_utils
 from proxbit.errors import CheckpointError, ProxbitError
 from proxbit.foreign import printable
 
-__all__ = ["UNREADABLE", "class_of", "load_config", "load_image_processor", "load_pretrained", "make_model"]
+__all__ = ["UNREADABLE", "class_of", "load_pretrained", "make_model"]
 
 # What transformers raises, beside OSError and ValueError, at files that hold anything else than they should.
 UNREADABLE = (
@@ -55,21 +55,6 @@ def _no_code(name: Any) -> Iterator[None]:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = waits
 
 
-def load_config(name: str | Path, **arguments: Any) -> PreTrainedConfig:
-    """The configuration of a model.
-
-    Args:
-        name: a folder, or a name on the Hub.
-        **arguments: of `from_pretrained`.
-
-    Raises:
-        CheckpointError: if it is a class of the repository's own.
-        OSError, and others of `UNREADABLE`: from transformers.
-    """
-    with _no_code(name):
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **arguments)
-
-
 def class_of(config: PreTrainedConfig, where: str | Path) -> type[PreTrainedModel] | None:
     """The class of a model that its configuration names.
 
@@ -100,11 +85,12 @@ def class_of(config: PreTrainedConfig, where: str | Path) -> type[PreTrainedMode
     return found
 
 
-def load_pretrained(kind: Any, name: str | Path, **arguments: Any) -> PreTrainedModel:
-    """A model with its weights.
+def load_pretrained(kind: Any, name: str | Path, **arguments: Any) -> Any:
+    """What a class of transformers reads from a folder or a repository: a model, a configuration, or what prepares
+    pictures for one.
 
     Args:
-        kind: its class, or one of the Auto classes.
+        kind: the class, or one of the Auto classes.
         name: a folder, or a name on the Hub.
         **arguments: of `from_pretrained`.
 
@@ -113,8 +99,7 @@ def load_pretrained(kind: Any, name: str | Path, **arguments: Any) -> PreTrained
         OSError, and others of `UNREADABLE`: from transformers.
     """
     with _no_code(name):
-        model: PreTrainedModel = kind.from_pretrained(name, trust_remote_code=False, **arguments)
-    return model
+        return kind.from_pretrained(name, trust_remote_code=False, **arguments)
 
 
 def make_model(config: PreTrainedConfig, kind: type[PreTrainedModel] | None) -> PreTrainedModel:
@@ -135,18 +120,3 @@ def make_model(config: PreTrainedConfig, kind: type[PreTrainedModel] | None) -> 
             config, trust_remote_code=False
         )
         return made
-
-
-def load_image_processor(name: str | Path, **arguments: Any) -> Any:
-    """What prepares pictures for a model.
-
-    Args:
-        name: a folder, or a name on the Hub.
-        **arguments: of `from_pretrained`.
-
-    Raises:
-        CheckpointError: if it is a class of the repository's own.
-        OSError, and others of `UNREADABLE`: from transformers.
-    """
-    with _no_code(name):
-        return transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **arguments)

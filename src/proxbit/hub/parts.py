@@ -4,14 +4,13 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from proxbit.config import QUANT_METHOD
 from proxbit.errors import CheckpointError, ModelStateError
 from proxbit.foreign import printable
 from proxbit.hub.compat import ask_before_loading, ask_before_saving, loaded_folder, stored_config
@@ -144,7 +143,7 @@ def find_claim(config: PreTrainedConfig) -> bool:
     if getattr(config, "quantization_config", None) is not None and claim_of(config) is None:
         return False
     stored = stored_config() or {}
-    if _is_claim(said := stored.get("quantization_config")):
+    if (said := claim_of(stored)) is not None:
         if stored.get("model_type") == config.model_type:
             own = claim_of(config)
             if own is None or as_config(own).state != as_config(said).state:
@@ -162,15 +161,8 @@ def find_claim(config: PreTrainedConfig) -> bool:
 
 def _parts_say(stored: dict[str, Any]) -> bool:
     """Whether the configuration of a part, in that of a whole as JSON types, says how it was binarized."""
-    return any(_is_claim(value.get("quantization_config")) or _parts_say(value) for value in _tables(stored))
-
-
-def _tables(stored: dict[str, Any]) -> list[dict[str, Any]]:
-    return [value for value in stored.values() if isinstance(value, dict)]
-
-
-def _is_claim(said: Any) -> TypeGuard[dict[str, Any]]:
-    return isinstance(said, dict) and said.get("quant_method") == QUANT_METHOD
+    tables = [value for value in stored.values() if isinstance(value, dict)]
+    return any(claim_of(value) is not None or _parts_say(value) for value in tables)
 
 
 def _take_from_whole(config: PreTrainedConfig, stored: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from proxbit.analysis.card import QuantizationCard, quantization_card
 from proxbit.config import QUANT_METHOD, stored_kind
@@ -23,7 +23,7 @@ from proxbit.hub.checkpoint import tensor_headers
 from proxbit.hub.client import client, first_line, one_line
 from proxbit.hub.files import CARD_NAME, check_files, read_json, weight_files
 from proxbit.hub.folders import folder_files
-from proxbit.hub.loading import UNREADABLE, class_of, load_config, load_pretrained
+from proxbit.hub.loading import UNREADABLE, class_of, load_pretrained
 from proxbit.hub.model_card import README, is_card, model_card, rename
 from proxbit.hub.release import write_release
 from proxbit.hub.release_files import CONFIG, check_links, code_files, is_release_file
@@ -298,7 +298,7 @@ def _name_cards(folder: Path, repo: str) -> None:
 def _load(folder: Path) -> PreTrainedModel:
     """The model of a folder, in the class that its configuration names."""
     try:
-        config = load_config(folder)
+        config = load_pretrained(AutoConfig, folder)
         kind = class_of(config, folder)
         if kind is None:
             named = (config.architectures or ["no class"])[0]
@@ -306,7 +306,8 @@ def _load(folder: Path) -> PreTrainedModel:
                 f"{folder / CONFIG} names {named}, which transformers does not have: cards cannot be written. Load "
                 "the model and upload that, proxbit.push(model, ...)."
             )
-        return load_pretrained(kind, folder)
+        model: PreTrainedModel = load_pretrained(kind, folder)
+        return model
     except ProxbitError:
         raise
     except (*UNREADABLE, OSError) as error:

@@ -14,6 +14,7 @@ from proxbit.errors import MuRangeError
 from proxbit.nn import ActivationQuantizer, LatentWeight, binary_activations, latent_layers, set_mu, start_update
 from proxbit.quantizers import AGGREGATE, MuSchedule
 from proxbit.training.monitor import hardening_gap
+from proxbit.training.recipes import DEFAULT_RECIPE, get_recipe
 from proxbit.training.stages import Stage
 
 __all__ = ["LayerScores", "MuCallback", "learning_rates"]
@@ -32,7 +33,7 @@ class MuCallback(TrainerCallback):
     Args:
         model: the latent model.
         begin: called when training begins or resumes, with the number of optimizer steps; returns the schedule. None:
-            that of the pair, whose last tenth is hard.
+            that of the pair, with the hard part of the default recipe.
         stages: called next, likewise; says when each layer begins. None: all at once.
     """
 
@@ -122,7 +123,8 @@ class MuCallback(TrainerCallback):
 
     def _default(self, steps: int) -> MuSchedule:
         layer = next(layer for _, layer in latent_layers(self.model))
-        return MuSchedule(*layer.pair.schedule, steps=steps, hard_fraction=0.1)
+        hard = get_recipe(DEFAULT_RECIPE).training["hard_fraction"]
+        return MuSchedule(*layer.pair.schedule, steps=steps, hard_fraction=hard)
 
     def _apply(self, step: int) -> None:
         assert self.schedule is not None

@@ -13,7 +13,6 @@ from transformers.trainer_pt_utils import find_batch_size
 
 from proxbit.errors import ConfigError
 from proxbit.foreign import printable
-from proxbit.hub import ProxbitHfQuantizer
 from proxbit.hub.weights import is_model_folder, load_weights
 from proxbit.training.arguments import DistillationArguments
 from proxbit.training.losses import distillation_loss, gram_loss, token_loss
@@ -81,17 +80,9 @@ class DistillationTrainer(Trainer):
         return isinstance(model, PreTrainedModel) and not sharded and is_model_folder(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As the Trainer; weights that an engine gathered reach the file of a latent model too, tokens reach none."""
-        quantizer = vars(self.model).get("hf_quantizer")
+        """As the Trainer, without tokens."""
         with self._without_tokens():
-            if state_dict is None or not isinstance(quantizer, ProxbitHfQuantizer):
-                super()._save(output_dir, state_dict)
-                return
-            quantizer.gathered_state = state_dict
-            try:
-                super()._save(output_dir, state_dict)
-            finally:
-                quantizer.gathered_state = None
+            super()._save(output_dir, state_dict)
 
     @contextmanager
     def _without_tokens(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from proxbit.errors import DataError
 from proxbit.foreign import printable
+from proxbit.hub.client import first_line
 from proxbit.training.layouts import LAYOUT, Filed, LeftOut, layout_of, nfc, unlabelled_files
 from proxbit.training.pixels import read_picture
 from proxbit.training.sources import why_nowhere
@@ -101,7 +102,7 @@ def load_splits(source: str) -> Splits:
         if reason is None or _is_cached(source):
             return Splits(datasets.load_dataset(source))
     except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
+        reason = first_line(error)
     raise DataError(f"There is no folder and no dataset on the hub named {printable(source)!r}: {reason}.")
 
 

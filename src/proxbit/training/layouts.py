@@ -83,6 +83,11 @@ class Tree:
     folders: list[PurePath] = field(default_factory=list)
     litter: int = 0
 
+    def below(self, folder: PurePath) -> dict[PurePath, str | None]:
+        """The files that lie in a folder, at any depth."""
+        depth = len(folder.parts)
+        return {path: why for path, why in self.files.items() if path.parts[:depth] == folder.parts}
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -196,7 +201,7 @@ def layout_of(data: Path) -> Layout:
     beside = dict(tree.files)
     splits: dict[str, list[Filed]] = {}
     for split, prefix in (prefixes or {WHOLE: PurePath()}).items():
-        inside = {path: why for path, why in tree.files.items() if path.parts[: len(prefix.parts)] == prefix.parts}
+        inside = tree.below(prefix)
         splits[split] = _files_of(data, prefix, inside, tree.folders)
         for path in inside:
             del beside[path]
@@ -283,6 +288,6 @@ def unlabelled_files(data: Path) -> tuple[list[Path], list[LeftOut]]:
     """
     tree = walk(data)
     prefix = split_folders(tree, flat=True).get("train", PurePath())
-    inside = {path: why for path, why in tree.files.items() if path.parts[: len(prefix.parts)] == prefix.parts}
+    inside = tree.below(prefix)
     pictures = sorted(data / path for path, why in inside.items() if why is None)
     return pictures, [LeftOut(str(data / path), why) for path, why in inside.items() if why is not None]

@@ -14,7 +14,6 @@ from proxbit.analysis.environment import environment
 from proxbit.analysis.run_log import RUN_LOG, append_event, read_log, replace_event, start_log
 from proxbit.analysis.summary import summary
 from proxbit.errors import UnknownNameError
-from proxbit.foreign import printable
 from proxbit.hub.client import first_line
 from proxbit.hub.spread import whole_latents
 from proxbit.nn import LatentWeight, latent_layers
@@ -161,7 +160,7 @@ class RunRecorder(TrainerCallback):
             write(folder, *arguments)
         except FAILURES as error:
             if not self.warned:
-                where, reason = Path(folder) / RUN_LOG, printable(first_line(error))
+                where, reason = Path(folder) / RUN_LOG, first_line(error)
                 logger.warning("%s cannot be written (%s): `proxbit report` will lack it.", where, reason)
             self.warned = True
             return False
@@ -195,7 +194,7 @@ def begin(folder: str, run: dict[str, Any], step: int) -> None:
                 path,
                 aside.name,
                 step,
-                printable(first_line(error)),
+                first_line(error),
             )
     start_log(folder, run, step)
 

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import BatchFeature, default_data_collator
+from transformers import AutoImageProcessor, BatchFeature, default_data_collator
 
 from proxbit.errors import ConfigError, DataError
-from proxbit.hub.loading import load_image_processor
+from proxbit.hub.loading import load_pretrained
 from proxbit.training.pixels import as_rgb
 
 __all__ = ["CHUNK", "batches_of", "chunks_of", "length", "main_input"]
@@ -50,7 +50,7 @@ class _Reader:
         if self._processor is None:
             name = getattr(getattr(self.model, "config", None), "name_or_path", "")
             try:
-                self._processor = load_image_processor(name)
+                self._processor = load_pretrained(AutoImageProcessor, name)
             except (OSError, ValueError, TypeError) as error:
                 raise ConfigError(
                     "calibrate: images need to be prepared as the model takes them, and there is no image processor "

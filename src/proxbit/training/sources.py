@@ -2,6 +2,7 @@
 
 import os
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -30,7 +31,7 @@ def is_path(name: str) -> bool:
 def why_nowhere(name: str, kind: str) -> str | None:
     """Why there is nothing of this name; None if there is a folder or a repository, or the Hub does not say.
 
-    One question to the Hub, which waits 2 seconds at most, spares the many that loading asks.
+    One question to the Hub in a process, which waits 2 seconds at most, spares the many that loading asks.
 
     Args:
         name: what a user typed.
@@ -41,17 +42,24 @@ def why_nowhere(name: str, kind: str) -> str | None:
         return None
     if is_path(name):
         return f"there is no folder of that name{_meant(place)}"
+    refusal = _asked(name, kind)
+    return None if refusal is None else refusal % _meant(place)
+
+
+@cache
+def _asked(name: str, kind: str) -> str | None:
+    """Why there is no repository, with a place for the folder that may be meant; None if there is one, or may be."""
     try:
         HfApi().repo_info(name, repo_type=kind, timeout=SECONDS)
     except RepositoryNotFoundError as error:
         private = " If it is private: `hf auth login`, or HF_TOKEN" if error.response.status_code == 401 else ""
-        return f"neither a folder of that name is there{_meant(place)}, nor a {kind} on the Hub.{private}"
+        return f"neither a folder of that name is there%s, nor a {kind} on the Hub.{private}"
     except HfHubHTTPError:
         return None  # It is there and says something else, which loading will meet.
     except OfflineModeIsEnabled:
-        return f"there is no folder of that name{_meant(place)}, and HF_HUB_OFFLINE keeps from asking the Hub"
+        return "there is no folder of that name%s, and HF_HUB_OFFLINE keeps from asking the Hub"
     except Exception:  # Whatever the client of HTTP raises without a network.
-        return f"there is no folder of that name{_meant(place)}, and the Hub cannot be reached"
+        return "there is no folder of that name%s, and the Hub cannot be reached"
     return None
 
 
