@@ -105,5 +105,5 @@ def test_what_it_takes_is_tensors(crops):
 def test_without_onnxscript_the_error_says_what_to_install(monkeypatch):
     specification = importlib.util.find_spec("proxbit.export")
     monkeypatch.setitem(sys.modules, "onnxscript.optimizer", None)
-    with pytest.raises(ImportError, match="pip install onnxscript"):
+    with pytest.raises(ImportError, match=r"pip install 'proxbit\[onnx\]'"):
         specification.loader.exec_module(importlib.util.module_from_spec(specification))

@@ -10,6 +10,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = {
     "blocks": 0,
     "errors": 0,
+    "extras": 1,
     "foreign": 0,
     "registry": 0,
     "shards": 0,

@@ -3,12 +3,12 @@
 Importing the package registers it with transformers: `from_pretrained` then loads latent and packed checkpoints.
 """
 
-from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ProxbitError
+from proxbit.extras import import_with_extras
 from proxbit.hub import binarize, dequantize, equalize, fuse, pack
 from proxbit.nn import set_mu, soft_evaluation, start_update
 from proxbit.optim import ProxConnect
@@ -65,5 +65,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        return getattr(import_with_extras(_LAZY[name], f"proxbit.{name}"), name)
     raise AttributeError(f"module 'proxbit' has no attribute {name!r}")

@@ -9,6 +9,7 @@ __all__ = [
     "HubError",
     "LatentError",
     "LossError",
+    "MissingPackageError",
     "ModelStateError",
     "MuRangeError",
     "PackedFormatError",
@@ -49,6 +50,10 @@ class LatentError(ProxbitError):
 
 class LossError(ProxbitError):
     """A training that cannot go on: a loss, or a weight after a step, that is NaN or infinite."""
+
+
+class MissingPackageError(ProxbitError, ImportError):
+    """A package that is not installed, and that only some parts of proxbit need."""
 
 
 class ActivationError(ProxbitError):

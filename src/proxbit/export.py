@@ -17,7 +17,9 @@ try:
     import onnxscript.optimizer
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, DeduplicateInitializersPass
 except ImportError as error:
-    raise ImportError("torch writes ONNX with onnxscript, which is not installed: pip install onnxscript") from error
+    raise ImportError(
+        "torch writes ONNX with onnxscript, which is not installed: pip install 'proxbit[onnx]'"
+    ) from error
 
 __all__ = ["export_onnx"]
 

@@ -10,10 +10,13 @@ from importlib import import_module
 from inspect import getdoc
 from typing import Any
 
-import typer
-from rich.console import Console
-from rich.markup import escape
-from typer.core import TyperGroup
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from typer.core import TyperGroup
+except ModuleNotFoundError as error:
+    sys.exit(f"Error: proxbit on the command line needs {error.name}: pip install 'proxbit[cli]'.")
 
 __all__ = ["COMMANDS", "LazyGroup", "app", "main"]
 
@@ -49,7 +52,8 @@ class LazyGroup(TyperGroup):
         if name is None:
             return name, command, rest
         alone = typer.Typer(**SETTINGS)
-        function = getattr(import_module(f"proxbit.cli.{name}"), name)
+        load = import_module("proxbit.extras").import_with_extras
+        function = getattr(load(f"proxbit.cli.{name}", f"proxbit {name}"), name)
         import_module("proxbit.cli.terminal").guard_terminal()
         paragraphs = (escape(" ".join(each.split())) for each in (getdoc(function) or "").split("\n\n"))
         alone.command(name, help="\n\n".join(paragraphs), context_settings=READ_THEMSELVES.get(name))(function)

@@ -188,5 +188,5 @@ def test_without_it_peft_says_that_it_does_not_know_the_layer():
 def test_without_peft_the_error_says_what_to_install(monkeypatch):
     specification = importlib.util.find_spec("proxbit.hub.adapters")
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match="pip install peft"):
+    with pytest.raises(ImportError, match=r"pip install 'proxbit\[peft\]'"):
         specification.loader.exec_module(importlib.util.module_from_spec(specification))

@@ -14,7 +14,7 @@ try:
     from peft.tuners.lora.layer import Linear, LoraLayer
     from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 except ImportError as error:
-    raise ImportError("Adapters are those of PEFT, which is not installed: pip install peft") from error
+    raise ImportError("Adapters are those of PEFT, which is not installed: pip install 'proxbit[peft]'") from error
 
 __all__ = ["PackedLora", "packed_lora"]
 
