@@ -18,13 +18,14 @@ import proxbit
 from proxbit.analysis.environment import environment
 from proxbit.analysis.timing import Timings
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def script(monkeypatch):
-    """A program of the benchmarks, as a module."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    """A program of the benchmarks or trials, as a module."""
+    for folder in ("trials", "benchmarks"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
     return importlib.import_module
 
 
@@ -198,7 +199,7 @@ def test_the_task_of_solar_cells_is_that_of_the_example(script, tmp_path, monkey
 
 def test_every_engine_is_compared(script):
     """All files of the examples, but the one that the Trainer has on accelerators only."""
-    configs = {path.stem for path in (BENCHMARKS.parent / "examples" / "accelerate_configs").iterdir()}
+    configs = {path.stem for path in (ROOT / "examples" / "accelerate_configs").iterdir()}
     assert {row.config for row in script("engines").ROWS} == configs - {"fsdp2_bf16"} | {"one"}
 
 

@@ -25,6 +25,7 @@ NOT_HERE = (
     "pip install ",
     "python3 -m venv ",
     "python benchmarks/",
+    "python trials",
     "python examples/",
     "accelerate launch --config_file examples/",
     "ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/",

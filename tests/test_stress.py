@@ -1,4 +1,4 @@
-"""The parts of `benchmarks/stress.py`, in seconds."""
+"""The parts of `trials/stress.py`, in seconds."""
 
 import importlib
 import sys
@@ -8,13 +8,13 @@ import pytest
 
 from proxbit.analysis.environment import environment
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TRIALS = Path(__file__).parents[1] / "trials"
 
 
 @pytest.fixture
 def stress(monkeypatch):
     """The script, as a module that other processes find too."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(TRIALS))
     yield importlib.import_module("stress")
     sys.modules.pop("stress")
 

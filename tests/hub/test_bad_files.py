@@ -1,6 +1,6 @@
 """Spoiled checkpoints load right or are clear errors; nothing is unpickled, and nothing outside the folder is touched.
 
-The ways to spoil are those of `benchmarks/fuzz.py`, which tries ten thousand.
+The ways to spoil are those of `trials/fuzz.py`, which tries ten thousand.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from proxbit.errors import ConfigError, ProxbitError
 from proxbit.hub.release import write_release
 from tiny_models import SIDE, vit
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "fuzz_mutations.py"
+FILE = Path(__file__).parents[2] / "trials" / "fuzz_mutations.py"
 specification = importlib.util.spec_from_file_location(FILE.stem, FILE)
 mutations = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(mutations)

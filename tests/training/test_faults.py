@@ -1,4 +1,4 @@
-"""Trainings in processes that are really killed, and what they leave: `benchmarks/faults.py` injects them all."""
+"""Trainings in processes that are really killed, and what they leave: `trials/faults.py` injects them all."""
 
 import importlib
 import json
@@ -21,9 +21,9 @@ ROWS = {
 @pytest.fixture(scope="module")
 def faults():
     """The script, as a module; and where it has trained without a fault."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
+    sys.path.insert(0, str(ROOT / "trials"))
     yield importlib.import_module("faults")
-    sys.path.remove(str(ROOT / "benchmarks"))
+    sys.path.remove(str(ROOT / "trials"))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_the_comparison_sees_a_difference(faults, base):
 def test_the_page_has_every_row(faults):
     page = (ROOT / "docs" / "faults.md").read_text()
     for fault in faults.FAULTS:
-        assert f"| {fault.what} | {fault.how} |" in page, "run: python benchmarks/faults.py"
+        assert f"| {fault.what} | {fault.how} |" in page, "run: python trials/faults.py"
     assert page.startswith(faults.INTRODUCTION) and "**" not in page.removeprefix(faults.INTRODUCTION)
 
 

@@ -1,4 +1,4 @@
-"""Two processes that write into one folder: `python benchmarks/two_writers.py` writes `results/two_writers.md`.
+"""Two processes that write into one folder: `python trials/two_writers.py` writes `results/two_writers.md`.
 
 A hundred times two trainings begin in one output folder, some time apart; they differ in their learning rate, so that a
 mixture of both would show. The first one is killed at some moment. What is left is resumed, unless one of them has
@@ -20,7 +20,7 @@ from typing import Any
 
 import fault_runs as runs
 from fault_runs import CONTEXT, Ended, Job, Started
-from report import RESULTS, table
+from pages import RESULTS, table
 
 from proxbit.analysis.run_log import read_log
 from proxbit.errors import CheckpointError
@@ -170,7 +170,7 @@ def page(cases: Iterable[Case], races: Iterable[tuple[str, str]]) -> str:
         rows.append([*ends, str(len(same)), resumed, str(sum(not case.same for case in same))])
     ended = Counter(end for race in races for end in race)
     trainings = (
-        f"`python benchmarks/two_writers.py`: {len(cases)} times two trainings of six steps began in one output folder,"
+        f"`python trials/two_writers.py`: {len(cases)} times two trainings of six steps began in one output folder,"
         " the second one at some moment of the first, which was killed at another. Every checkpoint that was there then"
         " fitted its manifest. What was left was resumed, and compared with a training that was alone: weights,"
         " optimizer, mu and logged numbers, bit for bit, and the lines of `proxbit_run.jsonl`."

@@ -1,4 +1,4 @@
-"""Every engine against one process: `python benchmarks/engines.py` trains under each, and compares.
+"""Every engine against one process: `python trials/engines.py` trains under each, and compares.
 
 A tiny ViT is trained for 50 steps on CPUs (gloo), with the unchanged `ProxConnectTrainer` and the files of
 `examples/accelerate_configs/`: in one process, and in several with as many pictures a step in all. Then each training
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import RESULTS, finish, table
+from pages import RESULTS, finish, table
 
 from proxbit.analysis.environment import environment
 
@@ -225,7 +225,7 @@ def page(found: list[tuple[Row, Found]]) -> list[str]:
     return [
         "# Engines beside one process",
         "",
-        f"`python benchmarks/engines.py`: a tiny ViT, {STEPS} steps of {BATCH} pictures in all, on CPUs with gloo; the "
+        f"`python trials/engines.py`: a tiny ViT, {STEPS} steps of {BATCH} pictures in all, on CPUs with gloo; the "
         f"first {SAVED} steps resumed with a model of other weights. Columns 3 to 5 compare with one process and "
         f"{BATCH} pictures, the last one with the same training, not stopped. Packed bits are those of "
         "`proxbit.packed_copy`.",

@@ -1,4 +1,4 @@
-"""Whether it lasts: `python benchmarks/stress.py` runs all parts, `python benchmarks/stress.py threads` one of them.
+"""Whether it lasts: `python trials/stress.py` runs all parts, `python trials/stress.py threads` one of them.
 
 training: a tiny model takes 200,000 steps in ProxConnectTrainer, with logs and checkpoints. Resident memory, open files
     and threads of the process are read all along.
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from report import RESULTS, finish, table
+from pages import RESULTS, finish, table
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
@@ -194,7 +194,7 @@ def training(steps: int) -> list[dict[str, Any]]:
 
 def page(data: dict[str, Any], here: Environment) -> list[str]:
     """What was found, in Markdown."""
-    lines = ["# Stress", "", f"`python benchmarks/stress.py` on {here.cpu}.", ""]
+    lines = ["# Stress", "", f"`python trials/stress.py` on {here.cpu}.", ""]
     if "training" in data:
         lines += _training_lines(data["training"])
     if "threads" in data:

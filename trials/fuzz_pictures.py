@@ -1,4 +1,4 @@
-"""Folders of pictures at random: `python benchmarks/fuzz_pictures.py` writes `benchmarks/results/fuzz_pictures.md`.
+"""Folders of pictures at random: `python trials/fuzz_pictures.py` writes `trials/results/fuzz_pictures.md`.
 
 Layouts, odd names, modes, damaged files, bombs, links, archives and metadata, read by the functions of the commands.
 Each folder is read, every file of it taken or listed, or it is refused in one line; nothing else may happen: no
@@ -320,7 +320,7 @@ def memory(field: str) -> float:
 TEXT = """\
 # Folders of pictures, at random
 
-`python benchmarks/fuzz_pictures.py --count {count} --seed {seed}`, Pillow {pillow}, {minutes:.1f} minutes on {machine}.
+`python trials/fuzz_pictures.py --count {count} --seed {seed}`, Pillow {pillow}, {minutes:.1f} minutes on {machine}.
 
 Folders of tiny pictures: classes and splits, with names that look like those of others, in NFC and NFD, with control
 characters, and not UTF-8; pictures of {modes} modes in {forms} formats, whole, damaged, and of 177 million pixels in

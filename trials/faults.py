@@ -1,4 +1,4 @@
-"""What breaks, and what is lost: `python benchmarks/faults.py` injects every fault and writes `docs/faults.md`.
+"""What breaks, and what is lost: `python trials/faults.py` injects every fault and writes `docs/faults.md`.
 
 A tiny ViT is trained for six steps on the CPU, with a checkpoint every two, in processes of its own. Something happens
 to it; then it is resumed from the last complete checkpoint, and must end as a training to which nothing happened:
@@ -21,7 +21,7 @@ from typing import Any
 
 import fault_runs as runs
 from fault_runs import FAULT_STEP, Ended, Job
-from report import table
+from pages import table
 
 from proxbit.hub.files import CARD_NAME, check_files, sha256, weight_files
 from proxbit.hub.staging import staged

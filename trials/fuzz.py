@@ -1,4 +1,4 @@
-"""Spoiled checkpoints: `python benchmarks/fuzz.py` writes `benchmarks/results/fuzz.md`.
+"""Spoiled checkpoints: `python trials/fuzz.py` writes `trials/results/fuzz.md`.
 
 Packed and latent checkpoints, whole, in shards and as releases, are changed at random and loaded. A case loads and is
 right, or it is a clear error; nothing else may happen: no crash, no hang, no file written outside, no code run. Each
@@ -262,7 +262,7 @@ def fuzz(folder: Path, first: int, last: int, seed: int, log: Path | None) -> li
 TEXT = """\
 # Spoiled checkpoints
 
-`python benchmarks/fuzz.py --count {count} --seed {seed}`, {versions}, {minutes:.0f} minutes on {machine},
+`python trials/fuzz.py --count {count} --seed {seed}`, {versions}, {minutes:.0f} minutes on {machine},
 {jobs} at a time.
 
 Five small checkpoints, packed and latent, whole, in shards and as a release, are spoiled and loaded: the model, which

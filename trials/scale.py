@@ -1,4 +1,4 @@
-"""What training on many GPUs costs, on paper: `python benchmarks/scale.py`.
+"""What training on many GPUs costs, on paper: `python trials/scale.py`.
 
 An ImageNet run (100 epochs, 1,024 pictures a step) of DeiT-B and ViT-H with ProxConnect++ on 1 to 512 GPUs, under each
 engine: hours, memory and traffic, and the share of the time that goes to the quantizers. Nothing of it was run on
@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from report import RESULTS, finish, table
+from pages import RESULTS, finish, table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -360,7 +360,7 @@ def main() -> None:
         "shows where a GPU has few pictures a step. Gradients are as large as those of the float model, so traffic is "
         "the same."
     )
-    title = f"`python benchmarks/scale.py`: {EPOCHS} epochs of ImageNet, {BATCH} pictures a step. {here}."
+    title = f"`python trials/scale.py`: {EPOCHS} epochs of ImageNet, {BATCH} pictures a step. {here}."
     page = [title, "", assumed, "", columns, "", *lines, *checked]
     finish("scale", page, {"assumed": asdict(gpu), "paper": data, "check": measured}, here, options.out)
 

@@ -1,4 +1,4 @@
-"""Damaged documents: `python benchmarks/fuzz_documents.py` writes `benchmarks/results/fuzz_documents.md`.
+"""Damaged documents: `python trials/fuzz_documents.py` writes `trials/results/fuzz_documents.md`.
 
 Run logs, quantization cards, `config.json` and `preprocessor_config.json` are changed at random and read by `report`,
 `card`, `summary`, `push` (up to the upload) and `evaluate` (up to the pictures). Each case ends well, or with one line
@@ -223,7 +223,7 @@ def fuzz(count: int, seed: int) -> tuple[dict[tuple[str, str], Counter[str]], li
 TEXT = """\
 # Damaged documents
 
-`python benchmarks/fuzz_documents.py --count {count} --seed {seed}`, {versions}, {minutes:.1f} minutes on {machine}.
+`python trials/fuzz_documents.py --count {count} --seed {seed}`, {versions}, {minutes:.1f} minutes on {machine}.
 
 A run log, a quantization card, a `config.json` or a `preprocessor_config.json` is changed at random and read by a
 command, `push` up to the upload and `evaluate` up to the pictures. "Refused" is an error of proxbit, which the command
