@@ -50,10 +50,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without flips": {f"{FORM}SWEEPS": 0},
     "without compensation": {f"{FORM}SWEEPS": 0, f"{FORM}PASSES": 0},
     "without alignment": {f"{FIT}RIDGE": 1e9, f"{FIT}RIDGE_OF_SIGNS": 1e9, f"{WALK}FEEDBACK": 0.0},
-    "full feedback": {f"{WALK}FEEDBACK": 1.0},
-    "ridge / 3": {f"{FIT}RIDGE": 0.03, f"{FIT}RIDGE_OF_SIGNS": 0.007},
-    "full feedback, ridge / 3": {f"{WALK}FEEDBACK": 1.0, f"{FIT}RIDGE": 0.03, f"{FIT}RIDGE_OF_SIGNS": 0.007},
-    "ridge x 3": {f"{FIT}RIDGE": 0.3, f"{FIT}RIDGE_OF_SIGNS": 0.06},
+    "half of the feedback": {f"{WALK}FEEDBACK": 0.5},
+    "ridge x 3": {f"{FIT}RIDGE": 0.1, f"{FIT}RIDGE_OF_SIGNS": 0.02},
+    "half of the feedback, ridge x 3": {f"{WALK}FEEDBACK": 0.5, f"{FIT}RIDGE": 0.1, f"{FIT}RIDGE_OF_SIGNS": 0.02},
 }
 OTHERS = ("images of the other task", "noise")
 # One epoch with labels and distillation from there, at a learning rate of 5e-5: what differs from the Trainer's

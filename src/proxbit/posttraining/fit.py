@@ -20,7 +20,7 @@ from proxbit.posttraining.rows import latents, rounding_of
 __all__ = ["Float", "Layer", "fit_norm", "layer_of"]
 
 # Of the mean variance of the inputs: the ridge of the alignment. Where inputs are signs, more data speak for less.
-RIDGE, RIDGE_OF_SIGNS = 0.1, 0.02
+RIDGE, RIDGE_OF_SIGNS = 0.03, 0.007
 # Rows that are rounded at a time.
 ROWS = 512
 # Of the power of a signal: what varies less is rounding.

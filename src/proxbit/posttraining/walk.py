@@ -28,7 +28,7 @@ Inputs = Mapping[str, Any]
 Told = Callable[[str, float], None]
 BINARIZED, FLOATING = 0, 1
 # Of what a residual stream lacks: the share that the layers which write into it are fitted to make up for.
-FEEDBACK = 0.5
+FEEDBACK = 1.0
 
 
 def fit_weights(
