@@ -16,6 +16,7 @@ TRIALS = {
     "fuzz": "damaged checkpoints",
     "fuzz_documents": "damaged cards, run logs and configurations",
     "fuzz_pictures": "folders of images at random",
+    "mutations": "deliberate faults that the tests must catch",
     "scale": "an estimate of multi-GPU cost, checked on this machine",
     "stress": "long trainings, threads, data loaders",
     "two_writers": "two processes that write into one folder",
