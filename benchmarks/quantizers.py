@@ -36,8 +36,7 @@ def method(name: str) -> Callable[[Tensor], Tensor]:
     pair = get_pair(name)
     kind, start, end = pair.schedule
     mu = torch.tensor((start * end) ** 0.5 if start > 0 else end / 2, dtype=torch.float64)
-    units = dict(zip(("normalize", "scale", "center"), pair.scaling, strict=True))
-    return lambda w: quantize(w, mu, pair, **units)
+    return lambda w: quantize(w, mu, pair, pair.units)
 
 
 def seconds(function: Callable[[Tensor], Tensor], latent: Tensor, grad: Tensor) -> float:

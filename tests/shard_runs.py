@@ -9,7 +9,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from proxbit.packing import pack_signs
 from proxbit.quantizers import get_pair, hard_rows, quantize
-from proxbit.quantizers.scaling import CENTERINGS, NORMALIZATIONS, SCALES, check_rows
+from proxbit.quantizers.row_units import CENTERINGS, NORMALIZATIONS, SCALES, check_rows
 from proxbit.shards import sum_of_rows
 
 # Neither divides by two.

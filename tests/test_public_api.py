@@ -28,6 +28,15 @@ def test_an_unknown_name_is_an_attribute_error():
         proxbit.binarise  # noqa: B018
 
 
+def test_a_renamed_name_still_works_and_warns():
+    with pytest.warns(DeprecationWarning, match="check_scaling is now proxbit.quantizers.RowUnits"):
+        check = proxbit.quantizers.check_scaling
+    with pytest.raises(proxbit.ProxbitError, match="scale must be one of ls, fixed; not 'LS'"):
+        check("row", "LS")
+    with pytest.raises(AttributeError, match="module 'proxbit.quantizers' has no attribute 'scaling_check'"):
+        proxbit.quantizers.scaling_check  # noqa: B018
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_every_public_name_of_every_module_has_a_docstring(name):
     module = import_module(name)

@@ -186,10 +186,9 @@ def count(shape: tuple[int, int, int, int]) -> Counts:
 def quantizer(latent: Tensor, twice: bool) -> Callable[[], None]:
     """Forward and backward of the quantizer of one layer; `twice`: the backward pass makes the weight again."""
     pair, mu, gradient = get_pair(PAIR), torch.tensor(3.0), torch.ones_like(latent)
-    units = dict(zip(("normalize", "scale", "center"), pair.scaling, strict=True))
 
     def step() -> None:
-        weight = quantize(latent, mu, pair, **units)
+        weight = quantize(latent, mu, pair, pair.units)
         if twice:
             with torch.no_grad():
                 function, kept = again(weight)

@@ -11,7 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from proxbit.errors import CheckpointError, ConfigError, UnknownNameError
 from proxbit.foreign import printable
 from proxbit.nn import ACCUMULATORS, DEFAULT_ACTIVATION_PAIR, Accumulator, check_activations
-from proxbit.quantizers import PAIRS, QuantizerPair, check_scaling, get_pair, pair_key
+from proxbit.quantizers import PAIRS, QuantizerPair, RowUnits, get_pair, pair_key
 
 __all__ = ["FORMAT_VERSION", "QUANT_METHOD", "STATES", "BinarizationConfig", "stored_kind"]
 
@@ -216,18 +216,20 @@ class BinarizationConfig(QuantizationConfigMixin):
                 f"{error} A pair of your own must be registered under its name before its models are made or loaded: "
                 f"proxbit.register_pair({self.weights!r}, pair)."
             ) from error
-        given = (self.normalize, self.scale, self.center)
-        self.normalize, self.scale, self.center = (
-            default if g is None else g for g, default in zip(given, units, strict=True)
-        )
-        check_scaling(self.normalize, self.scale, self.center)
+        units = units.override(normalize=self.normalize, scale=self.scale, center=self.center)
+        self.normalize, self.scale, self.center = units.normalize, units.scale, units.center
 
-    def _default_units(self) -> tuple[str, str, str]:
+    @property
+    def units(self) -> RowUnits:
+        """The row units of `normalize`, `scale` and `center`."""
+        return RowUnits().override(normalize=self.normalize, scale=self.scale, center=self.center)
+
+    def _default_units(self) -> RowUnits:
         # A packed file names its units, so it loads where its pair is unknown, or another one has taken the name.
         complete = None not in (self.normalize, self.scale, self.center)
         if self.state == "packed" and (complete or self.weights not in PAIRS):
-            return self.quantizer_pair().scaling
-        return get_pair(self.weights, self.pair_parameters).scaling
+            return self.quantizer_pair().units
+        return get_pair(self.weights, self.pair_parameters).units
 
     def quantizer_pair(self) -> QuantizerPair:
         """The pair that the layers compute with: `bc` in the packed state, which holds signs, whatever trained them.

@@ -167,7 +167,7 @@ def test_layers_of_no_origin_are_refused_unless_their_class_makes_them(tmp_path)
     model.save_pretrained(tmp_path / "own")
     assert torch.equal(Own.from_pretrained(tmp_path / "own").score.weight, model.score.weight)
     layer = model.inside.layers[1].mlp
-    layer.fc1 = BinaryLinear.from_float(layer.fc1, proxbit.quantizers.get_pair("bc"), "row", "ls")
+    layer.fc1 = BinaryLinear.from_float(layer.fc1, proxbit.quantizers.get_pair("bc"), proxbit.quantizers.RowUnits())
     with pytest.raises(ModelStateError, match=r"inside\.layers\.1\.mlp\.fc1 .* proxbit\.binarize"):
         model.save_pretrained(tmp_path / "refused")
     assert not (tmp_path / "refused").exists()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from proxbit.nn import BinaryConv2d, set_mu
-from proxbit.quantizers import get_pair
+from proxbit.quantizers import RowUnits, get_pair
 
 BNN = get_pair("bnn++")
 GEOMETRIES = {
@@ -60,18 +60,18 @@ def weights(latent, mu):
 @geometries
 def test_from_float_owns_parameters_and_geometry(geometry, bias):
     layer = float_layer(geometry, bias)
-    latent = BinaryConv2d.from_float(layer, BNN, "tensor", "fixed")
+    latent = BinaryConv2d.from_float(layer, BNN, RowUnits("tensor", "fixed"))
     assert latent.weight is layer.weight
     assert latent.bias is layer.bias
     assert isinstance(latent, nn.Conv2d)
     assert latent.extra_repr() == layer.extra_repr()
-    assert (latent.pair, latent.normalize, latent.scale) == (BNN, "tensor", "fixed")
+    assert (latent.pair, latent.units) == (BNN, RowUnits("tensor", "fixed"))
     assert list(latent.state_dict()) == list(layer.state_dict())
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_the_training_flag_is_kept_both_ways(training):
-    latent = BinaryConv2d.from_float(float_layer(GEOMETRIES["patches"]).train(training), BNN, "row", "ls")
+    latent = BinaryConv2d.from_float(float_layer(GEOMETRIES["patches"]).train(training), BNN, RowUnits())
     assert latent.training is training
     assert latent.to_float().training is training
 
@@ -79,7 +79,7 @@ def test_the_training_flag_is_kept_both_ways(training):
 @biases
 @geometries
 def test_forward_is_the_convolution_of_the_quantized_weight(geometry, bias, pixels):
-    latent = BinaryConv2d.from_float(float_layer(geometry, bias), BNN, "row", "ls")
+    latent = BinaryConv2d.from_float(float_layer(geometry, bias), BNN, RowUnits())
     set_mu(latent, 2.0)
     soft, hard = weights(latent.weight, 2.0)
     expected = with_weight(geometry, soft, latent.bias)(pixels)
@@ -92,7 +92,7 @@ def test_forward_is_the_convolution_of_the_quantized_weight(geometry, bias, pixe
 def test_gradients(pixels, memory_format):
     """Those of the convolution with the quantized weight, times a / s SS'(W / s) on the latent."""
     geometry = GEOMETRIES["padded"]
-    latent = BinaryConv2d.from_float(float_layer(geometry), BNN, "row", "ls").to(memory_format=memory_format)
+    latent = BinaryConv2d.from_float(float_layer(geometry), BNN, RowUnits()).to(memory_format=memory_format)
     set_mu(latent, 1.3)
     pixels = pixels.to(memory_format=memory_format).requires_grad_()
     twin_pixels = pixels.detach().clone().requires_grad_()
@@ -115,7 +115,7 @@ def test_gradients(pixels, memory_format):
 @geometries
 def test_to_float_holds_plus_and_minus_the_scale(geometry, bias, pixels):
     """Also in the middle of training, when the forward is soft."""
-    latent = BinaryConv2d.from_float(float_layer(geometry, bias), BNN, "row", "ls")
+    latent = BinaryConv2d.from_float(float_layer(geometry, bias), BNN, RowUnits())
     plain = latent.to_float()
     assert type(plain) is nn.Conv2d
     assert plain.bias is latent.bias

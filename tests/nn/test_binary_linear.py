@@ -9,7 +9,7 @@ from torch import nn
 
 from proxbit.errors import MuRangeError
 from proxbit.nn import BinaryLinear, set_mu
-from proxbit.quantizers import get_pair
+from proxbit.quantizers import RowUnits, get_pair
 
 BNN = get_pair("bnn++")
 MODES = [(normalize, scale) for normalize in ("row", "tensor", "none") for scale in ("ls", "fixed")]
@@ -40,24 +40,24 @@ def weights(latent, mu, normalize, scale):
 def test_from_float_owns_the_parameters(bias):
     layer = nn.Linear(24, 5, bias)
     layer.weight.requires_grad_(False)
-    latent = BinaryLinear.from_float(layer, BNN, "row", "ls")
+    latent = BinaryLinear.from_float(layer, BNN, RowUnits())
     assert latent.weight is layer.weight
     assert latent.bias is layer.bias
     assert isinstance(latent, nn.Linear)
     assert (latent.in_features, latent.out_features) == (24, 5)
     assert list(latent.state_dict()) == list(layer.state_dict())
-    assert (latent.pair, latent.normalize, latent.scale) == (BNN, "row", "ls")
+    assert (latent.pair, latent.units) == (BNN, RowUnits())
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_the_training_flag_is_kept_both_ways(training):
-    latent = BinaryLinear.from_float(nn.Linear(4, 2).train(training), BNN, "row", "ls")
+    latent = BinaryLinear.from_float(nn.Linear(4, 2).train(training), BNN, RowUnits())
     assert latent.training is training
     assert latent.to_float().training is training
 
 
 def test_from_float_of_a_layer_without_data():
-    latent = BinaryLinear.from_float(nn.Linear(4, 2, device="meta", dtype=torch.bfloat16), BNN, "row", "ls")
+    latent = BinaryLinear.from_float(nn.Linear(4, 2, device="meta", dtype=torch.bfloat16), BNN, RowUnits())
     assert latent.weight.is_meta
     assert latent.effective_weight().dtype == torch.bfloat16
 
@@ -77,7 +77,7 @@ def test_forward_is_the_linear_layer_of_the_quantized_weight(tokens, bias, norma
 def test_a_soft_start_is_near_the_float_layer(tokens):
     """With the least-squares scale, the smaller mu, the nearer to the layer it was made from."""
     layer = nn.Linear(24, 5)
-    latent = BinaryLinear.from_float(layer, BNN, "row", "ls")
+    latent = BinaryLinear.from_float(layer, BNN, RowUnits())
     gaps = []
     for mu in (0.01, 0.3, 3.0):
         set_mu(latent, mu)

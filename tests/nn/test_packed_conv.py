@@ -10,7 +10,7 @@ from torch import nn
 
 from proxbit.errors import PackedFormatError
 from proxbit.nn import BinaryConv2d, PackedConv2d
-from proxbit.quantizers import get_pair
+from proxbit.quantizers import RowUnits, get_pair
 
 BNN = get_pair("bnn++")
 GEOMETRIES = {
@@ -291,6 +291,6 @@ def test_an_offset_survives_the_state_dict(pixels):
 @geometries
 def test_the_geometry_is_told_as_by_a_convolution(geometry):
     plain = nn.Conv2d(**geometry)
-    packed = PackedConv2d.from_latent(BinaryConv2d.from_float(plain, BNN, "row", "ls"))
+    packed = PackedConv2d.from_latent(BinaryConv2d.from_float(plain, BNN, RowUnits()))
     for name in ("in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
         assert getattr(packed, name) == getattr(plain, name)

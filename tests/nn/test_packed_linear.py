@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from proxbit.errors import PackedFormatError
 from proxbit.kernels import linear_kernel
 from proxbit.nn import BinaryLinear, PackedLinear
-from proxbit.quantizers import get_pair
+from proxbit.quantizers import RowUnits, get_pair
 
 BNN = get_pair("bnn++")
 SHAPES = [(1, 1), (7, 3), (8, 5), (9, 4), (24, 5), (31, 2), (33, 6), (64, 3), (65, 2)]
@@ -184,7 +184,7 @@ def test_on_the_meta_device(tokens):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packing_a_layer_without_data(dtype):
     """As when a packed checkpoint is loaded: shapes and dtypes are known, data are not."""
-    latent = BinaryLinear.from_float(nn.Linear(24, 5, device="meta", dtype=dtype), BNN, "row", "ls")
+    latent = BinaryLinear.from_float(nn.Linear(24, 5, device="meta", dtype=dtype), BNN, RowUnits())
     packed = PackedLinear.from_latent(latent)
     described = {name: (t.device.type, t.dtype, tuple(t.shape)) for name, t in packed.state_dict().items()}
     assert described == {

@@ -24,7 +24,7 @@ def data(crops):
 def as_layers(pair):
     layers = network()
     for place in (0, 2):
-        layers[place] = BinaryLinear.from_float(layers[place], pair, *pair.scaling)
+        layers[place] = BinaryLinear.from_float(layers[place], pair, pair.units)
     return layers
 
 

@@ -9,7 +9,7 @@ from proxbit.nn import BinaryLinear
 from proxbit.posttraining.closed_form import compensate
 from proxbit.posttraining.rows import latents, rounding_of
 from proxbit.quantizers import get_pair
-from proxbit.quantizers.scaling import CENTERINGS, NORMALIZATIONS, SCALES
+from proxbit.quantizers.row_units import CENTERINGS, NORMALIZATIONS, SCALES
 
 UNITS = list(itertools.product(NORMALIZATIONS, SCALES, CENTERINGS))
 

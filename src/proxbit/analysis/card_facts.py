@@ -168,9 +168,8 @@ def _scales(layer: nn.Module) -> tuple[torch.dtype, int, int, bool]:
     scales differ from row to row.
     """
     if isinstance(layer, LatentWeight):
-        rows = len(layer.weight)
-        by_row = layer.scale == "ls" or layer.normalize in ("row", "std")
-        return layer.weight.dtype, rows, rows if layer.center == "restore" else 0, by_row
+        rows, units = len(layer.weight), layer.units
+        return layer.weight.dtype, rows, rows if units.has_offset else 0, units.scales_differ
     assert isinstance(layer, PackedLinear | PackedConv2d)
     scale, offset = layer.weight_scale, layer.weight_offset
     return scale.dtype, len(scale), 0 if offset is None else len(offset), bool((scale != scale[0]).any())

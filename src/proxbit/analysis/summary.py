@@ -307,7 +307,7 @@ def _header_bytes(tensors: dict[str, Tensor]) -> int:
 
 def _beside_bits(layer: LatentWeight) -> tuple[str, ...]:
     """What a layer has beside its bits once it is packed: one number a row each."""
-    return ("weight_scale", "weight_offset") if layer.center == "restore" else ("weight_scale",)
+    return ("weight_scale", "weight_offset") if layer.units.has_offset else ("weight_scale",)
 
 
 def _stored(module: nn.Module) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
 """A 2-D convolution with latent weights."""
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from proxbit.nn.latent import LatentWeight
-from proxbit.quantizers import QuantizerPair
+from proxbit.quantizers import QuantizerPair, RowUnits
 
 __all__ = ["BinaryConv2d", "conv_arguments"]
 
@@ -40,22 +41,13 @@ class BinaryConv2d(LatentWeight, nn.Conv2d):
         self, *, pair: QuantizerPair, normalize: str = "row", scale: str = "ls", center: str = "none", **arguments: Any
     ) -> None:
         nn.Conv2d.__init__(self, **arguments)
-        self.init_latent(pair, normalize, scale, center)
+        self.init_latent(pair, RowUnits(normalize, scale, center))
 
     @classmethod
-    def from_float(
-        cls, layer: nn.Conv2d, pair: QuantizerPair, normalize: str, scale: str, center: str = "none"
-    ) -> "BinaryConv2d":
+    def from_float(cls, layer: nn.Conv2d, pair: QuantizerPair, units: RowUnits) -> "BinaryConv2d":
         """A latent layer that owns the parameters of `layer`; its weight becomes the latent weight."""
-        new = cls(
-            pair=pair,
-            normalize=normalize,
-            scale=scale,
-            center=center,
-            bias=layer.bias is not None,
-            device="meta",
-            **conv_arguments(layer),
-        )
+        bias = layer.bias is not None
+        new = cls(pair=pair, bias=bias, device="meta", **asdict(units), **conv_arguments(layer))
         new.weight, new.bias = layer.weight, layer.bias
         return new.train(layer.training)
 

@@ -1,5 +1,6 @@
 """A linear layer with latent weights."""
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from proxbit.nn.accumulators import Accumulator
 from proxbit.nn.blockwise import linear
 from proxbit.nn.latent import LatentWeight
 from proxbit.nn.surroundings import Surroundings, add_offset, packed_product
-from proxbit.quantizers import QuantizerPair
+from proxbit.quantizers import QuantizerPair, RowUnits
 
 __all__ = ["BinaryLinear"]
 
@@ -65,16 +66,13 @@ class BinaryLinear(LatentWeight, Surroundings, nn.Linear):
         if accumulator is not None and center == "restore":
             raise ConfigError("center='restore' adds floats to the sums of whole numbers that an accumulator takes.")
         self.surround(activations, activation_pair, rprelu, residual, accumulator, device=device, dtype=dtype)
-        self.init_latent(pair, normalize, scale, center)
+        self.init_latent(pair, RowUnits(normalize, scale, center))
 
     @classmethod
-    def from_float(
-        cls, layer: nn.Linear, pair: QuantizerPair, normalize: str, scale: str, center: str = "none", **options: Any
-    ) -> "BinaryLinear":
+    def from_float(cls, layer: nn.Linear, pair: QuantizerPair, units: RowUnits, **options: Any) -> "BinaryLinear":
         """A latent layer that owns the parameters of `layer`; its weight becomes the latent weight."""
-        sizes, units = (layer.in_features, layer.out_features, layer.bias is not None), (normalize, scale, center)
-        options |= dict(zip(("normalize", "scale", "center"), units, strict=True))
-        new = cls(*sizes, pair=pair, device="meta", **options)
+        sizes = layer.in_features, layer.out_features, layer.bias is not None
+        new = cls(*sizes, pair=pair, device="meta", **(options | asdict(units)))
         kind: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         around = (new.activations, new.activation.pair, new.rprelu is not None, new.residual, new.accumulator)
         new.surround(*around, **kind)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from proxbit.nn.activation_quantizer import ActivationQuantizer
-from proxbit.quantizers import HardRows, QuantizerPair, check_rows, check_scaling, hard_rows, quantize, update_start
+from proxbit.quantizers import HardRows, QuantizerPair, RowUnits, check_rows, hard_rows, quantize, update_start
 
 __all__ = ["LatentWeight", "binary_activations", "latent_layers", "set_mu", "soft_evaluation", "start_update"]
 
@@ -21,9 +21,7 @@ class LatentWeight(nn.Module):
     Attributes:
         weight: the latent weight, `[rows, ...]`.
         pair: forward and backward quantizer.
-        normalize: see `quantizers.scaling`.
-        scale: see `quantizers.scaling`.
-        center: see `quantizers.scaling`.
+        units: how rows are brought to numbers of order 1 and back.
         mu: sharpness, a 0-dimensional CPU tensor. It is no buffer: it belongs to the schedule, not to the checkpoint,
             and must not follow the dtype and device of the weights.
         hardened: training uses the sign as well.
@@ -34,23 +32,16 @@ class LatentWeight(nn.Module):
 
     weight: Tensor
     pair: QuantizerPair
-    normalize: str
-    scale: str
-    center: str
+    units: RowUnits
     mu: Tensor
     hardened: bool
     soft_eval: bool
     waits: frozenset[str]
     trained_soft: bool
 
-    def init_latent(self, pair: QuantizerPair, normalize: str, scale: str, center: str) -> None:
-        """Set the quantizer, with mu at the start of the pair's default schedule.
-
-        Raises:
-            ConfigError: for a normalization, a scale or a centring that does not exist.
-        """
-        check_scaling(normalize, scale, center)
-        self.pair, self.normalize, self.scale, self.center = pair, normalize, scale, center
+    def init_latent(self, pair: QuantizerPair, units: RowUnits) -> None:
+        """Set the quantizer, with mu at the start of the pair's default schedule."""
+        self.pair, self.units = pair, units
         self.mu = torch.tensor(pair.schedule[1], dtype=torch.float64, device="cpu")
         self.hardened = False
         self.soft_eval = False
@@ -79,16 +70,26 @@ class LatentWeight(nn.Module):
                 self.trained_soft = not hard
         if "weight" in self.waits and not hard:
             return self.weight
-        return quantize(self.weight, self.mu, self.pair, hard=hard, **self.units)
+        return quantize(self.weight, self.mu, self.pair, self.units, hard=hard)
 
     @property
-    def units(self) -> dict[str, str]:
-        """How rows are brought to numbers of order 1 and back, as keyword arguments of `quantizers.quantize`."""
-        return {"normalize": self.normalize, "scale": self.scale, "center": self.center}
+    def normalize(self) -> str:
+        """`units.normalize`."""
+        return self.units.normalize
+
+    @property
+    def scale(self) -> str:
+        """`units.scale`."""
+        return self.units.scale
+
+    @property
+    def center(self) -> str:
+        """`units.center`."""
+        return self.units.center
 
     def hard_rows(self) -> HardRows:
         """What is stored when the layer is packed: signs, scales and offsets of the rows."""
-        return hard_rows(self.weight, **self.units)
+        return hard_rows(self.weight, self.units)
 
     @torch.no_grad()
     def start_update(self) -> None:
@@ -97,7 +98,7 @@ class LatentWeight(nn.Module):
         A weight that is frozen, or has no gradient, stays: the optimizer passes over it.
         """
         if self.pair.update_from is not None and self.weight.requires_grad and self.weight.grad is not None:
-            self.weight.copy_(update_start(self.weight, self.mu, self.pair, hard=self.is_hard, **self.units))
+            self.weight.copy_(update_start(self.weight, self.mu, self.pair, self.units, hard=self.is_hard))
 
     def check_latent(self, name: str) -> None:
         """Check that the latent weight can be binarized.
@@ -107,7 +108,7 @@ class LatentWeight(nn.Module):
                 taken off for good.
         """
         leave_out = f"the layer out with modules_to_not_convert=['{name}']"
-        check_rows(self.weight, self.center, f"{name}.weight", leave_out)
+        check_rows(self.weight, self.units.center, f"{name}.weight", leave_out)
 
 
 def latent_layers(model: nn.Module) -> Iterator[tuple[str, LatentWeight]]:

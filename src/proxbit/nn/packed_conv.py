@@ -64,7 +64,7 @@ class PackedConv2d(nn.Module):
         """Pack a latent layer; the bias is shared with it."""
         new = cls(
             bias=layer.bias is not None,
-            offset=layer.center == "restore",
+            offset=layer.units.has_offset,
             device="meta",
             dtype=layer.weight.dtype,
             **conv_arguments(layer),

@@ -86,7 +86,7 @@ class PackedLinear(Surroundings):
             layer.in_features,
             layer.out_features,
             layer.bias is not None,
-            offset=layer.center == "restore",
+            offset=layer.units.has_offset,
             device="meta",
             dtype=layer.weight.dtype,
         )

@@ -16,7 +16,6 @@ from proxbit.quantizers import (
     MuSchedule,
     QuantizerPair,
     check_rows,
-    check_scaling,
     get_pair,
     quantize,
     update_start,
@@ -58,9 +57,9 @@ class ProxConnect(Optimizer):
             it; no pair with `update_from` can learn with that. Whether F then reaches its levels before `harden` is a
             matter of the pair: "bc" is there at any mu, "pc" once mu is large enough (for levels -1 and +1, at 1), and
             a smooth one such as "bnn++" only comes near.
-        normalize: see `quantizers.scaling`; None for the default of the pair.
-        scale: see `quantizers.scaling`; None for the default of the pair.
-        center: see `quantizers.scaling`; None for the default of the pair.
+        normalize: see `quantizers.RowUnits`; None for the default of the pair.
+        scale: likewise.
+        center: likewise.
 
     Raises:
         ConfigError: for a parameter that the optimizer does not have, that has no rows, no weights or no floating point
@@ -88,9 +87,7 @@ class ProxConnect(Optimizer):
     ) -> None:
         self.base = optimizer
         self.pair = get_pair(pair)
-        given = zip((normalize, scale, center), self.pair.scaling, strict=True)
-        self.units = dict(zip(("normalize", "scale", "center"), (g or default for g, default in given), strict=True))
-        check_scaling(**self.units)
+        self.units = self.pair.units.override(normalize=normalize, scale=scale, center=center)
         self.schedule = schedule
         self.steps = 0
         self.hardened = False
@@ -125,7 +122,7 @@ class ProxConnect(Optimizer):
             for reason, holds in reasons.items():
                 if holds:
                     raise ConfigError(f"Latent weight {index}, of shape {list(parameter.shape)}, {reason}.")
-            check_rows(parameter, self.units["center"], f"Latent weight {index}", "it out of `latents`")
+            check_rows(parameter, self.units.center, f"Latent weight {index}", "it out of `latents`")
             duals.append(_Dual(parameter, parameter.detach().clone(), groups[id(parameter)], mu))
         if not duals:
             raise ConfigError("ProxConnect needs at least one latent weight; `latents` is empty.")
@@ -153,7 +150,7 @@ class ProxConnect(Optimizer):
 
     def _arguments(self, dual: _Dual) -> dict[str, Any]:
         mu = torch.tensor(dual.mu, dtype=torch.float64)
-        return {"mu": mu, "pair": self.pair, "hard": self.is_hard, **self.units}
+        return {"mu": mu, "pair": self.pair, "units": self.units, "hard": self.is_hard}
 
     @torch.no_grad()
     def _write(self) -> None:

@@ -99,7 +99,7 @@ def _check_alike(origins: Mapping[str, Origin], latent: Mapping[str, bool], stat
     def kind(name: str) -> list[Any]:
         config = origins[name].config
         if state == "packed":
-            return [config.center == "restore"]
+            return [config.units.has_offset]
         return [config.weights, *(getattr(config, field) for field in OF_THE_PAIR)]
 
     first, *rest = origins

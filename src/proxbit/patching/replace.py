@@ -98,13 +98,12 @@ def to_latent(
         if not decision.converted:
             continue
         layer = model.get_submodule(decision.name)
-        units = {"normalize": config.normalize, "scale": config.scale, "center": config.center}
         latent: BinaryLinear | BinaryConv2d
         try:
             if isinstance(layer, nn.Linear):
-                latent = BinaryLinear.from_float(layer, pair, **units, **around[decision.name])  # type: ignore[arg-type]
+                latent = BinaryLinear.from_float(layer, pair, config.units, **around[decision.name])
             else:
-                latent = BinaryConv2d.from_float(layer, pair, **units)  # type: ignore[arg-type]
+                latent = BinaryConv2d.from_float(layer, pair, config.units)  # type: ignore[arg-type]
         except ConfigError as error:
             raise ConfigError(f"{decision.name}: {error}") from error
         if not latent.weight.is_meta:

@@ -14,11 +14,12 @@ FAINT = 1e-3
 
 def rounding_of(layer: LatentWeight) -> Rounding:
     """How the row units of a layer let its rows be rounded."""
-    if layer.scale == "ls" or layer.normalize in ("row", "std"):
+    units = layer.units
+    if units.scales_differ:
         scale = "row"
     else:
-        scale = "tensor" if layer.normalize == "tensor" else "fixed"
-    return Rounding(scale, offset=layer.center == "restore")
+        scale = "tensor" if units.normalize == "tensor" else "fixed"
+    return Rounding(scale, offset=units.has_offset)
 
 
 def latents(found: Signs, layer: LatentWeight) -> Tensor:
@@ -33,12 +34,12 @@ def latents(found: Signs, layer: LatentWeight) -> Tensor:
     """
     sizes = found.sources.abs()
     sizes = torch.maximum(sizes, FAINT * sizes.mean(dim=1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny))
-    signs = found.signs
-    if layer.center != "none":
+    signs, units = found.signs, layer.units
+    if units.center != "none":
         signs, sizes = _balanced(signs, sizes)
     rows = signs * sizes
-    spread = rows.std(dim=1, correction=0) if layer.scale == "fixed" and layer.normalize == "std" else sizes.mean(dim=1)
-    if layer.scale == "fixed" and layer.normalize == "none":
+    spread = rows.std(dim=1, correction=0) if units.scale == "fixed" and units.normalize == "std" else sizes.mean(dim=1)
+    if units.scale == "fixed" and units.normalize == "none":
         spread = found.scale  # The scale is 1 whatever the latents are.
     return rows * (found.scale / spread)[:, None] + found.offset[:, None]
 

@@ -1,6 +1,7 @@
 """Quantizer pairs: proximal maps, transforms, the pairs made of them, schedules of mu, and the autograd function."""
 
 import proxbit.quantizers.family  # noqa: F401  (registers the family)
+from proxbit.deprecation import renamed
 from proxbit.quantizers.autograd import Again, HardRows, again, hard_rows, quantize, update_start
 from proxbit.quantizers.catalog import PAIRS, get_pair, pair_key, register_pair
 from proxbit.quantizers.compiled import compiled_functions
@@ -8,7 +9,7 @@ from proxbit.quantizers.decomposition import Decomposition, decompose, regulariz
 from proxbit.quantizers.enhancement import enhance
 from proxbit.quantizers.pairs import BINARY, ROW_LEAST_SQUARES, QuantizerPair, Surrogate, compose, heuristic
 from proxbit.quantizers.proximal import ProximalMap, linear_quantizer
-from proxbit.quantizers.scaling import check_rows, check_scaling
+from proxbit.quantizers.row_units import RowUnits, check_rows
 from proxbit.quantizers.schedules import AGGREGATE, CONSTANT, SCHEDULES, MuSchedule
 from proxbit.quantizers.transforms import Transform
 
@@ -25,11 +26,11 @@ __all__ = [
     "MuSchedule",
     "ProximalMap",
     "QuantizerPair",
+    "RowUnits",
     "Surrogate",
     "Transform",
     "again",
     "check_rows",
-    "check_scaling",
     "compiled_functions",
     "compose",
     "decompose",
@@ -44,3 +45,5 @@ __all__ = [
     "regularizer",
     "update_start",
 ]
+
+__getattr__ = renamed(__name__, {"check_scaling": ("RowUnits", RowUnits)})

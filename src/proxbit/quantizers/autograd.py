@@ -11,7 +11,7 @@ from proxbit.blocks import row_blocks
 from proxbit.quantizers.compiled import compiled_backward, compiled_forward
 from proxbit.quantizers.pairs import QuantizerPair, compose
 from proxbit.quantizers.proximal import SIGN
-from proxbit.quantizers.scaling import check_scaling, output_scale, row_divisor, row_offset
+from proxbit.quantizers.row_units import RowUnits
 from proxbit.shards import on_rows, placed_like, sum_of_rows, whole_rows
 from proxbit.sign import sign
 
@@ -41,27 +41,29 @@ def _precise(rows: Tensor) -> Tensor:
     return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
 
 
-def _centred(rows: Tensor, offset: Tensor, center: str) -> Tensor:
-    return _precise(rows) if center == "none" else _precise(rows) - offset
+def _centred(rows: Tensor, offset: Tensor, units: RowUnits) -> Tensor:
+    return _precise(rows) if units.center == "none" else _precise(rows) - offset
 
 
-def _common_divisor(latent: Tensor, normalize: str, center: str) -> Tensor | None:
+def _common_divisor(latent: Tensor, units: RowUnits) -> Tensor | None:
     """The mean of the divisors of all rows, in whatever process they are, `[1, 1]`, where they share one."""
-    if normalize != "tensor":
+    if units.normalize != "tensor":
         return None
-    sums = sum_of_rows(lambda part: _units(part.flatten(1), normalize, center, None)[1].sum(0, keepdim=True), latent)
+    sums = sum_of_rows(lambda part: _offset_and_divisor(part.flatten(1), units, None)[1].sum(0, keepdim=True), latent)
     return sums / len(latent)
 
 
-def _units(rows: Tensor, normalize: str, center: str, common: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Offset and divisor of every row, `[rows, 1]` each."""
-    blocks = _blocks(rows)
-    offsets = [row_offset(_precise(rows[block]), center) for block in blocks]
-    offset = torch.cat(offsets)
+def _offsets(rows: Tensor, units: RowUnits) -> Tensor:
+    return torch.cat([units.offset(_precise(rows[block])) for block in _blocks(rows)])
+
+
+def _offset_and_divisor(rows: Tensor, units: RowUnits, common: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of every row, `[rows, 1]` each."""
+    offset = _offsets(rows, units)
     if common is not None:
         return offset, common.expand_as(offset)
-    parts = zip(blocks, offsets, strict=True)
-    return offset, torch.cat([row_divisor(_centred(rows[block], c, center), normalize) for block, c in parts])
+    divisors = [units.divisor(_centred(rows[block], offset[block], units)) for block in _blocks(rows)]
+    return offset, torch.cat(divisors)
 
 
 class Again(NamedTuple):
@@ -83,9 +85,7 @@ class _Modes(NamedTuple):
     """The arguments of `quantize` that are no tensors."""
 
     pair: QuantizerPair
-    normalize: str
-    scale: str
-    center: str
+    units: RowUnits
     hard: bool
 
 
@@ -93,32 +93,32 @@ def _weight(
     rows: Tensor, mu: Tensor, modes: _Modes, common: Tensor | None, known: Numbers | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weight, its divisors and its factors."""
-    compiled = compiled_forward(modes.pair, modes.hard, rows) if modes.center == "none" else None
+    compiled = compiled_forward(modes.pair, modes.hard, rows) if modes.units.center == "none" else None
     if compiled is None:
         return _by_operators(rows, mu, modes, common, known)
     divisor, factor = known or (None, None)
-    if known is None and modes.normalize != "row":  # which is the one divisor that the kernels find
-        _, divisor = _units(rows, modes.normalize, modes.center, common)
-    return compiled(rows, mu, modes.scale, divisor, factor)
+    if known is None and modes.units.normalize != "row":  # which is the one divisor that the kernels find
+        _, divisor = _offset_and_divisor(rows, modes.units, common)
+    return compiled(rows, mu, modes.units.scale, divisor, factor)
 
 
 def _by_operators(
     rows: Tensor, mu: Tensor, modes: _Modes, common: Tensor | None, known: Numbers | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pair, normalize, scale, center, hard = modes
-    offset, divisor = _units(rows, normalize, center, common) if known is None else (None, known[0])
+    pair, units, hard = modes
+    offset, divisor = _offset_and_divisor(rows, units, common) if known is None else (None, known[0])
     factors: list[Tensor] = []
 
     def weight(block: slice, out: Tensor | None) -> Tensor:
-        c = row_offset(_precise(rows[block]), center) if offset is None else offset[block]
-        w = _centred(rows[block], c, center)
+        c = units.offset(_precise(rows[block])) if offset is None else offset[block]
+        w = _centred(rows[block], c, units)
         if hard and pair.binary:
             quantized = sign(w)  # not of w / s, which may underflow to zero
         else:
-            units = w / divisor[block]
-            quantized = pair.hard(units) if hard else pair.forward(units, mu)
-        factors.append(output_scale(w, quantized, divisor[block], scale) if known is None else known[1][block])
-        if center == "restore":
+            u = w / divisor[block]
+            quantized = pair.hard(u) if hard else pair.forward(u, mu)
+        factors.append(units.factor(w, quantized, divisor[block]) if known is None else known[1][block])
+        if units.has_offset:
             a = factors[-1]
             if hard:  # as they are stored when packed
                 c, a = (number.to(rows.dtype).to(w.dtype) for number in (c, a))
@@ -132,23 +132,23 @@ def _gradient(
     modes: _Modes, overwrite: bool, grad: Tensor, latent: Tensor, mu: Tensor, divisor: Tensor, factor: Tensor
 ) -> Tensor:
     """Of the latent weight, by that of the weight; in its place, if that is allowed and the kernels do it."""
-    pair, center = modes.pair, modes.center
+    pair, units = modes.pair, modes.units
     rows, grad = latent.flatten(1), grad.flatten(1)
-    compiled = compiled_backward(pair, rows) if center == "none" and grad.dtype is rows.dtype else None
+    compiled = compiled_backward(pair, rows) if units.center == "none" and grad.dtype is rows.dtype else None
     if compiled is not None:
         return compiled(rows, mu, divisor, factor, grad, overwrite=overwrite).view_as(latent)
     gain = factor / divisor
 
     def gradient(block: slice, out: Tensor | None) -> Tensor:
         # The offset is taken anew: unlike divisor and factor it is a function of the latent weight here.
-        offset = row_offset(_precise(rows[block]), center)
-        units = _centred(rows[block], offset, center) / divisor[block]
-        multiplier = pair.backward(units, mu) * gain[block]
-        if center == "none":
+        offset = units.offset(_precise(rows[block]))
+        u = _centred(rows[block], offset, units) / divisor[block]
+        multiplier = pair.backward(u, mu) * gain[block]
+        if units.center == "none":
             return torch.mul(multiplier, grad[block], out=out)
         piece = multiplier * grad[block]
         through_mean = -piece.mean(dim=1, keepdim=True)
-        if center == "restore":
+        if units.has_offset:
             through_mean = through_mean + _precise(grad[block]).mean(dim=1, keepdim=True)
         return torch.add(piece, through_mean, out=out)
 
@@ -184,11 +184,10 @@ def quantize(
     latent: Tensor,
     mu: Tensor,
     pair: QuantizerPair,
+    units: RowUnits | None = None,
     *,
-    normalize: str = "row",
-    scale: str = "ls",
-    center: str = "none",
     hard: bool = False,
+    **fields: str,
 ) -> Tensor:
     r"""The weight that the forward pass sees, with the backward of the pair.
 
@@ -204,10 +203,9 @@ def quantize(
             nothing is sent; where columns are spread, rows are put together and taken apart again.
         mu: sharpness, a 0-dimensional tensor (a tensor, so that compiled graphs are not re-compiled at each step).
         pair: F and B.
-        normalize: how s is found, see `quantizers.scaling.row_divisor`.
-        scale: how a is found, see `quantizers.scaling.output_scale`.
-        center: how c is found, see `quantizers.scaling.row_offset`.
+        units: how s, a and c are found; None for `RowUnits(**fields)`.
         hard: use the nearest level as F, the sign for a binary pair. B stays that of the pair.
+        **fields: those of `RowUnits`, in place of `units`.
 
     Returns:
         Same shape and dtype as `latent`. Only the latent, two numbers a row and mu are kept for the backward pass.
@@ -219,10 +217,9 @@ def quantize(
         ProxConnect++: Lu et al., NeurIPS 2023. Differs from it in the row units: inside one step s and a are constants
         and centring is a projection, so a sound pair stays sound.
     """
-    check_scaling(normalize, scale, center)
-    modes = _Modes(pair, normalize, scale, center, hard)
+    modes = _Modes(pair, RowUnits(**fields) if units is None else units, hard)
     with torch.no_grad():
-        common = _common_divisor(latent, normalize, center)
+        common = _common_divisor(latent, modes.units)
 
     def weight(rows: Tensor) -> Tensor:
         result: Tensor = _ForwardBackward.apply(rows, mu, modes, common, None)
@@ -246,13 +243,16 @@ def again(weight: Tensor) -> Again | None:
     return node.again if is_ours else None
 
 
-def update_start(latent: Tensor, mu: Tensor, pair: QuantizerPair, **arguments: Any) -> Tensor:
+def update_start(
+    latent: Tensor, mu: Tensor, pair: QuantizerPair, units: RowUnits | None = None, **arguments: Any
+) -> Tensor:
     """Where a step of the optimizer starts: at the latent weight, or at P of it where the pair says so.
 
     Args:
         latent: W.
         mu: as in `quantize`.
         pair: its `update_from` is P.
+        units: as in `quantize`.
         **arguments: as in `quantize`.
 
     Returns:
@@ -260,7 +260,7 @@ def update_start(latent: Tensor, mu: Tensor, pair: QuantizerPair, **arguments: A
     """
     if pair.update_from is None:
         return latent
-    return quantize(latent, mu, compose(pair.update_from, levels=pair.levels), **arguments)
+    return quantize(latent, mu, compose(pair.update_from, levels=pair.levels), units, **arguments)
 
 
 class HardRows(NamedTuple):
@@ -278,25 +278,25 @@ class HardRows(NamedTuple):
 
 
 @torch.no_grad()
-def hard_rows(latent: Tensor, *, normalize: str, scale: str, center: str = "none") -> HardRows:
+def hard_rows(latent: Tensor, units: RowUnits | None = None, **fields: str) -> HardRows:
     """The signs of a latent weight, and the numbers that go with each row.
 
     Args:
         latent: `[rows, ...]`, floating point.
-        normalize: as in `quantize`.
-        scale: as in `quantize`.
-        center: as in `quantize`.
+        units: as in `quantize`.
+        **fields: as in `quantize`.
     """
+    units = RowUnits(**fields) if units is None else units
     latent = whole_rows(latent.detach())
-    common = _common_divisor(latent, normalize, center)
-    modes = _Modes(compose(SIGN), normalize, scale, center, hard=True)
+    common = _common_divisor(latent, units)
+    modes = _Modes(compose(SIGN), units, hard=True)
 
     def parts(part: Tensor) -> tuple[Tensor | None, ...]:
         rows = part.flatten(1)
         _, _, factor = _weight(rows, rows.new_zeros(()), modes, common, None)
-        offset, _ = _units(rows, "none", center, None)
-        values = _centred(rows, offset, center)
+        offset = _offsets(rows, units)
+        values = _centred(rows, offset, units)
         stored = [number.squeeze(1).to(latent.dtype).contiguous() for number in (factor, offset)]
-        return values, stored[0], stored[1] if center == "restore" else None
+        return values, stored[0], stored[1] if units.has_offset else None
 
     return HardRows(*on_rows(parts, latent))  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from proxbit.errors import ConfigError, MuRangeError
 from proxbit.quantizers.proximal import IDENTITY, Mu, ProximalMap, as_proximal_map, name_of, nearest_level
+from proxbit.quantizers.row_units import RowUnits
 from proxbit.quantizers.schedules import AGGREGATE, CONSTANT
 from proxbit.quantizers.transforms import IDENTITY_TRANSFORM, Transform, as_transform
 from proxbit.sign import sign
@@ -61,8 +62,8 @@ class QuantizerPair:
         proximal: P, if F = T∘P and B = T'∘P; None for a heuristic pair.
         transform: T, likewise.
         mu_range: smallest (included) and largest sharpness (included, may be infinite).
-        schedule: the default schedule of mu: kind, start, end, in row units (see `quantizers.scaling`).
-        scaling: the default row units: normalize, scale, center.
+        schedule: the default schedule of mu: kind, start, end, in row units (see `RowUnits`).
+        scaling: the fields of the default row units: normalize, scale, center.
         levels: Q, increasing: what ships. {-1, +1} for binary pairs; empty if nothing is quantized.
         hard_from: at the end of the default schedule, F is within 1e-3 of the nearest level for every |w| <= 10 that is
             at least this far from a boundary between two levels; None if it is not.
@@ -108,6 +109,15 @@ class QuantizerPair:
         """The values of mu that the default schedule names."""
         kind, *ends = self.schedule
         return tuple(ends[:1] if kind in (CONSTANT, AGGREGATE) else ends)
+
+    @property
+    def units(self) -> RowUnits:
+        """The default row units.
+
+        Raises:
+            ConfigError: if `scaling` does not name row units.
+        """
+        return RowUnits(*self.scaling)
 
     @property
     def sound(self) -> bool:

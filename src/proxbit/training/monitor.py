@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from proxbit.hub.spread import whole_latents
 from proxbit.nn import LatentWeight, Surroundings
 from proxbit.packing import pack_signs
-from proxbit.quantizers.scaling import row_divisor, row_offset
+from proxbit.quantizers import RowUnits
 from proxbit.shards import gathered, sum_of_rows
 
 __all__ = [
@@ -69,14 +69,14 @@ def latent_histogram(layer: LatentWeight) -> Tensor:
     Returns:
         `[43]`, int64, on the device of the weight.
     """
-    return sum_of_rows(lambda rows: _histogram(rows, layer.center), layer.weight)
+    return sum_of_rows(lambda rows: _histogram(rows, layer.units), layer.weight)
 
 
-def _histogram(weight: Tensor, center: str) -> Tensor:
+def _histogram(weight: Tensor, units: RowUnits) -> Tensor:
     low, high, bins = LATENT_EDGES
     rows = weight.flatten(1).float()
-    rows = rows - row_offset(rows, center)
-    places = (rows / row_divisor(rows, "row")).sub_(low).mul_(bins / (high - low)).floor_().clamp_(-1, bins)
+    rows = rows - units.offset(rows)
+    places = (rows / RowUnits().divisor(rows)).sub_(low).mul_(bins / (high - low)).floor_().clamp_(-1, bins)
     return torch.bincount(places.nan_to_num_(nan=bins + 1).long().add_(1).flatten(), minlength=bins + 3)[:-1]
 
 

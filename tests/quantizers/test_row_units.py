@@ -5,16 +5,7 @@ import pytest
 import torch
 
 from proxbit.errors import ConfigError, LatentError
-from proxbit.quantizers.scaling import (
-    CENTERINGS,
-    NORMALIZATIONS,
-    SCALES,
-    check_rows,
-    check_scaling,
-    output_scale,
-    row_divisor,
-    row_offset,
-)
+from proxbit.quantizers.row_units import CENTERINGS, NORMALIZATIONS, SCALES, RowUnits, check_rows
 from proxbit.sign import sign
 
 
@@ -32,30 +23,40 @@ def soft(rows):
 def test_divisors_by_hand():
     """`tensor` is that of each row here: its mean over all rows is taken where all rows are known."""
     rows = torch.tensor([[1.0, -3.0], [0.5, 0.0]])
-    assert row_divisor(rows, "row").tolist() == row_divisor(rows, "tensor").tolist() == [[2.0], [0.25]]
-    assert row_divisor(rows, "std").tolist() == [[2.0], [0.25]]
-    assert row_divisor(rows, "none").tolist() == [[1.0], [1.0]]
+    assert (
+        RowUnits(normalize="row").divisor(rows).tolist()
+        == RowUnits(normalize="tensor").divisor(rows).tolist()
+        == [[2.0], [0.25]]
+    )
+    assert RowUnits(normalize="std").divisor(rows).tolist() == [[2.0], [0.25]]
+    assert RowUnits(normalize="none").divisor(rows).tolist() == [[1.0], [1.0]]
 
 
 def test_offsets_by_hand():
     rows = torch.tensor([[1.0, -3.0], [0.5, 0.0]])
-    assert row_offset(rows, "none").tolist() == [[0.0], [0.0]]
-    assert row_offset(rows, "remove").tolist() == row_offset(rows, "restore").tolist() == [[-1.0], [0.25]]
+    assert RowUnits(center="none").offset(rows).tolist() == [[0.0], [0.0]]
+    assert (
+        RowUnits(center="remove").offset(rows).tolist()
+        == RowUnits(center="restore").offset(rows).tolist()
+        == [[-1.0], [0.25]]
+    )
 
 
 def test_std_is_that_of_the_population(rows):
-    np.testing.assert_allclose(row_divisor(rows, "std")[:, 0].numpy(), np.std(rows.numpy(), axis=1), rtol=1e-13)
+    np.testing.assert_allclose(
+        RowUnits(normalize="std").divisor(rows)[:, 0].numpy(), np.std(rows.numpy(), axis=1), rtol=1e-13
+    )
 
 
 def test_row_normalisation_gives_rows_of_size_one(rows):
-    units = rows / row_divisor(rows, "row")
+    units = rows / RowUnits(normalize="row").divisor(rows)
     np.testing.assert_allclose(units.abs().mean(dim=1).numpy(), np.ones(6), rtol=1e-14)
 
 
 def test_standardised_rows(rows):
     """IR-Net: mean 0 and deviation 1, once the offset is taken off."""
-    centred = rows - row_offset(rows, "remove")
-    units = (centred / row_divisor(centred, "std")).numpy()
+    centred = rows - RowUnits(center="remove").offset(rows)
+    units = (centred / RowUnits(normalize="std").divisor(centred)).numpy()
     np.testing.assert_allclose(units.mean(axis=1), np.zeros(6), atol=1e-14)
     np.testing.assert_allclose((units**2).mean(axis=1), np.ones(6), rtol=1e-13)
 
@@ -67,8 +68,10 @@ def test_row_scaling_changes_nothing_in_units(rows, factor, normalize, center):
     """Powers of two, so that the equality is exact."""
     factors = torch.tensor([factor, 1, factor, 1, factor, factor], dtype=torch.float64).unsqueeze(1)
     scaled = rows * factors
-    centred, scaled = rows - row_offset(rows, center), scaled - row_offset(scaled, center)
-    assert torch.equal(scaled / row_divisor(scaled, normalize), centred / row_divisor(centred, normalize))
+    centred, scaled = rows - RowUnits(center=center).offset(rows), scaled - RowUnits(center=center).offset(scaled)
+    assert torch.equal(
+        scaled / RowUnits(normalize=normalize).divisor(scaled), centred / RowUnits(normalize=normalize).divisor(centred)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -76,20 +79,20 @@ def test_row_scaling_changes_nothing_in_units(rows, factor, normalize, center):
 @pytest.mark.parametrize("scale", SCALES)
 def test_zero_rows_stay_finite_and_dtype_is_kept(normalize, scale, dtype):
     rows = torch.zeros(3, 5, dtype=dtype)
-    divisor = row_divisor(rows, normalize)
+    divisor = RowUnits(normalize=normalize).divisor(rows)
     assert divisor.shape == (3, 1)
     assert divisor.dtype == dtype
     units = rows / divisor
     assert torch.isfinite(units).all()
     for quantized in (units, sign(units)):
-        factor = output_scale(rows, quantized, divisor, scale)
+        factor = RowUnits(scale=scale).factor(rows, quantized, divisor)
         assert factor.shape == (3, 1)
         assert torch.isfinite(factor).all()
         assert not (quantized * factor / 2).isnan().any()
 
 
 def test_least_squares_scale_is_the_regression_of_the_row(rows, soft):
-    factor = output_scale(rows, soft, row_divisor(rows, "row"), "ls")
+    factor = RowUnits(scale="ls").factor(rows, soft, RowUnits(normalize="row").divisor(rows))
     for row, quantized, found in zip(rows.numpy(), soft.numpy(), factor.flatten().tolist()):
         (expected,), *_ = np.linalg.lstsq(quantized[:, None], row, rcond=None)
         assert found == pytest.approx(expected, rel=1e-12)
@@ -97,7 +100,7 @@ def test_least_squares_scale_is_the_regression_of_the_row(rows, soft):
 
 @pytest.mark.parametrize("change", [-1e-3, 1e-3, 0.5, -1.0])
 def test_least_squares_scale_is_the_minimiser(rows, soft, change):
-    factor = output_scale(rows, soft, row_divisor(rows, "row"), "ls")
+    factor = RowUnits(scale="ls").factor(rows, soft, RowUnits(normalize="row").divisor(rows))
 
     def error(scale):
         return ((rows - scale * soft) ** 2).sum(dim=1)
@@ -107,14 +110,14 @@ def test_least_squares_scale_is_the_minimiser(rows, soft, change):
 
 def test_least_squares_scale_of_signs_is_the_mean_absolute_weight(rows):
     for normalize in NORMALIZATIONS:
-        factor = output_scale(rows, sign(rows), row_divisor(rows, normalize), "ls")
+        factor = RowUnits(scale="ls").factor(rows, sign(rows), RowUnits(normalize=normalize).divisor(rows))
         np.testing.assert_allclose(factor.flatten().numpy(), np.abs(rows.numpy()).mean(axis=1), rtol=1e-13)
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_fixed_scale_is_the_divisor(rows, soft, normalize):
-    divisor = row_divisor(rows, normalize)
-    assert torch.equal(output_scale(rows, soft, divisor, "fixed"), divisor)
+    divisor = RowUnits(normalize=normalize).divisor(rows)
+    assert torch.equal(RowUnits(scale="fixed").factor(rows, soft, divisor), divisor)
 
 
 @pytest.mark.parametrize("center", CENTERINGS)
@@ -122,8 +125,8 @@ def test_fixed_scale_is_the_divisor(rows, soft, normalize):
 def test_constant_rows_stay_finite(normalize, center):
     """A row of one value deviates by zero."""
     rows = torch.tensor([[0.5, 0.5, 0.5], [-40.0, -40.0, -40.0]])
-    centred = rows - row_offset(rows, center)
-    assert torch.isfinite(centred / row_divisor(centred, normalize)).all()
+    centred = rows - RowUnits(center=center).offset(rows)
+    assert torch.isfinite(centred / RowUnits(normalize=normalize).divisor(centred)).all()
 
 
 @pytest.mark.parametrize(
@@ -138,15 +141,7 @@ def test_constant_rows_stay_finite(normalize, center):
 )
 def test_unknown_modes(modes, message):
     with pytest.raises(ConfigError, match=message):
-        check_scaling(*modes)
-
-
-def test_valid_modes():
-    for normalize in ("row", "tensor", "std", "none"):
-        for scale in ("ls", "fixed"):
-            check_scaling(normalize, scale)
-            for center in ("none", "remove", "restore"):
-                check_scaling(normalize, scale, center)
+        RowUnits(*modes)
 
 
 @pytest.mark.parametrize(
