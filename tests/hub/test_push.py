@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import proxbit
 from proxbit.analysis.card import QuantizationCard
+from proxbit.checkpoint.files import CARD_NAME
 from proxbit.errors import CheckpointError, HubError, ModelStateError, PackedFormatError
 from proxbit.hub.client import client
-from proxbit.hub.files import CARD_NAME
 from proxbit.hub.push import prepare_upload, upload
 from tiny_models import vit
 

@@ -13,9 +13,10 @@ from torch import nn
 from proxbit.analysis.card_facts import checkpoint_sha, file_facts, hub_name, model_facts
 from proxbit.analysis.run import check_run
 from proxbit.analysis.schema import Field, cell, problems
+from proxbit.checkpoint.files import CARD_NAME, read_json
+from proxbit.checkpoint.weights import save_weights
 from proxbit.errors import CardError, CheckpointError
 from proxbit.foreign import printable
-from proxbit.hub.files import CARD_NAME, read_json, save_weights
 
 __all__ = ["CARD_FIELDS", "CARD_FORMAT", "CARD_NAME", "QuantizationCard", "quantization_card"]
 

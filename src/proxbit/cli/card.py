@@ -14,11 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from proxbit.analysis.card import CARD_FIELDS, CARD_NAME, QuantizationCard, quantization_card
+from proxbit.checkpoint.files import check_files, weight_files
 from proxbit.cli.checkpoints import load_model
 from proxbit.errors import CheckpointError
-from proxbit.foreign import printable
-from proxbit.hub.client import first_line
-from proxbit.hub.files import check_files, weight_files
+from proxbit.foreign import first_line, printable
 
 __all__ = ["card", "card_of"]
 

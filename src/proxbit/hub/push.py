@@ -16,18 +16,16 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import AutoConfig, PreTrainedModel
 
 from proxbit.analysis.card import QuantizationCard, quantization_card
+from proxbit.checkpoint.files import CARD_NAME, check_files, folder_files, read_json, tensor_headers, weight_files
 from proxbit.config import QUANT_METHOD, stored_kind
 from proxbit.errors import CheckpointError, ModelStateError, ProxbitError
-from proxbit.foreign import printable
-from proxbit.hub.checkpoint import tensor_headers
-from proxbit.hub.client import client, first_line, one_line
-from proxbit.hub.files import CARD_NAME, check_files, read_json, weight_files
-from proxbit.hub.folders import folder_files
-from proxbit.hub.loading import UNREADABLE, class_of, load_pretrained
+from proxbit.foreign import first_line, printable
+from proxbit.hub.client import client, one_line
 from proxbit.hub.model_card import README, is_card, model_card, rename
 from proxbit.hub.release import write_release
 from proxbit.hub.release_files import CONFIG, check_links, code_files, is_release_file
 from proxbit.patching import state_of
+from proxbit.plugin.loading import UNREADABLE, class_of, load_pretrained
 
 __all__ = ["Upload", "prepare_upload", "push", "upload"]
 
