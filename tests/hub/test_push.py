@@ -232,7 +232,7 @@ def test_the_card_says_what_the_folder_holds(hub, release):
     proxbit.push(release, "me/tiny")
     for name, data in on_the_hub(hub).items():
         (release / name).write_bytes(data)
-    assert QuantizationCard.load(release)["state"] == "packed"
+    assert QuantizationCard.load(release).state == "packed"
 
 
 # --- what is on the Hub already

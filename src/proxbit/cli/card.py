@@ -63,7 +63,7 @@ def table_of(names: list[str], cards: list[QuantizationCard]) -> Table:
     for group, fields in groupby(CARD_FIELDS, lambda field: field.group):
         table.add_row("", f"[bold]{group}[/]")
         for field in fields:
-            values = [each[field.name] for each in cards]
+            values = [getattr(each, field.name) for each in cards]
             differ = any(value != values[0] for value in values)
             texts = [escape(field.text(value)) for value in values]
             table.add_row("≠" if differ else "", f"  {field.name}", *texts, style="bold" if differ else "")

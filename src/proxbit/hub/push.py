@@ -5,7 +5,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -287,9 +287,9 @@ def _complete(source: Path, folder: Path, processing_class: Any, run: Mapping[st
 def _name_cards(folder: Path, repo: str) -> None:
     """Write the place on the Hub into the cards of a release, which was written before it had one."""
     card, readme = QuantizationCard.load(folder), folder / README
-    QuantizationCard({**card.values, "model_id": repo}).save(folder)
+    replace(card, model_id=repo).save(folder)
     if readme.is_file():
-        text = rename(readme.read_bytes().decode("utf-8"), card["model_id"], repo)
+        text = rename(readme.read_bytes().decode("utf-8"), card.model_id, repo)
         readme.write_bytes(text.encode("utf-8"))
 
 
