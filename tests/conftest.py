@@ -1,6 +1,7 @@
 """Shared by all tests: no network, one seed, one thread, real pictures."""
 
 import os
+import sys
 
 # Tests run side by side, one to a core: before torch is imported, and for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_sample_images
+from transformers import dynamic_module_utils
 from transformers.utils import logging
 
 from hub_server import running
@@ -97,3 +99,18 @@ def crops(photographs):
         return torch.from_numpy(np.stack(pieces)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     return make
+
+
+@pytest.fixture
+def copied_modules(tmp_path, monkeypatch):
+    """transformers copies the code of repositories to a place of this test, and knows of none from other tests."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    forget()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    yield
+    forget()

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, ViTForImageClassification
 
 import proxbit
 from proxbit.config import BinarizationConfig
-from proxbit.hub.spread import packed_copy, whole_weights
+from proxbit.plugin.sharded import full_weights, packed_copy
 from proxbit.shards import gathered
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer
 from proxbit.training.metrics import classification_metrics
@@ -129,7 +129,7 @@ def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """All weights, wherever an engine has them."""
     with ExitStack() as gathered_for_zero:
         for module in model.modules():
-            gathered_for_zero.enter_context(whole_weights(module))
+            gathered_for_zero.enter_context(full_weights(module))
         return {name: gathered(value).detach().clone() for name, value in model.state_dict().items()}
 
 

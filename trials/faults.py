@@ -23,8 +23,8 @@ import fault_runs as runs
 from fault_runs import FAULT_STEP, Ended, Job
 from pages import table
 
-from proxbit.hub.files import CARD_NAME, check_files, sha256, weight_files
-from proxbit.hub.staging import staged
+from proxbit.checkpoint.files import CARD_NAME, check_files, sha256, weight_files
+from proxbit.checkpoint.staging import staged
 from proxbit.training.checkpoints import STAGING
 
 PAGE = Path(__file__).parents[1] / "docs" / "faults.md"

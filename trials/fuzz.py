@@ -39,8 +39,8 @@ from transformers.utils import logging
 import proxbit
 from proxbit.analysis.card import QuantizationCard
 from proxbit.analysis.environment import environment
+from proxbit.checkpoint.files import CARD_NAME
 from proxbit.errors import ProxbitError
-from proxbit.hub.files import CARD_NAME
 from proxbit.hub.release import write_release
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.md"

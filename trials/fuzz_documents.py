@@ -36,11 +36,11 @@ import proxbit
 from proxbit.analysis.environment import environment
 from proxbit.analysis.report import write_report
 from proxbit.analysis.run_log import RUN_LOG
+from proxbit.checkpoint.files import CARD_NAME
 from proxbit.cli.card import card
 from proxbit.cli.checkpoints import load_model, load_processor
 from proxbit.cli.summary import summary
 from proxbit.errors import ProxbitError
-from proxbit.hub.files import CARD_NAME
 from proxbit.hub.push import prepare_upload
 from proxbit.hub.release import write_release
 

@@ -23,8 +23,8 @@ from fault_runs import CONTEXT, Ended, Job, Started
 from pages import RESULTS, table
 
 from proxbit.analysis.run_log import read_log
+from proxbit.checkpoint.files import CARD_NAME, check_files, sha256, weight_files
 from proxbit.errors import CheckpointError
-from proxbit.hub.files import CARD_NAME, check_files, sha256, weight_files
 from proxbit.training.checkpoints import check_checkpoint
 
 CASES = 100

@@ -6,12 +6,13 @@ Importing the package registers it with transformers: `from_pretrained` then loa
 from importlib.metadata import version
 from typing import Any
 
+import proxbit.hub  # noqa: F401
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ProxbitError
 from proxbit.extras import import_with_extras
-from proxbit.hub import binarize, dequantize, equalize, fuse, pack
 from proxbit.nn import set_mu, soft_evaluation, start_update
 from proxbit.optim import ProxConnect
+from proxbit.plugin import binarize, dequantize, equalize, fuse, pack
 from proxbit.quantizers import QuantizerPair, compose, decompose, enhance, heuristic, register_pair
 
 __version__ = version("proxbit")
@@ -23,8 +24,8 @@ _LAZY = {
     "calibrate": "proxbit.training.calibration",
     "export_onnx": "proxbit.export",
     "get_recipe": "proxbit.training.recipes",
-    "packed_copy": "proxbit.hub.spread",
-    "packed_lora": "proxbit.hub.adapters",
+    "packed_copy": "proxbit.plugin.sharded",
+    "packed_lora": "proxbit.plugin.adapters",
     "push": "proxbit.hub.push",
     "register_recipe": "proxbit.training.recipes",
     "summary": "proxbit.analysis.summary",

@@ -12,14 +12,15 @@ def renamed(module: str, names: Mapping[str, tuple[str, Any]]) -> Callable[[str]
 
     Args:
         module: the name of the module.
-        names: for each old name, the new one and what it stands for.
+        names: for each old name, the new one, with its module where that is another one, and what it stands for.
     """
 
     def find(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         new, value = names[name]
-        warnings.warn(f"{module}.{name} is now {module}.{new}", DeprecationWarning, stacklevel=2)
+        now = new if "." in new else f"{module}.{new}"
+        warnings.warn(f"{module}.{name} is now {now}", DeprecationWarning, stacklevel=2)
         return value
 
     return find

@@ -2,7 +2,7 @@
 
 import unicodedata
 
-__all__ = ["printable"]
+__all__ = ["first_line", "printable"]
 
 # Control and format characters (escape sequences, text that turns direction), separators of lines, halves of pairs.
 _UNFIT = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -25,3 +25,8 @@ def printable(text: object, most: int = 200) -> str:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a dependency says, without the pages that follow."""
+    return printable(str(error).strip().partition("\n")[0].rstrip("."), 1000) or type(error).__name__

@@ -1,6 +1,7 @@
 """The quantization card: complete or refused, its totals are those of the files, and it comes back from its file."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import transformers as hf
@@ -53,8 +54,9 @@ def test_every_field_is_there_and_explained(card):
     assert list(card.to_dict()) == names
 
 
-@pytest.mark.parametrize("state", ["float", "latent", "packed"])
-@pytest.mark.parametrize("family", ["vit", "swin", "clip", "resnet", "mobilevit"])
+@pytest.mark.parametrize(
+    ("family", "state"), [("vit", "latent"), ("swin", "packed"), ("clip", "float"), ("mobilevit", "packed")]
+)
 def test_totals_are_those_of_the_files(family, state, tmp_path):
     model = FAMILIES[family]()
     if state != "float":
@@ -64,25 +66,27 @@ def test_totals_are_those_of_the_files(family, state, tmp_path):
     model.save_pretrained(tmp_path)
     data = (tmp_path / "model.safetensors").read_bytes()
     card = quantization_card(model, files=[tmp_path / "model.safetensors"])
-    assert card["model_bytes"] == len(data)
-    assert card["tensor_bytes"] == len(data) - 8 - int.from_bytes(data[:8], "little")
-    assert card["compression_ratio"] == pytest.approx(card["float32_bytes"] / len(data))
-    assert (card["compression_ratio"] > 1.5) == (state == "packed")
-    assert quantization_card(model)["files"] == card["files"], "a temporary copy is the same file"
+    assert card.model_bytes == len(data)
+    assert card.tensor_bytes == len(data) - 8 - int.from_bytes(data[:8], "little")
+    assert card.compression_ratio == pytest.approx(card.float32_bytes / len(data))
+    assert (card.compression_ratio > 1.5) == (state == "packed")
+    assert quantization_card(model).files == card.files, "a temporary copy is the same file"
 
 
 def test_a_plain_module_has_a_card():
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
     card = quantization_card(proxbit.pack(proxbit.binarize(model, proxbit.BinarizationConfig(include=["0"]))))
-    assert (card["state"], card["binary_parameters"], card["first_layer_bits"]) == ("packed", 256, 1)
-    assert card["weight_quantizer"] == "bnn++" and card["binary_ops"] is None
+    assert (card.state, card.binary_parameters, card.first_layer_bits) == ("packed", 256, 1)
+    assert card.weight_quantizer == "bnn++" and card.binary_ops is None
 
 
 def test_facts_of_the_run(card):
-    told = {name: card[name] for name in ("model_id", "base_model", "dataset", "split", "epochs", "seeds", "std")}
+    told = {
+        name: getattr(card, name) for name in ("model_id", "base_model", "dataset", "split", "epochs", "seeds", "std")
+    }
     assert told == {name: RUN[name] for name in told}
-    assert (card["labelled_samples"], card["distillation_teacher"], card["task"]) == (1437, "none", "QAT")
-    assert (card["baseline_top1"], card["quantized_top1"]) == (0.97, 0.95)
+    assert (card.labelled_samples, card.distillation_teacher, card.task) == (1437, "none", "QAT")
+    assert (card.baseline_top1, card.quantized_top1) == (0.97, 0.95)
 
 
 def test_what_no_run_tells_is_null(model):
@@ -96,9 +100,9 @@ def test_what_no_run_tells_is_null(model):
 
 def test_the_packed_model_speaks_for_itself(model):
     metrics = RUN["metrics"] | {"packed": {"accuracy": 0.94}}
-    assert quantization_card(model, run=RUN | {"metrics": metrics, "steps": 0}).values["quantized_top1"] == 0.94
-    assert quantization_card(model, run={"steps": 0})["task"] == "PTQ"
-    assert quantization_card(model, run={"metrics": {"hard": {"f1": 0.5}}})["quantized_top1"] is None
+    assert quantization_card(model, run=RUN | {"metrics": metrics, "steps": 0}).quantized_top1 == 0.94
+    assert quantization_card(model, run={"steps": 0}).task == "PTQ"
+    assert quantization_card(model, run={"metrics": {"hard": {"f1": 0.5}}}).quantized_top1 is None
 
 
 def test_it_comes_back_from_its_file(card, tmp_path):
@@ -111,42 +115,42 @@ def without(values, name):
     return {key: value for key, value in values.items() if key != name}
 
 
-@pytest.mark.parametrize("field", CARD_FIELDS, ids=[field.name for field in CARD_FIELDS])
-def test_no_field_may_be_missing_or_of_a_wrong_kind(card, field):
-    with pytest.raises(CardError, match=rf"{field.name} is missing; say null if it is unknown"):
-        QuantizationCard(without(card.to_dict(), field.name))
-    with pytest.raises(CardError, match=rf"{field.name} must be {field.kind} or null"):
-        QuantizationCard(card.to_dict() | {field.name: object()})
+def test_no_field_may_be_missing_or_of_a_wrong_kind(card):
+    for field in CARD_FIELDS:
+        with pytest.raises(CardError, match=rf"{field.name} is missing; say null if it is unknown"):
+            QuantizationCard.from_dict(without(card.to_dict(), field.name))
+        with pytest.raises(CardError, match=rf"{field.name} must be {field.kind} or null"):
+            replace(card, **{field.name: object()})
 
 
 def test_unknown_fields_are_refused(card):
     with pytest.raises(CardError, match="'weight_bit' is no field"):
-        QuantizationCard(card.to_dict() | {"weight_bit": 1})
+        QuantizationCard.from_dict(card.to_dict() | {"weight_bit": 1})
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("checkpoint_sha", "checkpoint_sha is 0{64}, but SHA-256 of the listing"),
-        ("model_bytes", r"but sum of the bytes of files is \d+; model_bytes is \d+, but tensor_bytes \+ header_bytes"),
-        ("header_bytes", r"model_bytes is \d+, but tensor_bytes \+ header_bytes is \d+"),
-        ("tensor_bytes", r"total_bits is \d+, but 8 tensor_bytes is \d+"),
-        ("binary_parameters", r"but binary_parameters \+ float_parameters is \d+"),
-        ("total_bits", r"avg_weight_bits is [\d.]+, but total_bits / total_parameters is [\d.]+"),
-        ("avg_weight_bits", "avg_weight_bits is"),
-        ("float32_bytes", r"compression_ratio is [\d.]+, but float32_bytes / model_bytes is [\d.]+"),
-    ],
-)
-def test_totals_must_add_up(card, name, message):
-    changed = "0" * 64 if name == "checkpoint_sha" else card[name] + 1
-    with pytest.raises(CardError, match=message):
-        QuantizationCard(card.to_dict() | {name: changed})
+TOTALS = {
+    "checkpoint_sha": "checkpoint_sha is 0{64}, but SHA-256 of the listing",
+    "model_bytes": r"but sum of the bytes of files is \d+; model_bytes is \d+, but tensor_bytes \+ header_bytes",
+    "header_bytes": r"model_bytes is \d+, but tensor_bytes \+ header_bytes is \d+",
+    "tensor_bytes": r"total_bits is \d+, but 8 tensor_bytes is \d+",
+    "binary_parameters": r"but binary_parameters \+ float_parameters is \d+",
+    "total_bits": r"avg_weight_bits is [\d.]+, but total_bits / total_parameters is [\d.]+",
+    "avg_weight_bits": "avg_weight_bits is",
+    "float32_bytes": r"compression_ratio is [\d.]+, but float32_bytes / model_bytes is [\d.]+",
+}
+
+
+def test_totals_must_add_up(card):
+    for name, message in TOTALS.items():
+        changed = "0" * 64 if name == "checkpoint_sha" else getattr(card, name) + 1
+        with pytest.raises(CardError, match=message):
+            replace(card, **{name: changed})
 
 
 def test_totals_of_unknown_parts_are_let_be(card):
     """What is null contradicts nothing."""
     parts = {"files": None, "header_bytes": None, "float32_bytes": None}
-    assert QuantizationCard(card.to_dict() | parts)["model_bytes"] == card["model_bytes"]
+    assert replace(card, **parts).model_bytes == card.model_bytes
 
 
 def test_files_of_another_model_are_refused(model, tmp_path):
@@ -155,27 +159,24 @@ def test_files_of_another_model_are_refused(model, tmp_path):
         quantization_card(model, files=[tmp_path / "model.safetensors"])
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "cannot be read as a quantization card"),
-        ("{", "cannot be read as a quantization card"),
-        ("[]", "it holds no JSON object"),
-        ('{"card_format": 2}', "has card_format 2; this proxbit reads 1"),
-        ('{"card_format": 1}', "model_id is missing"),
-    ],
-    ids=["no file", "no JSON", "no object", "newer", "incomplete"],
-)
-def test_files_that_are_no_card(tmp_path, text, message):
-    if text is not None:
-        (tmp_path / CARD_NAME).write_text(text)
-    with pytest.raises(CardError, match=message):
+def test_files_that_are_no_card(tmp_path):
+    with pytest.raises(CardError, match="cannot be read as a quantization card"):
         QuantizationCard.load(tmp_path)
+    texts = {
+        "{": "cannot be read as a quantization card",
+        "[]": "it holds no JSON object",
+        '{"card_format": 2}': "has card_format 2; this proxbit reads 1",
+        '{"card_format": 1}': "model_id is missing",
+    }
+    for text, message in texts.items():
+        (tmp_path / CARD_NAME).write_text(text)
+        with pytest.raises(CardError, match=message):
+            QuantizationCard.load(tmp_path)
 
 
 def test_markdown_has_one_row_a_field(card):
     rows = [line.strip("| ").split(" | ")[:2] for line in card.to_markdown().splitlines()[2:]]
     texts = {name.strip("`"): text for name, text in rows}
     assert list(texts) == [field.name for field in CARD_FIELDS]
-    assert (texts["model_bytes"], texts["latency_source"]) == (f"{card['model_bytes']:,}", "unknown")
+    assert (texts["model_bytes"], texts["latency_source"]) == (f"{card.model_bytes:,}", "unknown")
     assert texts["mixed_precision_policy"] == "W32A32: 2, W1A32: 12"

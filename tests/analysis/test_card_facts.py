@@ -19,7 +19,7 @@ from proxbit.analysis.card_facts import (
     peak_activation_bytes,
     weight_bits,
 )
-from proxbit.hub.files import save_weights
+from proxbit.checkpoint.weights import save_weights
 from proxbit.nn import ACTIVATIONS, PackedLinear
 from tiny_models import FAMILIES, LABELS, SIDE, vit
 

@@ -97,9 +97,9 @@ def test_images_make_a_packed_model(folder, photos, tmp_path):
     assert (stored.state, stored.activations, stored.calibration["images"]) == ("packed", "int8", 8)
     assert model.config.id2label == {0: "flower", 1: "other", 2: "temple"}
     card = QuantizationCard.load(tmp_path / "out")
-    assert (card["task"], card["calibration_samples"], card["labelled_samples"]) == ("PTQ", 8, 0)
-    assert len(card["calibration_errors"]) == 12 and card["baseline_top1"] is not None
-    assert all(each["after"] < each["before"] for each in card["calibration_errors"].values())
+    assert (card.task, card.calibration_samples, card.labelled_samples) == ("PTQ", 8, 0)
+    assert len(card.calibration_errors) == 12 and card.baseline_top1 is not None
+    assert all(each["after"] < each["before"] for each in card.calibration_errors.values())
     text = (tmp_path / "out" / "README.md").read_text()
     assert "fitted in closed form to 8 images without labels, without training" in text
     shown = CliRunner().invoke(app, ["summary", str(tmp_path / "out")]).output

@@ -68,8 +68,8 @@ def test_json(release, plain):
 def test_a_model_without_a_card_gets_one_computed(release, plain, tmp_path):
     """In its own precision, of its own files."""
     card = card_of(str(plain))
-    assert (card["weight_bits"], card["avg_weight_bits"]) == (16, 16)
-    assert card["model_bytes"] == (plain / "model.safetensors").stat().st_size
+    assert (card.weight_bits, card.avg_weight_bits) == (16, 16)
+    assert card.model_bytes == (plain / "model.safetensors").stat().st_size
     copy = shutil.copytree(release, tmp_path / "vit")
     (copy / CARD_NAME).unlink()
     said, computed = QuantizationCard.load(release).to_dict(), card_of(str(copy)).to_dict()
@@ -87,8 +87,8 @@ def test_a_name_on_the_hub(release, tmp_path, monkeypatch, with_card):
         (snapshot / CARD_NAME).unlink()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     card = card_of("me/vit")
-    assert card["files"] == QuantizationCard.load(release)["files"]
-    assert card["model_id"] == (None if with_card else "me/vit") and card["base_model"] is None
+    assert card.files == QuantizationCard.load(release).files
+    assert card.model_id == (None if with_card else "me/vit") and card.base_model is None
 
 
 def test_refusals(release, tmp_path):

@@ -77,8 +77,8 @@ def test_licence_and_maker_are_named():
 def test_it_is_a_release_and_its_card_is_among_the_model_cards(found):
     card = QuantizationCard.load(DEMO / "digits")
     tested = {name: found["forms"][name]["accuracy"] for name in (FLOAT, TRAINED)}
-    assert tested[TRAINED] == pytest.approx(card["quantized_top1"], abs=1e-6)
-    assert tested[FLOAT] == pytest.approx(card["baseline_top1"], abs=0.006)  # which was in fp32, and not in bf16
+    assert tested[TRAINED] == pytest.approx(card.quantized_top1, abs=1e-6)
+    assert tested[FLOAT] == pytest.approx(card.baseline_top1, abs=0.006)  # which was in fp32, and not in bf16
     cards = Path(__file__).parents[2] / "model_cards"
     assert (cards / "digits-vit-1bit.md").read_text() == (DEMO / "digits" / "README.md").read_text()
 

@@ -1,32 +1,16 @@
 """Packed models in folders, for whoever uploads them; and a client that does not wait."""
 
 import shutil
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import ViTForImageClassification, dynamic_module_utils
+from transformers import ViTForImageClassification
 
 import proxbit
 from proxbit.hub.release import write_release
 from tiny_models import vit
-
-
-@pytest.fixture
-def copied_modules(tmp_path, monkeypatch):
-    """transformers copies the code of repositories to a place of this test, and knows of none from other tests."""
-
-    def forget():
-        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
-            del sys.modules[name]
-
-    forget()
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    yield
-    forget()
 
 
 @pytest.fixture(scope="package")

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import proxbit
-from proxbit.analysis.card import quantization_card
+from proxbit.analysis.card import CARD_FIELDS, QuantizationCard, quantization_card
 from proxbit.errors import CardError
 from proxbit.hub.model_card import model_card, pipeline_tag, rename
 from proxbit.hub.release import write_release
@@ -109,6 +109,15 @@ def test_what_is_unknown_is_left_out_and_said(bare):
     assert "None" not in bare.text and "null" not in bare.text
 
 
+def test_a_card_that_knows_nothing_makes_a_model_card(model):
+    """Every field of a quantization card may be null."""
+    known = {"card_format": 1, "state": "packed"}
+    card = QuantizationCard(**{field.name: known.get(field.name) for field in CARD_FIELDS})
+    text = model_card(model, card).text
+    assert "an unknown share of its unknown parameters" in text and "None" not in text
+    assert "| the same model in float32 | unknown |" in text
+
+
 def test_results_name_every_variant(full):
     rows = [line.strip("| ").split(" | ") for line in section(full, "Results").splitlines() if line.startswith("|")]
     assert rows[0] == ["model", "accuracy", "loss", "balanced_accuracy"]
@@ -125,7 +134,7 @@ def test_the_rest_of_the_text(full, model):
     card = quantization_card(model, run=RUN)
     assert "| packed, float | 43.21 | 3% |" in section(full, "Latency")
     assert "A processor of 1971" in section(full, "Latency")
-    assert f"| model.safetensors | {card['model_bytes']:,} |" in section(full, "Size")
+    assert f"| model.safetensors | {card.model_bytes:,} |" in section(full, "Size")
     assert "`recipe` | w1a32" in section(full, "Training") and "Unknown: `train_split`" not in section(full, "Training")
     assert r"Beans \| leaves" in section(full, "Training")
     assert "3 classes apart: angular leaf spot, bean rust, healthy." in section(full, "Intended use")

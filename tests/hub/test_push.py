@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import proxbit
 from proxbit.analysis.card import QuantizationCard
+from proxbit.checkpoint.files import CARD_NAME
 from proxbit.errors import CheckpointError, HubError, ModelStateError, PackedFormatError
 from proxbit.hub.client import client
-from proxbit.hub.files import CARD_NAME
 from proxbit.hub.push import prepare_upload, upload
 from tiny_models import vit
 
@@ -232,7 +232,7 @@ def test_the_card_says_what_the_folder_holds(hub, release):
     proxbit.push(release, "me/tiny")
     for name, data in on_the_hub(hub).items():
         (release / name).write_bytes(data)
-    assert QuantizationCard.load(release)["state"] == "packed"
+    assert QuantizationCard.load(release).state == "packed"
 
 
 # --- what is on the Hub already

@@ -7,8 +7,8 @@ import torch
 import transformers as hf
 
 import proxbit
+from proxbit.checkpoint.files import CARD_NAME
 from proxbit.errors import ModelStateError
-from proxbit.hub.files import CARD_NAME
 from tiny_models import vit
 
 

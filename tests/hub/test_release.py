@@ -40,8 +40,8 @@ def test_a_release_is_whole_and_loads(tmp_path, crops, state):
     )
     assert names(folder.parent) == ["vit"]
     card = QuantizationCard.load(folder)
-    assert (card["state"], card["quantized_top1"], card["dataset"]) == (state, 0.5, "Crops")
-    assert card["model_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert (card.state, card.quantized_top1, card.dataset) == (state, 0.5, "Crops")
+    assert card.model_bytes == (folder / "model.safetensors").stat().st_size
     readme = ModelCard.load(folder / "README.md")
     assert readme.data.license == "mit" and card.to_markdown() in readme.text
     loaded = hf.AutoModelForImageClassification.from_pretrained(folder)

@@ -10,9 +10,9 @@ import transformers as hf
 from typer.testing import CliRunner
 
 import proxbit
+from proxbit.checkpoint.files import CARD_NAME
 from proxbit.cli.app import app
 from proxbit.errors import CheckpointError
-from proxbit.hub.files import CARD_NAME
 from proxbit.hub.push import prepare_upload
 from proxbit.hub.release import write_release
 from proxbit.hub.release_files import code_files, is_release_file

@@ -14,8 +14,8 @@ from safetensors.torch import load, save
 
 import proxbit
 from hub_server import Fault, File
+from proxbit.checkpoint.files import CARD_NAME
 from proxbit.errors import CheckpointError
-from proxbit.hub.files import CARD_NAME
 from tiny_models import SIDE, vit
 
 

@@ -9,8 +9,8 @@ from transformers.trainer_utils import HubStrategy
 
 import proxbit
 from hub_server import Fault
+from proxbit.checkpoint.files import CARD_NAME
 from proxbit.errors import CardError, ConfigError, HubError
-from proxbit.hub.files import CARD_NAME
 from proxbit.nn import latent_layers
 from proxbit.patching import state_of
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer

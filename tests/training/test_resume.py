@@ -19,9 +19,9 @@ from transformers import (
 import proxbit
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError
-from proxbit.hub.weights import load_weights
 from proxbit.nn import latent_layers
 from proxbit.patching import state_of
+from proxbit.plugin.loading import load_weights
 from proxbit.training import (
     DistillationArguments,
     DistillationTrainer,

@@ -184,8 +184,8 @@ def test_data_sets_tell_their_names(tmp_path, crops):
 
 def test_cards_take_the_record(trainer):
     card = quantization_card(trainer.model, run=trainer.run_record())
-    assert (card["task"], card["labelled_samples"], card["calibration_samples"]) == ("QAT", 8, 8)
-    assert card["quantized_top1"] == trainer.state.log_history[-1]["eval_accuracy"]
+    assert (card.task, card.labelled_samples, card.calibration_samples) == ("QAT", 8, 8)
+    assert card.quantized_top1 == trainer.state.log_history[-1]["eval_accuracy"]
 
 
 def test_the_trainer_writes_the_model_card(trainer, folder):

@@ -15,8 +15,8 @@ from transformers import TrainerCallback, ViTForImageClassification
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 import proxbit
+from proxbit.checkpoint.staging import locked
 from proxbit.errors import CheckpointError, LossError
-from proxbit.hub.lock import locked
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer
 from proxbit.training.checkpoints import MANIFEST, STAGING, check_checkpoint
 from proxbit.training.push import PushingTrainer

@@ -4,18 +4,20 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 from torch import nn
 
 from proxbit.analysis.card_facts import checkpoint_sha, file_facts, hub_name, model_facts
 from proxbit.analysis.run import check_run
 from proxbit.analysis.schema import Field, cell, problems
+from proxbit.checkpoint.files import CARD_NAME, read_json
+from proxbit.checkpoint.weights import save_weights
 from proxbit.errors import CardError, CheckpointError
 from proxbit.foreign import printable
-from proxbit.hub.files import CARD_NAME, read_json, save_weights
 
 __all__ = ["CARD_FIELDS", "CARD_FORMAT", "CARD_NAME", "QuantizationCard", "quantization_card"]
 
@@ -24,72 +26,18 @@ MOST_TOLD = 10  # of what is wrong with a card
 # Fields that cards of earlier versions do not have.
 _ADDED = ("calibration_errors",)
 
-_MODEL, _WEIGHTS, _INPUTS, _SIZE, _WORK, _RUN = "model", "weights", "activations", "size", "computation", "training"
-
-CARD_FIELDS: tuple[Field, ...] = (
-    Field("card_format", "whole number", "version of this schema", _MODEL),
-    Field("model_id", "text", "name on the Hub", _MODEL),
-    Field("base_model", "text", "name on the Hub of the model that the training started from", _MODEL),
-    Field("model_class", "text", "class of the model", _MODEL),
-    Field("state", "text", "float, latent (simulated) or packed", _MODEL),
-    Field("checkpoint_sha", "digest", "SHA-256 of what sha256sum prints of the weight files, by name", _MODEL),
-    Field("files", "files", "bytes and SHA-256 of each weight file", _MODEL),
-    Field("weight_quantizer", "text", "quantizer pair that trained the binarized weights", _WEIGHTS),
-    Field("weight_bits", "number", "of a binarized weight: log2 of the number of levels", _WEIGHTS),
-    Field("weight_levels", "numbers", "what a binarized weight can be, times its scale", _WEIGHTS),
-    Field("weight_symmetry", "text", "whether levels lie around zero, or around a stored offset", _WEIGHTS),
-    Field("weight_granularity", "text", "what shares one scale", _WEIGHTS),
-    Field("scale_dtype", "text", "of the scales, also those that come with packing", _WEIGHTS),
-    Field("scale_count", "whole number", "scales and offsets, likewise", _WEIGHTS),
-    Field("bias_bits", "whole number", "of the biases of binarized layers; 0 where there are none", _WEIGHTS),
-    Field("first_layer_bits", "number", "of a weight of the first linear or convolutional layer", _WEIGHTS),
-    Field("last_layer_bits", "number", "of a weight of the last such layer", _WEIGHTS),
-    Field("mixed_precision_policy", "counts", "such layers, by bits of weights (W) and inputs (A)", _WEIGHTS),
-    Field(
-        "calibration_errors",
-        "errors",
-        "relative error of the output of each layer whose weights were fitted to data, before and after",
-        _WEIGHTS,
-    ),
-    Field("activation_bits", "whole numbers", "of the inputs of binarized layers", _INPUTS),
-    Field("activation_symmetry", "texts", "where the levels of quantized inputs lie", _INPUTS),
-    Field("activation_granularity", "texts", "what shares one step or scale", _INPUTS),
-    Field("static_or_dynamic", "texts", "whether steps and scales are stored, or computed from each input", _INPUTS),
-    Field("attention_prob_bits", "whole number", "of the probabilities of attention; 0 without attention", _INPUTS),
-    Field("softmax_layernorm_precision", "text", "dtype of normalizations, and of softmax", _INPUTS),
-    Field("skip_precision", "text", "dtype of the residual stream", _INPUTS),
-    Field("accumulator_bits", "whole numbers", "of the registers that sums of binarized layers end in", _INPUTS),
-    Field("norm_folding", "yes or no", "whether packed layers compute the normalization before them", _INPUTS),
-    Field("calibration_observer", "texts", "what calibration of stored scales looked at", _INPUTS),
-    Field("calibration_samples", "whole number", "examples that it looked at", _INPUTS),
-    Field("total_parameters", "whole number", "weights and other saved numbers, without scales and offsets", _SIZE),
-    Field("binary_parameters", "whole number", "of them, binarized weights", _SIZE),
-    Field("float_parameters", "whole number", "of them, all others", _SIZE),
-    Field("total_bits", "whole number", "of all saved tensors: scales, offsets and padding included", _SIZE),
-    Field("avg_weight_bits", "number", "total_bits / total_parameters", _SIZE),
-    Field("tensor_bytes", "whole number", "of all saved tensors", _SIZE),
-    Field("header_bytes", "whole number", "of the headers of the weight files, which hold names and shapes", _SIZE),
-    Field("model_bytes", "whole number", "of the weight files", _SIZE),
-    Field("float32_bytes", "whole number", "of the same model with every weight in float32, with this header", _SIZE),
-    Field("compression_ratio", "number", "float32_bytes / model_bytes", _SIZE),
-    Field("peak_activation_bytes", "whole number", "of the largest output of one module, for one picture", _WORK),
-    Field("binary_ops", "whole number", "multiply-accumulates with a binarized weight, for one picture", _WORK),
-    Field("float_ops", "whole number", "all others, attention included", _WORK),
-    Field("simulated_or_kernel", "text", "whether bits are simulated by floats, or multiplied by a kernel", _WORK),
-    Field("latency_source", "text", "the machine that latencies were measured on", _WORK),
-    Field("task", "text", "QAT, trained with quantized weights, or PTQ, not trained with them", _RUN),
-    Field("dataset", "text", "trained on and evaluated on", _RUN),
-    Field("split", "text", "the part of it that accuracies are of", _RUN),
-    Field("epochs", "number", "passes over the training examples", _RUN),
-    Field("labelled_samples", "whole number", "labelled examples trained on", _RUN),
-    Field("distillation_teacher", "text", "what was distilled from", _RUN),
-    Field("seeds", "whole numbers", "of the runs that accuracies are of", _RUN),
-    Field("baseline_top1", "number", "accuracy of the float model, a fraction", _RUN),
-    Field(
-        "quantized_top1", "number", "accuracy of the packed model where it was evaluated, else of the hard one", _RUN
-    ),
-    Field("std", "number", "standard deviation of quantized_top1 over seeds or folds", _RUN),
-)
+# The type of a field, and the kind that the schema calls it. Null says that a value is unknown.
+Text = Annotated[str | None, "text"]
+Digest = Annotated[str | None, "digest"]
+Whole = Annotated[int | None, "whole number"]
+Number = Annotated[float | None, "number"]
+YesOrNo = Annotated[bool | None, "yes or no"]
+Texts = Annotated[list[str] | None, "texts"]
+Numbers = Annotated[list[float] | None, "numbers"]
+Wholes = Annotated[list[int] | None, "whole numbers"]
+Counts = Annotated[dict[str, int] | None, "counts"]
+Errors = Annotated[dict[str, dict[str, float]] | None, "errors"]
+Files = Annotated[dict[str, dict[str, Any]] | None, "files"]
 
 # What must equal what. A total is checked where all of its parts are known.
 _TOTALS: tuple[tuple[str, str, tuple[str, ...], Callable[..., Any]], ...] = (
@@ -118,58 +66,111 @@ _TOTALS: tuple[tuple[str, str, tuple[str, ...], Callable[..., Any]], ...] = (
 )
 
 
-def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
-    for name, formula, parts, compute in _TOTALS:
-        if values[name] is None or any(values[part] is None for part in parts):
-            continue
-        expected = compute(*(values[part] for part in parts))
-        right = math.isclose(values[name], expected) if isinstance(expected, float) else values[name] == expected
-        if not right:
-            yield f"{name} is {values[name]}, but {formula} is {expected}"
+def _field(group: str, meaning: str) -> Any:
+    return field(metadata={"group": group, "meaning": meaning})
 
 
-def _told(found: list[str]) -> str:
-    more = f"; and {len(found) - MOST_TOLD:,} more" if len(found) > MOST_TOLD else ""
-    return "; ".join(found[:MOST_TOLD]) + more
+_model, _weights, _inputs = (partial(_field, group) for group in ("model", "weights", "activations"))
+_size, _work, _run = (partial(_field, group) for group in ("size", "computation", "training"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantizationCard:
-    """A quantization card that is complete: each field of `CARD_FIELDS` has a value, or null where it is unknown.
+    """A quantization card that is complete: each field has a value, or null where it is unknown.
 
-    Args:
-        values: by the names of the fields.
+    `CARD_FIELDS` says of each field what its value means, and of which kind it must be.
 
     Raises:
-        CardError: for fields that are missing or unknown, values of a wrong kind, or totals that do not add up.
+        CardError: for values of a wrong kind, or totals that do not add up.
 
     Source:
         Garg, Jain, Lou, Nahmias, Confounding Tradeoffs for Neural Network Quantization, arXiv 2102.06366: what a card
         must tell. The names of the fields are ours.
     """
 
-    values: Mapping[str, Any]
+    card_format: Whole = _model("version of this schema")
+    model_id: Text = _model("name on the Hub")
+    base_model: Text = _model("name on the Hub of the model that the training started from")
+    model_class: Text = _model("class of the model")
+    state: Text = _model("float, latent (simulated) or packed")
+    checkpoint_sha: Digest = _model("SHA-256 of what sha256sum prints of the weight files, by name")
+    files: Files = _model("bytes and SHA-256 of each weight file")
+    weight_quantizer: Text = _weights("quantizer pair that trained the binarized weights")
+    weight_bits: Number = _weights("of a binarized weight: log2 of the number of levels")
+    weight_levels: Numbers = _weights("what a binarized weight can be, times its scale")
+    weight_symmetry: Text = _weights("whether levels lie around zero, or around a stored offset")
+    weight_granularity: Text = _weights("what shares one scale")
+    scale_dtype: Text = _weights("of the scales, also those that come with packing")
+    scale_count: Whole = _weights("scales and offsets, likewise")
+    bias_bits: Whole = _weights("of the biases of binarized layers; 0 where there are none")
+    first_layer_bits: Number = _weights("of a weight of the first linear or convolutional layer")
+    last_layer_bits: Number = _weights("of a weight of the last such layer")
+    mixed_precision_policy: Counts = _weights("such layers, by bits of weights (W) and inputs (A)")
+    calibration_errors: Errors = _weights(
+        "relative error of the output of each layer whose weights were fitted to data, before and after"
+    )
+    activation_bits: Wholes = _inputs("of the inputs of binarized layers")
+    activation_symmetry: Texts = _inputs("where the levels of quantized inputs lie")
+    activation_granularity: Texts = _inputs("what shares one step or scale")
+    static_or_dynamic: Texts = _inputs("whether steps and scales are stored, or computed from each input")
+    attention_prob_bits: Whole = _inputs("of the probabilities of attention; 0 without attention")
+    softmax_layernorm_precision: Text = _inputs("dtype of normalizations, and of softmax")
+    skip_precision: Text = _inputs("dtype of the residual stream")
+    accumulator_bits: Wholes = _inputs("of the registers that sums of binarized layers end in")
+    norm_folding: YesOrNo = _inputs("whether packed layers compute the normalization before them")
+    calibration_observer: Texts = _inputs("what calibration of stored scales looked at")
+    calibration_samples: Whole = _inputs("examples that it looked at")
+    total_parameters: Whole = _size("weights and other saved numbers, without scales and offsets")
+    binary_parameters: Whole = _size("of them, binarized weights")
+    float_parameters: Whole = _size("of them, all others")
+    total_bits: Whole = _size("of all saved tensors: scales, offsets and padding included")
+    avg_weight_bits: Number = _size("total_bits / total_parameters")
+    tensor_bytes: Whole = _size("of all saved tensors")
+    header_bytes: Whole = _size("of the headers of the weight files, which hold names and shapes")
+    model_bytes: Whole = _size("of the weight files")
+    float32_bytes: Whole = _size("of the same model with every weight in float32, with this header")
+    compression_ratio: Number = _size("float32_bytes / model_bytes")
+    peak_activation_bytes: Whole = _work("of the largest output of one module, for one picture")
+    binary_ops: Whole = _work("multiply-accumulates with a binarized weight, for one picture")
+    float_ops: Whole = _work("all others, attention included")
+    simulated_or_kernel: Text = _work("whether bits are simulated by floats, or multiplied by a kernel")
+    latency_source: Text = _work("the machine that latencies were measured on")
+    task: Text = _run("QAT, trained with quantized weights, or PTQ, not trained with them")
+    dataset: Text = _run("trained on and evaluated on")
+    split: Text = _run("the part of it that accuracies are of")
+    epochs: Number = _run("passes over the training examples")
+    labelled_samples: Whole = _run("labelled examples trained on")
+    distillation_teacher: Text = _run("what was distilled from")
+    seeds: Wholes = _run("of the runs that accuracies are of")
+    baseline_top1: Number = _run("accuracy of the float model, a fraction")
+    quantized_top1: Number = _run("accuracy of the packed model where it was evaluated, else of the hard one")
+    std: Number = _run("standard deviation of quantized_top1 over seeds or folds")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "values", dict(self.values))
-        found = problems(CARD_FIELDS, self.values, complete=True) or list(_contradictions(self.values))
-        if found:
-            raise CardError(f"This quantization card is not valid: {_told(found)}.")
+        _check(vars(self))
+        if found := list(_contradictions(self)):
+            raise _invalid(found)
 
-    def __getitem__(self, name: str) -> Any:
-        return self.values[name]
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "QuantizationCard":
+        """A card of values by the names of its fields.
+
+        Raises:
+            CardError: also for fields that are missing or unknown.
+        """
+        _check(values)
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types, in the order of the schema."""
-        ordered: dict[str, Any] = json.loads(json.dumps({field.name: self.values[field.name] for field in CARD_FIELDS}))
+        ordered: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return ordered
 
     def to_markdown(self) -> str:
         """A Markdown table: field, value, meaning."""
         lines = ["| field | value | meaning |", "|---|---|---|"]
-        for field in CARD_FIELDS:
-            text = cell(field.text(self.values[field.name]))
-            lines.append(f"| `{field.name}` | {text} | {field.meaning} |")
+        for each in CARD_FIELDS:
+            lines.append(f"| `{each.name}` | {cell(each.text(getattr(self, each.name)))} | {each.meaning} |")
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> Path:
@@ -199,7 +200,32 @@ class QuantizationCard:
         if values.get("card_format") != CARD_FORMAT:
             found = printable(repr(values.get("card_format")))
             raise CardError(f"{file} has card_format {found}; this proxbit reads {CARD_FORMAT}.")
-        return cls(dict.fromkeys(_ADDED) | values)
+        return cls.from_dict(dict.fromkeys(_ADDED) | values)
+
+
+_KINDS = {name: get_args(hint)[1] for name, hint in get_type_hints(QuantizationCard, include_extras=True).items()}
+CARD_FIELDS = tuple(Field(each.name, _KINDS[each.name], **each.metadata) for each in fields(QuantizationCard))
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    if found := problems(CARD_FIELDS, values, complete=True):
+        raise _invalid(found)
+
+
+def _contradictions(card: QuantizationCard) -> Iterator[str]:
+    for name, formula, parts, compute in _TOTALS:
+        found, known = getattr(card, name), [getattr(card, part) for part in parts]
+        if found is None or None in known:
+            continue
+        expected = compute(*known)
+        right = math.isclose(found, expected) if isinstance(expected, float) else found == expected
+        if not right:
+            yield f"{name} is {found}, but {formula} is {expected}"
+
+
+def _invalid(found: list[str]) -> CardError:
+    more = f"; and {len(found) - MOST_TOLD:,} more" if len(found) > MOST_TOLD else ""
+    return CardError(f"This quantization card is not valid: {'; '.join(found[:MOST_TOLD])}{more}.")
 
 
 def quantization_card(
@@ -224,7 +250,9 @@ def quantization_card(
     of_model = model_facts(model)
     float32_bytes = of_model.pop("float32_tensor_bytes") + of_files["header_bytes"]
     sizes = {"float32_bytes": float32_bytes, "compression_ratio": float32_bytes / max(1, of_files["model_bytes"])}
-    return QuantizationCard({"card_format": CARD_FORMAT, **of_model, **of_files, **sizes, **_of_run(facts, of_model)})
+    return QuantizationCard.from_dict(
+        {"card_format": CARD_FORMAT, **of_model, **of_files, **sizes, **_of_run(facts, of_model)}
+    )
 
 
 def _of_run(run: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:

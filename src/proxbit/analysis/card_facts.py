@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from proxbit.analysis.summary import summary
-from proxbit.hub.files import sha256
+from proxbit.checkpoint.files import sha256
 from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, Surroundings, evaluating
 from proxbit.patching import PICTURE_ERRORS, FusedLayerNorm, blank_picture, config_of, packed_layers, state_of
 from proxbit.posttraining import calibration_of

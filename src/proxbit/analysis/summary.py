@@ -16,8 +16,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from proxbit.checkpoint.weights import as_saved, packed_spec
 from proxbit.foreign import printable
-from proxbit.hub.weights import as_saved, packed_outline
 from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, dtype_around, evaluating, latent_layers
 from proxbit.nn.precision import trained_in_small_steps
 from proxbit.patching import PICTURE_ERRORS, blank_picture
@@ -278,7 +278,7 @@ def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None, *, count_
                 header[f"{prefix}{key}"] = _meta(tensor.shape, tensor.dtype)
                 packed[key] = _meta(tensor.shape, around if id(tensor) in single else tensor.dtype)
         if isinstance(module, LatentWeight) and "weight" in tensors:
-            packed["weight"] = packed_outline(module.weight)
+            packed["weight"] = packed_spec(module.weight)
             packed |= dict.fromkeys(_beside_bits(module), _meta(module.weight.shape[:1], around))
         if tensors:
             of_packed |= {f"{prefix}{key}": tensor for key, tensor in packed.items()}

@@ -10,9 +10,9 @@ from torch.ao.quantization import quantize_dynamic
 
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ModelStateError
-from proxbit.hub import binarize, dequantize, fuse, pack
 from proxbit.nn.surroundings import Surroundings
 from proxbit.patching import PICTURE_ERRORS, blank_picture, packed_layers, state_of
+from proxbit.plugin import binarize, dequantize, fuse, pack
 
 __all__ = ["forward_calls", "packed_copy", "pictures", "variants"]
 

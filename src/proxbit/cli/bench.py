@@ -17,8 +17,8 @@ from proxbit.analysis.variants import forward_calls, packed_copy, variants
 from proxbit.cli.checkpoints import architecture, load_model
 from proxbit.config import QUANT_METHOD, BinarizationConfig, stored_kind
 from proxbit.errors import CheckpointError, ProxbitError
-from proxbit.hub.client import first_line
-from proxbit.hub.loading import UNREADABLE, make_model
+from proxbit.foreign import first_line
+from proxbit.plugin.loading import UNREADABLE, make_model
 
 __all__ = ["bench"]
 

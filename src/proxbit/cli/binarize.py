@@ -21,8 +21,8 @@ from proxbit.cli.progress import watch
 from proxbit.config import BinarizationConfig
 from proxbit.errors import CheckpointError, ConfigError, DataError
 from proxbit.foreign import printable
-from proxbit.hub import binarize as binarize_model
-from proxbit.hub import pack
+from proxbit.plugin import binarize as binarize_model
+from proxbit.plugin import pack
 from proxbit.posttraining import calibration_of
 from proxbit.training.calibration import calibrate
 from proxbit.training.evaluation import Evaluation, evaluate_pictures

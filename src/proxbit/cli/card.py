@@ -14,11 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from proxbit.analysis.card import CARD_FIELDS, CARD_NAME, QuantizationCard, quantization_card
+from proxbit.checkpoint.files import check_files, weight_files
 from proxbit.cli.checkpoints import load_model
 from proxbit.errors import CheckpointError
-from proxbit.foreign import printable
-from proxbit.hub.client import first_line
-from proxbit.hub.files import check_files, weight_files
+from proxbit.foreign import first_line, printable
 
 __all__ = ["card", "card_of"]
 
@@ -64,7 +63,7 @@ def table_of(names: list[str], cards: list[QuantizationCard]) -> Table:
     for group, fields in groupby(CARD_FIELDS, lambda field: field.group):
         table.add_row("", f"[bold]{group}[/]")
         for field in fields:
-            values = [each[field.name] for each in cards]
+            values = [getattr(each, field.name) for each in cards]
             differ = any(value != values[0] for value in values)
             texts = [escape(field.text(value)) for value in values]
             table.add_row("≠" if differ else "", f"  {field.name}", *texts, style="bold" if differ else "")

@@ -14,14 +14,13 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
 
+from proxbit.checkpoint.staging import staged
+from proxbit.checkpoint.weights import save_weights
 from proxbit.errors import CheckpointError, ProxbitError
-from proxbit.foreign import printable
-from proxbit.hub.client import first_line
-from proxbit.hub.files import save_weights
-from proxbit.hub.loading import UNREADABLE, class_of, load_pretrained
+from proxbit.foreign import first_line, printable
 from proxbit.hub.release import write_release
-from proxbit.hub.staging import staged
 from proxbit.patching import state_of
+from proxbit.plugin.loading import UNREADABLE, class_of, load_pretrained
 from proxbit.training.sources import is_path, why_nowhere
 
 __all__ = ["architecture", "check_new_folder", "load_model", "load_processor", "save", "save_plain"]

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from proxbit.analysis.timing import time_rounds, torch_threads
 from proxbit.analysis.variants import forward_calls
 from proxbit.cli.checkpoints import load_model, load_processor
-from proxbit.hub import binarize, fuse, pack
+from proxbit.plugin import binarize, fuse, pack
 from proxbit.training.calibration import calibrate
 from proxbit.training.pixels import read_picture
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from proxbit.cli.checkpoints import check_new_folder, load_model, load_processor, save
-from proxbit.hub import pack as pack_model
+from proxbit.plugin import pack as pack_model
 
 __all__ = ["pack"]
 

@@ -21,10 +21,10 @@ def _recall(model: nn.Module, folder: Path) -> None:
     if not (folder / CARD_NAME).is_file():
         return
     card = QuantizationCard.load(folder)
-    errors = card["calibration_errors"] or {}
+    errors = card.calibration_errors or {}
     layers = tuple(LayerFit(name, 0, 0, each["before"], each["after"]) for name, each in errors.items())
     if layers:
-        CalibrationReport(card["calibration_samples"] or 0, layers, {}, 0.0).attach(model)
+        CalibrationReport(card.calibration_samples or 0, layers, {}, 0.0).attach(model)
 
 
 def summary(

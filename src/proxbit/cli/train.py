@@ -23,8 +23,8 @@ from proxbit.cli.pictures import read_split, tell_pictures
 from proxbit.config import QUANT_METHOD, stored_kind
 from proxbit.errors import CheckpointError, ConfigError, DataError, ModelStateError, ProxbitError
 from proxbit.foreign import printable
-from proxbit.hub import pack
 from proxbit.patching import state_of
+from proxbit.plugin import pack
 from proxbit.training.arguments import ProxConnectArguments
 from proxbit.training.checkpoints import check_start
 from proxbit.training.heads import give_labels

@@ -7,8 +7,8 @@ import typer
 
 from proxbit.cli.checkpoints import check_new_folder, load_model, load_processor, save
 from proxbit.errors import ModelStateError
-from proxbit.hub import dequantize
 from proxbit.patching import beyond_float
+from proxbit.plugin import dequantize
 
 __all__ = ["unpack"]
 

@@ -1,8 +1,10 @@
-"""What touches transformers' quantizers and the Hub. Importing this package registers the plug-in."""
+"""Publishing: the release of a model, its model card, and the upload to the Hub."""
 
-import proxbit.hub.attention
-import proxbit.hub.parts  # noqa: F401
-from proxbit.hub.hf_quantizer import ProxbitHfQuantizer
-from proxbit.hub.states import binarize, dequantize, equalize, fuse, pack
+import proxbit.hub.push_method  # noqa: F401
+from proxbit import plugin
+from proxbit.deprecation import renamed
 
-__all__ = ["ProxbitHfQuantizer", "binarize", "dequantize", "equalize", "fuse", "pack"]
+_STATES = {name: (f"proxbit.{name}", getattr(plugin, name)) for name in plugin.__all__ if name.islower()}
+__getattr__ = renamed(
+    __name__, _STATES | {"ProxbitHfQuantizer": ("proxbit.plugin.ProxbitHfQuantizer", plugin.ProxbitHfQuantizer)}
+)

@@ -8,9 +8,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from proxbit.errors import HubError
-from proxbit.foreign import printable
+from proxbit.foreign import first_line
 
-__all__ = ["client", "first_line", "one_line"]
+__all__ = ["client", "one_line"]
 
 AGAIN = "Run the same again: it goes on where it stopped"
 ADVICE = {
@@ -61,8 +61,3 @@ def _reason(error: BaseException) -> str:
         return f"the Hub failed ({status}). {AGAIN}"
     wait = error.response.headers.get("Retry-After", "")
     return f"{ADVICE.get(status, first_line(error))} ({status}{f'; wait {wait} s' if wait.isdigit() else ''})"
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a dependency says, without the pages that follow."""
-    return printable(str(error).strip().partition("\n")[0].rstrip("."), 1000) or type(error).__name__

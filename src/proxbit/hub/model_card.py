@@ -102,7 +102,7 @@ def model_card(
         ValueError: from `huggingface_hub`, for metadata that are none.
     """
     facts = check_run(run)
-    title = printable(" ".join((name or facts["model_id"] or card["model_class"]).split()))
+    title = printable(" ".join((name or facts["model_id"] or card.model_class or "unknown").split()))
     data = _metadata(model, card, facts, title, tags, metadata)
     made: ModelCard = ModelCard.from_template(
         ModelCardData(**data),
@@ -166,10 +166,10 @@ def _metadata(
 ) -> dict[str, Any]:
     tag = pipeline_tag(model)
     results = list(_eval_results(run, tag))
-    state = ["1-bit", "packed"] if card["state"] == "packed" else [card["state"]]
+    state = ["1-bit", "packed"] if card.state == "packed" else [card.state or "unknown"]
     data = {
         "license": run["license"],
-        "base_model": card["base_model"],
+        "base_model": card.base_model,
         "pipeline_tag": tag,
         "library_name": "transformers",
         "datasets": [run["dataset_id"]] if run["dataset_id"] else None,
@@ -207,18 +207,22 @@ def _eval_results(run: Mapping[str, Any], tag: str | None) -> Iterator[EvalResul
             )
 
 
+def _shown(number: float | None, form: str = ",") -> str:
+    return "unknown" if number is None else format(number, form)
+
+
 def _summary(card: QuantizationCard, kind: str) -> str:
-    share = card["binary_parameters"] / max(1, card["total_parameters"])
-    if card["state"] == "packed":
+    binary, total = card.binary_parameters, card.total_parameters
+    share = "an unknown share" if binary is None or total is None else f"{binary / max(1, total):.1%}"
+    if card.state == "packed":
         return (
-            f"A 1-bit `{kind}`, {MADE}: {share:.1%} of its {card['total_parameters']:,} parameters are "
-            f"one bit each. Its weights take {card['model_bytes']:,} bytes, {card['compression_ratio']:.1f}x smaller "
-            "than in float32."
+            f"A 1-bit `{kind}`, {MADE}: {share} of its {_shown(total)} parameters are one bit each. Its weights take "
+            f"{_shown(card.model_bytes)} bytes, {_shown(card.compression_ratio, '.1f')}x smaller than in float32."
         )
     return (
         f"A latent checkpoint of a `{kind}`, {MADE}: to be trained on, or to be packed by "
-        f"`proxbit.pack(model)`. It is simulated, and as large as a float model; once packed, {share:.1%} of its "
-        f"{card['total_parameters']:,} parameters are one bit each."
+        f"`proxbit.pack(model)`. It is simulated, and as large as a float model; once packed, {share} of its "
+        f"{_shown(total)} parameters are one bit each."
     )
 
 
@@ -229,7 +233,7 @@ def _snippet(model: PreTrainedModel, card: QuantizationCard, tag: str | None, pr
     if tag is not None and processor is not None:
         return _PIPELINE_SNIPPET.format(tag=tag, model=name, attention=setter and f"model.model.{setter}")
     call = "print(model)"
-    if card["peak_activation_bytes"] is not None:  # It takes a picture alone.
+    if card.peak_activation_bytes is not None:  # It takes a picture alone.
         call = _CALL.format(shape=", ".join(map(str, blank_picture(model)["pixel_values"].shape)))
     return _MODEL_SNIPPET.format(
         torch="import torch\n" if "torch." in call else "",
@@ -249,14 +253,14 @@ def _use(model: PreTrainedModel, card: QuantizationCard, tag: str | None) -> str
         parts.append(f"It tells {len(labels)} classes apart: {shown}{more}.")
     elif labels:
         parts.append(f"It tells {len(labels)} classes apart, whose names are unknown.")
-    if card["state"] == "packed":
+    if card.state == "packed":
         parts.append("It is for machines with little memory: the weights stay packed while it runs.")
     return " ".join(parts)
 
 
 def _limits(card: QuantizationCard, run: Mapping[str, Any]) -> Iterator[str]:
     """What follows from the facts; nothing is claimed that nobody looked at."""
-    if card["state"] == "packed":
+    if card.state == "packed":
         yield "It cannot be trained on: that takes its latent checkpoint."
     else:
         yield "It is simulated: neither small nor fast until it is packed."
@@ -267,25 +271,25 @@ def _limits(card: QuantizationCard, run: Mapping[str, Any]) -> Iterator[str]:
         yield f"It was evaluated on {line(dataset, NAME)} only; how it does on other pictures is unknown."
     else:
         yield "The data of its evaluation are not recorded; how it does on other pictures is unknown."
-    if metrics and "packed" not in metrics and card["state"] == "packed":
+    if metrics and "packed" not in metrics and card.state == "packed":
         yield "The packed model itself was not evaluated: the results are of its simulation."
     if run["std"] is None:
         yield "How much results differ between seeds is unknown."
     yield "Fairness between groups, and robustness against changed pictures, are unknown."
-    if card["base_model"]:
-        yield f"It inherits the limits of {line(card['base_model'], NAME)}."
+    if card.base_model:
+        yield f"It inherits the limits of {line(card.base_model, NAME)}."
     if run["license"] is None:
         yield "Its license is unknown: ask before using it."
 
 
 def _fitting(card: QuantizationCard) -> str:
     """Of weights that were fitted to images, what was done with them."""
-    errors = card["calibration_errors"]
+    errors = card.calibration_errors
     if not errors:
         return ""
     told = KINDS["errors"].show(errors)
-    start = "then trained" if card["task"] == "QAT" else "without training"
-    images = "some" if card["calibration_samples"] is None else f"{card['calibration_samples']:,}"
+    start = "then trained" if card.task == "QAT" else "without training"
+    images = "some" if card.calibration_samples is None else f"{card.calibration_samples:,}"
     return (
         f"Its weights were fitted in closed form to {images} images without labels, {start}. Relative error of the "
         f"outputs of {line(told)}.\n\n"
@@ -297,7 +301,7 @@ def _training(run: Mapping[str, Any], card: QuantizationCard) -> str:
     if not shown:
         return "How it was trained is unknown."
     unknown = [field.name for field in RUN_FIELDS if field.name not in _ELSEWHERE and run[field.name] is None]
-    lines = [f"Quantizer pair of the weights: {line(card['weight_quantizer'] or 'unknown', NAME)}.", ""]
+    lines = [f"Quantizer pair of the weights: {line(card.weight_quantizer or 'unknown', NAME)}.", ""]
     lines += ["| | | |", "|---|---|---|"]
     for field in shown:
         lines.append(f"| `{field.name}` | {cell(field.text(run[field.name]))} | {field.meaning} |")
@@ -325,12 +329,13 @@ def _results(run: Mapping[str, Any]) -> str:
 
 
 def _size(card: QuantizationCard) -> str:
+    files = card.files or {}
     lines = ["| | bytes |", "|---|---|"]
-    lines += [f"| {cell(name, NAME)} | {facts['bytes']:,} |" for name, facts in islice(card["files"].items(), MOST)]
-    if len(card["files"]) > 1:
-        lines.append(f"| all weight files | {card['model_bytes']:,} |")
-    lines.append(f"| the same model in float32 | {card['float32_bytes']:,} |")
-    average = f"{card['avg_weight_bits']:.2f} bits a parameter on average, everything counted."
+    lines += [f"| {cell(name, NAME)} | {facts['bytes']:,} |" for name, facts in islice(files.items(), MOST)]
+    if len(files) > 1:
+        lines.append(f"| all weight files | {_shown(card.model_bytes)} |")
+    lines.append(f"| the same model in float32 | {_shown(card.float32_bytes)} |")
+    average = f"{_shown(card.avg_weight_bits, '.2f')} bits a parameter on average, everything counted."
     return "\n".join([*lines, "", average])
 
 

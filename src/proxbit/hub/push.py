@@ -5,7 +5,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,18 +16,16 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import AutoConfig, PreTrainedModel
 
 from proxbit.analysis.card import QuantizationCard, quantization_card
+from proxbit.checkpoint.files import CARD_NAME, check_files, folder_files, read_json, tensor_headers, weight_files
 from proxbit.config import QUANT_METHOD, stored_kind
 from proxbit.errors import CheckpointError, ModelStateError, ProxbitError
-from proxbit.foreign import printable
-from proxbit.hub.checkpoint import tensor_headers
-from proxbit.hub.client import client, first_line, one_line
-from proxbit.hub.files import CARD_NAME, check_files, read_json, weight_files
-from proxbit.hub.folders import folder_files
-from proxbit.hub.loading import UNREADABLE, class_of, load_pretrained
+from proxbit.foreign import first_line, printable
+from proxbit.hub.client import client, one_line
 from proxbit.hub.model_card import README, is_card, model_card, rename
 from proxbit.hub.release import write_release
 from proxbit.hub.release_files import CONFIG, check_links, code_files, is_release_file
 from proxbit.patching import state_of
+from proxbit.plugin.loading import UNREADABLE, class_of, load_pretrained
 
 __all__ = ["Upload", "prepare_upload", "push", "upload"]
 
@@ -289,9 +287,9 @@ def _complete(source: Path, folder: Path, processing_class: Any, run: Mapping[st
 def _name_cards(folder: Path, repo: str) -> None:
     """Write the place on the Hub into the cards of a release, which was written before it had one."""
     card, readme = QuantizationCard.load(folder), folder / README
-    QuantizationCard({**card.values, "model_id": repo}).save(folder)
+    replace(card, model_id=repo).save(folder)
     if readme.is_file():
-        text = rename(readme.read_bytes().decode("utf-8"), card["model_id"], repo)
+        text = rename(readme.read_bytes().decode("utf-8"), card.model_id, repo)
         readme.write_bytes(text.encode("utf-8"))
 
 

@@ -1,13 +1,14 @@
-"""`model.push_to_hub` of latent and packed models."""
+"""`model.push_to_hub` of latent and packed models: that of transformers uploads latent weights unasked, and no
+quantization card.
+"""
 
 from importlib import import_module
-from types import MethodType
 
 from transformers import PreTrainedModel
 
-__all__ = ["give_push", "take_push"]
+from proxbit.plugin.hf_quantizer import METHODS
 
-NAME = "push_to_hub"
+__all__ = ["push_to_hub"]
 
 
 def push_to_hub(
@@ -48,12 +49,4 @@ def push_to_hub(
     return address
 
 
-def give_push(model: PreTrainedModel) -> None:
-    """Put this `push_to_hub` in the place of that of transformers, which uploads latent weights unasked, and no
-    quantization card."""
-    setattr(model, NAME, MethodType(push_to_hub, model))
-
-
-def take_push(model: PreTrainedModel) -> None:
-    """Undo `give_push`."""
-    vars(model).pop(NAME, None)
+METHODS["push_to_hub"] = push_to_hub

@@ -8,11 +8,12 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from proxbit.analysis.card import quantization_card
+from proxbit.checkpoint.files import CARD_NAME
+from proxbit.checkpoint.staging import staged
+from proxbit.checkpoint.weights import save_weights
 from proxbit.errors import CheckpointError, ModelStateError
-from proxbit.hub.files import CARD_NAME, save_weights
 from proxbit.hub.model_card import README, model_card
 from proxbit.hub.release_files import code_files, is_release_file
-from proxbit.hub.staging import staged
 from proxbit.patching import state_of
 
 __all__ = ["write_release"]

@@ -8,9 +8,9 @@ from typing import Any
 
 from huggingface_hub import constants
 
+from proxbit.checkpoint.files import CARD_NAME, read_json
 from proxbit.errors import CheckpointError
 from proxbit.foreign import printable
-from proxbit.hub.files import CARD_NAME, read_json
 from proxbit.hub.model_card import README
 
 __all__ = ["CONFIG", "RELEASE_FILES", "check_links", "code_files", "is_release_file"]

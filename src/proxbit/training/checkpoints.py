@@ -12,11 +12,10 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from proxbit.checkpoint.files import is_model_folder, read_json, sha256
+from proxbit.checkpoint.staging import put
 from proxbit.errors import CheckpointError
 from proxbit.foreign import printable
-from proxbit.hub.files import read_json, sha256
-from proxbit.hub.staging import put
-from proxbit.hub.weights import is_model_folder
 
 __all__ = [
     "MANIFEST",

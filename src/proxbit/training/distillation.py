@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
+from proxbit.checkpoint.files import is_model_folder
 from proxbit.errors import ConfigError
 from proxbit.foreign import printable
-from proxbit.hub.weights import is_model_folder, load_weights
+from proxbit.plugin.loading import load_weights
 from proxbit.training.arguments import DistillationArguments
 from proxbit.training.losses import distillation_loss, gram_loss, token_loss
 

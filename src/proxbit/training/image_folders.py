@@ -12,8 +12,7 @@ from datasets.exceptions import DatasetsError
 from PIL import Image
 
 from proxbit.errors import DataError
-from proxbit.foreign import printable
-from proxbit.hub.client import first_line
+from proxbit.foreign import first_line, printable
 from proxbit.training.layouts import LAYOUT, Filed, LeftOut, layout_of, nfc, unlabelled_files
 from proxbit.training.pixels import read_picture
 from proxbit.training.sources import why_nowhere

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from proxbit.hub.spread import whole_latents
 from proxbit.nn import LatentWeight, Surroundings
 from proxbit.packing import pack_signs
+from proxbit.plugin.sharded import full_latents
 from proxbit.quantizers import RowUnits
 from proxbit.shards import gathered, sum_of_rows
 
@@ -41,7 +41,7 @@ class FlipCounter:
 
     def _signs(self) -> dict[str, Tensor]:
         signs = {}
-        for name, layer in whole_latents(self.model):
+        for name, layer in full_latents(self.model):
             signs[name], self.sizes[name] = pack_signs(layer.hard_rows().values), layer.weight.numel()
         return signs
 
@@ -97,7 +97,7 @@ def hardening_gap(model: nn.Module) -> float:
     Formula:
         \sum |w_soft - w_hard| / \sum |w_hard|;   0 once the model is hard.
     """
-    parts = [layer_hardening_gap(layer) for _, layer in whole_latents(model)]
+    parts = [layer_hardening_gap(layer) for _, layer in full_latents(model)]
     distance = sum(float(part[0]) for part in parts)
     size = sum(float(part[1]) for part in parts)
     return distance / size if size else 0.0

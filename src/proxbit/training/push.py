@@ -16,7 +16,7 @@ from proxbit.analysis.card import quantization_card
 from proxbit.errors import ConfigError
 from proxbit.hub.model_card import README, model_card
 from proxbit.hub.push import push
-from proxbit.hub.spread import is_spread, packed_copy
+from proxbit.plugin.sharded import is_sharded, packed_copy
 from proxbit.training.arguments import check_hub_strategy
 from proxbit.training.distillation import DistillationTrainer
 
@@ -62,7 +62,7 @@ class PushingTrainer(DistillationTrainer):
             HubError: if the Hub refuses, or is not reached.
         """
         model = self.accelerator.unwrap_model(self.model)
-        if latent and is_spread(model):
+        if latent and is_sharded(model):
             raise ConfigError(
                 "No process holds the float weights of the whole model. Save it, trainer.save_model(folder); then load "
                 "it in one process, and proxbit.push(model, repo, latent=True)."

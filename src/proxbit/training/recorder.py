@@ -14,9 +14,9 @@ from proxbit.analysis.environment import environment
 from proxbit.analysis.run_log import RUN_LOG, append_event, read_log, replace_event, start_log
 from proxbit.analysis.summary import summary
 from proxbit.errors import UnknownNameError
-from proxbit.hub.client import first_line
-from proxbit.hub.spread import whole_latents
+from proxbit.foreign import first_line
 from proxbit.nn import LatentWeight, latent_layers
+from proxbit.plugin.sharded import full_latents
 from proxbit.quantizers import pair_key
 from proxbit.training.gallery import Gallery
 from proxbit.training.monitor import LATENT_EDGES, FlipCounter, latent_histogram
@@ -138,7 +138,7 @@ class RunRecorder(TrainerCallback):
             self._attempt(replace_event, args.output_dir, when | pictures)
 
     def _add_layers(self, args: TrainingArguments, state: TrainerState, counted: bool) -> None:
-        counts = {name: latent_histogram(layer).tolist() for name, layer in whole_latents(self.model)}
+        counts = {name: latent_histogram(layer).tolist() for name, layer in full_latents(self.model)}
         ratios = self.flips().ratios
         event = {
             "event": "layers",

@@ -13,10 +13,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, TrainOutput
 
+from proxbit.checkpoint.staging import locked
 from proxbit.errors import CheckpointError, ProcessLostError
-from proxbit.hub.client import first_line
-from proxbit.hub.compat import is_lost_process
-from proxbit.hub.lock import locked
+from proxbit.foreign import first_line
+from proxbit.plugin.compat import is_lost_process
 from proxbit.training.checkpoints import (
     check_place,
     checkpoint_to_resume,

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, BatchFeature, default_data_collator
 
 from proxbit.errors import ConfigError, DataError
-from proxbit.hub.loading import load_pretrained
+from proxbit.plugin.loading import load_pretrained
 from proxbit.training.pixels import as_rgb
 
 __all__ = ["CHUNK", "batches_of", "chunks_of", "length", "main_input"]

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from proxbit.errors import ConfigError, ModelStateError
-from proxbit.hub import binarize
-from proxbit.hub.spread import is_spread
 from proxbit.nn import HALF, dtype_around, keep_single, latent_layers, learned_modules, soft_evaluation, unrounded
 from proxbit.patching import check_latents, state_of
+from proxbit.plugin import binarize
+from proxbit.plugin.sharded import is_sharded
 from proxbit.quantizers import AGGREGATE, CONSTANT, MuSchedule
 from proxbit.training.anomalies import watch_activations
 from proxbit.training.arguments import ProxConnectArguments
@@ -173,7 +173,7 @@ class ProxConnectTrainer(FirstLookTrainer):
                 len(half),
                 half[0],
             )
-        whole = not is_spread(self.model)
+        whole = not is_sharded(self.model)
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and whole and dtype_around(self.model) in HALF:
             self.model.float()
 

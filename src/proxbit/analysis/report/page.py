@@ -13,9 +13,9 @@ from markupsafe import Markup
 from proxbit.analysis.report import contents
 from proxbit.analysis.report.charts import short
 from proxbit.analysis.run_log import RUN_LOG, RunLog, read_log
+from proxbit.checkpoint.files import read_json
 from proxbit.errors import CheckpointError, ConfigError
 from proxbit.foreign import printable
-from proxbit.hub.files import read_json
 
 __all__ = ["write_report"]
 

@@ -2,8 +2,9 @@
 
 import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -11,27 +12,21 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
-from proxbit.config import QUANT_METHOD, BinarizationConfig
-from proxbit.errors import CheckpointError, ConfigError, ModelStateError
-from proxbit.hub.checkpoint import (
+from proxbit.checkpoint.checks import (
     check_complete,
     check_dtypes,
+    check_folder,
     check_learned,
     check_loaded,
     check_packed_files,
     check_size,
     is_of_saved_class,
     reset_learned,
-    tensor_headers,
 )
-from proxbit.hub.compat import loaded_folder, missing_tensors, outlines, restore_outlines, stored_config
-from proxbit.hub.downloads import check_downloads
-from proxbit.hub.files import check_against_card
-from proxbit.hub.folders import check_folder
-from proxbit.hub.placement import check_trainable_places
-from proxbit.hub.push_method import give_push, take_push
-from proxbit.hub.tensor_parallel import check_not_split
-from proxbit.hub.weights import check_storable
+from proxbit.checkpoint.files import tensor_headers
+from proxbit.checkpoint.weights import check_storable
+from proxbit.config import QUANT_METHOD, BinarizationConfig
+from proxbit.errors import CheckpointError, ConfigError, ModelStateError
 from proxbit.nn import learned_modules
 from proxbit.patching import (
     check_latents,
@@ -44,8 +39,14 @@ from proxbit.patching import (
     to_latent,
     to_packed,
 )
+from proxbit.plugin.compat import loaded_folder, missing_tensors, outlines, restore_outlines, stored_config
+from proxbit.plugin.downloads import check_against_card, check_downloads
+from proxbit.plugin.placement import check_not_split, check_trainable_places
 
-__all__ = ["ProxbitHfQuantizer", "as_config", "claim_of", "claims", "take_own_config", "tell"]
+__all__ = ["METHODS", "ProxbitHfQuantizer", "as_config", "claim_of", "claims", "take_own_config", "tell"]
+
+# What latent and packed models have in the place of methods of transformers, by name; whoever imports this adds to it.
+METHODS: dict[str, Callable[..., Any]] = {}
 
 register_quantization_config(QUANT_METHOD)(BinarizationConfig)
 
@@ -227,10 +228,11 @@ def tell(model: nn.Module) -> None:
             part.hf_quantizer = ProxbitHfQuantizer(config, pre_quantized=True)
             part.quantization_method = QUANT_METHOD
             part.is_quantized = True
-            give_push(part)
+            vars(part).update({name: MethodType(method, part) for name, method in METHODS.items()})
         elif isinstance(quantizer, ProxbitHfQuantizer):
             quantizer.remove_quantization_config(part)
-            take_push(part)
+            for name in METHODS:
+                vars(part).pop(name, None)
         elif claim_of(part.config) is not None:
             del part.config.quantization_config
 

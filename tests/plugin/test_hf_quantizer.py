@@ -17,9 +17,9 @@ from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 import proxbit
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, LatentError
-from proxbit.hub import ProxbitHfQuantizer
 from proxbit.nn import PackedConv2d, PackedLinear, latent_layers
 from proxbit.patching import packed_layers
+from proxbit.plugin import ProxbitHfQuantizer
 from tiny_models import FAMILIES, SIDE, vit
 
 PATCHES = "vit.embeddings.patch_embeddings.projection"

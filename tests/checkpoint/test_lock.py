@@ -11,8 +11,8 @@ import time
 
 import pytest
 
+from proxbit.checkpoint.staging import locked
 from proxbit.errors import CheckpointError
-from proxbit.hub.lock import locked
 
 FORK = multiprocessing.get_context("fork")
 

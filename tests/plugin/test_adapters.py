@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import proxbit
 from proxbit.errors import ConfigError, ModelStateError
-from proxbit.hub.adapters import PackedLora
 from proxbit.patching import packed_layers, state_of
+from proxbit.plugin.adapters import PackedLora
 from tiny_models import LABELS, SIDE, vit
 
 TARGETS = ["q_proj", "v_proj", "fc1", "fc2"]
@@ -186,7 +186,7 @@ def test_without_it_peft_says_that_it_does_not_know_the_layer():
 
 
 def test_without_peft_the_error_says_what_to_install(monkeypatch):
-    specification = importlib.util.find_spec("proxbit.hub.adapters")
+    specification = importlib.util.find_spec("proxbit.plugin.adapters")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"pip install 'proxbit\[peft\]'"):
         specification.loader.exec_module(importlib.util.module_from_spec(specification))

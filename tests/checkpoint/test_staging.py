@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from proxbit.checkpoint.staging import put, staged, sync
 from proxbit.errors import CheckpointError
-from proxbit.hub.staging import put, staged, sync
 
 
 def names(folder):

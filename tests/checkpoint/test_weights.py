@@ -17,9 +17,10 @@ from transformers import (
 from transformers.core_model_loading import Chunk, WeightConverter
 
 import proxbit
+from proxbit.checkpoint.files import is_model_folder, tensor_headers
+from proxbit.checkpoint.weights import as_saved
 from proxbit.errors import CheckpointError, ConfigError
-from proxbit.hub.checkpoint import tensor_headers
-from proxbit.hub.weights import as_saved, is_model_folder, load_weights
+from proxbit.plugin.loading import load_weights
 from tiny_models import vit
 
 

@@ -10,10 +10,11 @@ import transformers as hf
 from safetensors import safe_open
 
 import proxbit
-import proxbit.hub.files as hub_files
+from proxbit.checkpoint.files import CARD_NAME, check_files, sha256, weight_files
+from proxbit.checkpoint.weights import save_weights
 from proxbit.errors import CheckpointError
-from proxbit.hub.files import CARD_NAME, check_files, save_weights, sha256, weight_files
 from proxbit.hub.release import write_release
+from proxbit.plugin import downloads
 from tiny_models import vit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -150,7 +151,7 @@ def test_a_card_that_is_not_in_the_cache_is_fetched_as_the_weights_were(cache, m
         asked.append((repository, name, arguments))
         return str(card)
 
-    monkeypatch.setattr(hub_files, "cached_file", fetch)
+    monkeypatch.setattr(downloads, "cached_file", fetch)
     load("me/vit", cache_dir=folder, token="hf_secret", local_files_only=True)
     ((repository, name, arguments),) = asked
     assert (repository, name) == ("me/vit", CARD_NAME)

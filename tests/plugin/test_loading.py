@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 import proxbit
 from proxbit.cli.app import app
 from proxbit.errors import ProxbitError
-from proxbit.hub.loading import class_of
 from proxbit.hub.push import prepare_upload
+from proxbit.plugin.loading import class_of
 from proxbit_cli import COMMANDS
 from tiny_models import SIDE, vit
 

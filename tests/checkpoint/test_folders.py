@@ -7,8 +7,9 @@ import pytest
 from transformers import AutoConfig, ViTForImageClassification
 
 import proxbit
+from proxbit.checkpoint.checks import check_folder, check_sizes
+from proxbit.checkpoint.files import folder_files
 from proxbit.errors import CheckpointError, ProxbitError
-from proxbit.hub.folders import check_folder, check_sizes, folder_files
 from tiny_models import FAMILIES, vit
 
 

@@ -1,4 +1,4 @@
-"""Packing a model that an engine has spread over processes: bits are gathered, float weights never are."""
+"""Packing a model that FSDP2 or DeepSpeed shards over processes: bits are gathered, float weights never are."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,19 +11,19 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from proxbit.errors import ModelStateError
-from proxbit.hub.hf_quantizer import tell
 from proxbit.nn import LatentWeight, latent_layers
 from proxbit.packing import pack_signs
 from proxbit.patching import state_of, to_latent, to_packed
+from proxbit.plugin.hf_quantizer import tell
 from proxbit.shards import gathered
 
-__all__ = ["is_spread", "packed_copy", "whole_latents", "whole_weights"]
+__all__ = ["full_latents", "full_weights", "is_sharded", "packed_copy"]
 
 # What activation checkpointing adds to the names of modules.
 _WRAPPER = "_checkpoint_wrapped_module."
 
 
-def is_spread(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether no process holds all of the weights, under FSDP2 or ZeRO-3."""
     return isinstance(model, FSDPModule) or any(map(_is_partitioned, model.parameters()))
 
@@ -33,8 +33,8 @@ def _is_partitioned(parameter: Tensor) -> bool:
 
 
 @contextmanager
-def whole_weights(module: nn.Module) -> Iterator[None]:
-    """Within the context, the parameters of one module that ZeRO-3 took apart are whole; every process enters it."""
+def full_weights(module: nn.Module) -> Iterator[None]:
+    """Within the context, the parameters of one module that ZeRO-3 shards are full; every process enters it."""
     parameters = [parameter for parameter in module.parameters(recurse=False) if _is_partitioned(parameter)]
     if not parameters:
         yield
@@ -44,15 +44,15 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def whole_latents(model: nn.Module) -> Iterator[tuple[str, LatentWeight]]:
-    """The layers with latent weights, with their names, one after the other in their `whole_weights`."""
+def full_latents(model: nn.Module) -> Iterator[tuple[str, LatentWeight]]:
+    """The layers with latent weights, with their names, one after the other in their `full_weights`."""
     for name, layer in latent_layers(model):
-        with whole_weights(layer):
+        with full_weights(layer):
             yield name, layer
 
 
 def packed_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A packed copy of a latent model, whole or spread over processes; the model stays as it is.
+    """A packed copy of a latent model, sharded over processes or not; the model stays as it is.
 
     Each process packs the rows that it has, and bits, scales, and what is no latent weight, are gathered: one layer at
     a time. Every process calls this.
@@ -86,7 +86,7 @@ def packed_copy(model: PreTrainedModel) -> PreTrainedModel:
             "be loaded again. Change the class or the configuration, not the model."
         )
     for name, module in modules.items():
-        with whole_weights(module), torch.no_grad():
+        with full_weights(module), torch.no_grad():
             own = copy.get_submodule(name)
             for key, value in _packed_tensors(name, module):
                 _put(own, key, gathered(value).detach().cpu().clone())

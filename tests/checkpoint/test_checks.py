@@ -8,8 +8,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import proxbit
+from proxbit.checkpoint.checks import check_packed_files
 from proxbit.errors import CheckpointError, PackedFormatError, ProxbitError
-from proxbit.hub.checkpoint import check_packed_files
 from proxbit.patching import packed_layers
 from tiny_models import FAMILIES, LABELS, SIDE, vit
 

@@ -1,15 +1,19 @@
-"""Downloaded files must be the bytes that the Hub announced; its client compares no more than their number."""
+"""Files that are about to be loaded must be the bytes that the Hub announced, and that the quantization card says; the
+client of the Hub compares no more than their number."""
 
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from proxbit.errors import CheckpointError
-from proxbit.hub.files import sha256
+from transformers.utils.hub import cached_file, extract_commit_hash
 
-__all__ = ["check_downloads"]
+from proxbit.checkpoint.files import CARD_NAME, check_files, sha256
+from proxbit.errors import CheckpointError
+from proxbit.plugin.compat import download_arguments
+
+__all__ = ["check_against_card", "check_downloads"]
 
 
 def _announced(file: Path) -> str | None:
@@ -51,3 +55,40 @@ def check_downloads(files: Iterable[str | Path]) -> None:
                 f"{file.name} was damaged on its way: its bytes are not those that the Hub announced ({announced}). "
                 "Download it again: from_pretrained(..., force_download=True)."
             )
+
+
+def check_against_card(files: Sequence[str | Path], repository: str) -> None:
+    """Check the weight files that are about to be loaded against the quantization card beside them, if there is one.
+
+    Args:
+        files: of one checkpoint, on this machine.
+        repository: the folder or the name on the Hub that they belong to.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    card = _find_card(files[0], repository) if files else None
+    if card is not None:
+        check_files(card, files)
+
+
+def _find_card(file: str | Path, repository: str) -> Path | None:
+    """The quantization card beside a weight file; None if there is none.
+
+    Args:
+        file: on this machine.
+        repository: the folder or the name on the Hub that it belongs to. Of a repository on the Hub the card is
+            fetched as `from_pretrained` fetched the file: same commit, token and cache.
+
+    Raises:
+        OSError: if the Hub refuses, or cannot be reached.
+    """
+    beside = Path(file).with_name(CARD_NAME)
+    if beside.is_file():
+        return beside
+    commit = extract_commit_hash(str(file), None)
+    if commit is None:
+        return None
+    arguments = download_arguments() | {"revision": commit}
+    found = cached_file(repository, CARD_NAME, _raise_exceptions_for_missing_entries=False, **arguments)
+    return None if found is None else Path(found)

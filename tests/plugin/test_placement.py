@@ -6,7 +6,7 @@ from transformers import AutoModelForImageClassification
 
 import proxbit
 from proxbit.errors import ConfigError
-from proxbit.hub.placement import check_trainable_places
+from proxbit.plugin.placement import check_trainable_places
 from tiny_models import FAMILIES, SIDE
 
 BLOCKS = {"vit.embeddings": "cpu", "vit.layers.0": "cpu", "vit.layernorm": "cpu", "classifier": "cpu"}

@@ -9,10 +9,9 @@ from typing import TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from proxbit.checkpoint.weights import check_storable
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, ModelStateError, ProxbitError
-from proxbit.hub.hf_quantizer import take_own_config, tell
-from proxbit.hub.weights import check_storable
 from proxbit.patching import (
     PICTURE_ERRORS,
     beyond_float,
@@ -24,6 +23,7 @@ from proxbit.patching import (
     to_latent,
     to_packed,
 )
+from proxbit.plugin.hf_quantizer import take_own_config, tell
 
 __all__ = ["binarize", "dequantize", "equalize", "fuse", "pack"]
 

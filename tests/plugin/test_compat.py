@@ -6,12 +6,7 @@ from transformers import ViTForImageClassification
 
 import proxbit
 from proxbit.errors import CheckpointError
-from proxbit.hub.compat import (
-    download_arguments,
-    is_lost_process,
-    outlines,
-    restore_outlines,
-)
+from proxbit.plugin.compat import download_arguments, is_lost_process, outlines, restore_outlines
 from tiny_models import vit
 
 
@@ -38,7 +33,7 @@ def test_what_from_pretrained_downloads_with_is_seen_from_inside(tmp_path, monke
     proxbit.binarize(ViTForImageClassification(vit())).save_pretrained(tmp_path)
     seen = []
     monkeypatch.setattr(
-        "proxbit.hub.hf_quantizer.check_against_card", lambda files, name: seen.append(download_arguments())
+        "proxbit.plugin.hf_quantizer.check_against_card", lambda files, name: seen.append(download_arguments())
     )
     ViTForImageClassification.from_pretrained(tmp_path, token="hf_secret", cache_dir=tmp_path)
     (arguments,) = seen

@@ -9,7 +9,7 @@ import transformers as hf
 import proxbit
 from hub_server import Fault, flip_a_bit, git_id
 from proxbit.errors import CheckpointError
-from proxbit.hub.downloads import check_downloads
+from proxbit.plugin.downloads import check_downloads
 from tiny_models import vit
 
 WEIGHTS = "model.safetensors"

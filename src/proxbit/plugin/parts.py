@@ -11,12 +11,12 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from proxbit.checkpoint.checks import check_folder
 from proxbit.errors import CheckpointError, ModelStateError
 from proxbit.foreign import printable
-from proxbit.hub.compat import ask_before_loading, ask_before_saving, loaded_folder, stored_config
-from proxbit.hub.folders import check_folder
-from proxbit.hub.hf_quantizer import ProxbitHfQuantizer, as_config, claim_of, claims
 from proxbit.patching import config_of, is_binarized, origin_of, state_of, to_latent
+from proxbit.plugin.compat import ask_before_loading, ask_before_saving, loaded_folder, stored_config
+from proxbit.plugin.hf_quantizer import ProxbitHfQuantizer, as_config, claim_of, claims
 
 __all__ = ["find_claim", "saving", "truth"]
 

@@ -1,4 +1,6 @@
-"""What a `tp_plan` of transformers may not split."""
+"""Where the weights of a model may lie, and which of them may be split."""
+
+from typing import Any
 
 from torch import nn
 
@@ -6,7 +8,25 @@ from proxbit.errors import ConfigError
 from proxbit.nn import latent_layers
 from proxbit.patching import packed_layers
 
-__all__ = ["check_not_split"]
+__all__ = ["check_not_split", "check_trainable_places"]
+
+
+def check_trainable_places(device_map: Any) -> None:
+    """Check that a latent model will have all of its weights at hand.
+
+    Args:
+        device_map: as `from_pretrained` takes it, or `model.hf_device_map`.
+
+    Raises:
+        ConfigError: if a part of the model is to lie on disk, or nowhere.
+    """
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    for place in map(str, places):
+        if place in ("disk", "meta"):
+            raise ConfigError(
+                f"device_map puts weights on {place!r}: latent weights are trained, so they cannot lie there. Leave "
+                "out device_map; a packed model may lie on disk."
+            )
 
 
 def check_not_split(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""How proxbit has transformers read what a name or a folder holds: whatever lies there, none of its code runs."""
+"""Loading what a name or a folder holds, as a model or into one: whatever lies there, none of its code runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, dynamic_module_utils
 
+from proxbit.checkpoint.files import folder_files, tensor_headers
+from proxbit.checkpoint.weights import as_saved
 from proxbit.errors import CheckpointError, ProxbitError
 from proxbit.foreign import printable
+from proxbit.patching import check_latents
 
-__all__ = ["UNREADABLE", "class_of", "load_pretrained", "make_model"]
+__all__ = ["UNREADABLE", "class_of", "load_pretrained", "load_weights", "make_model"]
 
 # What transformers raises, beside OSError and ValueError, at files that hold anything else than they should.
 UNREADABLE = (
@@ -120,3 +125,64 @@ def make_model(config: PreTrainedConfig, kind: type[PreTrainedModel] | None) -> 
             config, trust_remote_code=False
         )
         return made
+
+
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Put the weights of a checkpoint into a model of the same kind and state.
+
+    The Trainer of transformers (5.15 to 5.23 at least) reads checkpoints with `load_state_dict(strict=False)`, without
+    the renaming that `save_pretrained` did, so resuming or loading the best model keeps the weights of renamed layers
+    as they happen to be: https://github.com/huggingface/transformers/issues/48805. To be deleted once the oldest
+    supported transformers applies weight conversions there.
+
+    Args:
+        model: float or latent; changed in place, parameters stay the same objects.
+        folder: a checkpoint of the same layers and state.
+
+    Raises:
+        CheckpointError: naming the file, or what is missing, too much, or of another shape.
+        LatentError: if a latent weight that was loaded cannot be binarized.
+    """
+    own = model.state_dict()
+    names = _saved_names(model, own)
+    if names is None:
+        loaded = load_pretrained(type(model), folder)
+        model.load_state_dict(loaded.state_dict())
+        return
+    found: dict[str, Tensor] = {}
+    for file in folder_files(Path(folder)):
+        tensor_headers(file)
+        found |= {names.get(name, name): tensor for name, tensor in load_file(file).items()}
+    _check_fit(found, own, set(model._keys_to_ignore_on_save or ()), folder)
+    model.load_state_dict(found, strict=False)
+    check_latents(model)
+
+
+def _saved_names(model: PreTrainedModel, own: dict[str, Tensor]) -> dict[str, str] | None:
+    """The names of a model's tensors by those that `save_pretrained` gives them; None if it does more than rename.
+
+    A new model from the folder would have the names too, but only the layers that the configuration knows: not a head
+    of one's own, and not fewer blocks.
+    """
+    names = {id(tensor): name for name, tensor in own.items()}
+    saved = as_saved(model, own)
+    found = {name: names[id(tensor)] for name, tensor in saved.items() if id(tensor) in names}
+    return found if len(found) == len(saved) == len(own) else None
+
+
+def _check_fit(found: dict[str, Tensor], own: dict[str, Tensor], unsaved: set[str], folder: str | Path) -> None:
+    """Check that tensors of a folder are those of a model. Of tied ones `save_pretrained` writes only one."""
+    loaded = {own[name].data_ptr() for name in found if name in own}
+    missing = [name for name in own.keys() - found.keys() - unsaved if own[name].data_ptr() not in loaded]
+    other = [name for name in found.keys() & own.keys() if found[name].shape != own[name].shape]
+    problems = {"missing": missing, "not in the model": found.keys() - own.keys(), "of another shape": other}
+    told = [
+        f"{', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}: {what}"
+        for what, names in problems.items()
+        if names
+    ]
+    if told:
+        raise CheckpointError(
+            f"The weights in {folder} are not those of this model ({'; '.join(told)}). Load them into the model that "
+            "was trained: the same layers, the same head, binarized in the same way."
+        )

@@ -10,9 +10,9 @@ import torch
 
 import proxbit
 from proxbit.errors import LatentError, ModelStateError
-from proxbit.hub.spread import is_spread, packed_copy
 from proxbit.nn import latent_layers
 from proxbit.patching import state_of
+from proxbit.plugin.sharded import is_sharded, packed_copy
 from tiny_models import FAMILIES, SIDE
 
 
@@ -24,7 +24,7 @@ def test_it_is_what_pack_makes(family, center, crops):
     before = copy.deepcopy(model.state_dict())
     made = packed_copy(model)
     packed = proxbit.pack(copy.deepcopy(model))
-    assert state_of(model) == "latent" and not is_spread(model)
+    assert state_of(model) == "latent" and not is_sharded(model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     expected = packed.state_dict()
     assert expected.keys() == made.state_dict().keys()
@@ -42,7 +42,9 @@ def test_nothing_is_printed_where_deepspeed_is_installed(tmp_path):
     (tmp_path / "deepspeed-0.19.8.dist-info").mkdir()
     (tmp_path / "deepspeed-0.19.8.dist-info" / "METADATA").write_text("Name: deepspeed\nVersion: 0.19.8\n")
     where = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    code = "from transformers.integrations import is_deepspeed_available as a; import proxbit.hub.spread; print(a())"
+    code = (
+        "from transformers.integrations import is_deepspeed_available as a; import proxbit.plugin.sharded; print(a())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": where}, capture_output=True, text=True, check=True
     )

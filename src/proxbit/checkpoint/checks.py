@@ -1,58 +1,129 @@
-"""Checks of packed checkpoint files, from their headers, before any weight is loaded."""
+"""Checks of a checkpoint: of its folder, before a weight is read; of its files, before they fill a model; and of the
+model that was filled."""
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from proxbit.checkpoint.files import folder_files, tensor_headers
 from proxbit.errors import CheckpointError
 from proxbit.nn import LatentWeight, learned_modules
-from proxbit.packing import packed_columns
+from proxbit.packing import BITS_PER_BYTE, packed_columns
 from proxbit.patching.replace import PackedLayer
 
 __all__ = [
     "check_complete",
     "check_dtypes",
+    "check_folder",
     "check_learned",
     "check_loaded",
     "check_packed_files",
     "check_size",
+    "check_sizes",
     "is_of_saved_class",
     "reset_learned",
-    "tensor_headers",
 ]
 
 # What a model may be larger than twice its files: the head of another task, with tens of thousands of labels.
 _NEW_BYTES = 2**30
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Words in the names of those fields of a configuration that say how many layers there are.
+_DEPTH = ("layers", "depth", "blocks")
+# Beginnings of the names of those whose entries are the numbers of layers of stages, which add up.
+_STAGES = ("depth", "num_", "n_")
+# Lists up to here are not compared with the files: means of colours, identifiers of tokens.
+_ANY_LENGTH = 64
+# Whole numbers up to here are not compared with the files: labels of a new head, identifiers of tokens.
+_ANY_SIZE = 2**24
+# Tables whose keys are names that somebody gave.
+_LABELS = ("id2label", "label2id")
+# Ends of the names of fields that count something; of some of them there must be one.
+_SIZES = ("size", "dim", "heads", "channels", "layers", "labels")
+_DIVISORS = ("heads", "patch_size")
 
 
-def tensor_headers(file: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of every tensor of a safetensors file.
+def check_folder(folder: Path, config: Any, variant: str | None = None) -> None:
+    """Check the names and the headers of the weight files, and that the configuration asks for no more layers than they
+    can fill: transformers makes all of them before it compares.
+
+    Args:
+        folder: of a packed or latent checkpoint, on this machine.
+        config: the configuration in it.
+        variant: as `from_pretrained` takes it.
 
     Raises:
-        CheckpointError: naming the file, if it is another kind of file or not whole.
+        CheckpointError: naming the file, or the field of the configuration.
     """
-    if Path(file).suffix != ".safetensors":
-        raise CheckpointError(f"{Path(file).name}: packed checkpoints are safetensors files; nothing is unpickled.")
-    if not Path(file).is_file():
-        raise CheckpointError(f"{Path(file).name} cannot be read: it is no file.")
+    files = folder_files(folder, variant, getattr(config, "transformers_weights", None))
+    tensors = sum(len(tensor_headers(file)) for file in files)
     try:
-        with safe_open(file, framework="pt") as tensors:
-            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
-            return {key: (piece.get_dtype(), tuple(piece.get_shape())) for key, piece in slices.items()}
-    except (OSError, MemoryError, RuntimeError) as error:  # The last ones where a file is too large to be mapped.
-        raise CheckpointError(f"{Path(file).name} cannot be read: {error}") from error
-    except SafetensorError as error:
+        values = config.to_dict()
+    except (AttributeError, TypeError) as error:
+        raise CheckpointError(f"config.json holds a value of a wrong kind ({error}).") from error
+    if is_dataclass(config):  # What the class does not know reaches no layer.
+        values = {field.name: values[field.name] for field in fields(config) if field.name in values}
+    check_sizes(values, tensors, sum(file.stat().st_size for file in files))
+    _check_patterns(getattr(config, "quantization_config", None), tensors)
+
+
+def _check_length(values: Collection[Any], tensors: int, where: str, what: str = "entries") -> None:
+    if len(values) > max(tensors, _ANY_LENGTH):
         raise CheckpointError(
-            f"{Path(file).name} is truncated or damaged ({error}). Download or copy it again."
-        ) from error
+            f"config.json: {where} has {len(values):,} {what}, but the weight files hold {tensors} tensors."
+        )
+
+
+def _check_patterns(stored: Any, tensors: int) -> None:
+    """Check that a configuration of proxbit has no more patterns than the files have tensors."""
+    values = stored if isinstance(stored, dict) else getattr(stored, "__dict__", {})
+    for name in ("include", "modules_to_not_convert", "learned_attention", "overrides"):
+        patterns = values.get(name)
+        if isinstance(patterns, list | dict):
+            _check_length(patterns, tensors, name, "patterns")
+
+
+def check_sizes(values: Any, tensors: int, stored: int, where: str = "") -> None:
+    """Check the whole numbers of a configuration: a layer has one tensor at least, and one axis of a tensor is not
+    many times longer than all of them, nor negative.
+
+    Args:
+        values: of `config.json`, as JSON types.
+        tensors: how many the files hold.
+        stored: bytes of the files.
+        where: the field that `values` is of.
+
+    Raises:
+        CheckpointError: naming the field.
+    """
+    if isinstance(values, dict):
+        for key, value in values.items():
+            if key not in _LABELS:
+                check_sizes(value, tensors, stored, str(key))
+    elif isinstance(values, list | tuple):
+        _check_length(values, tensors, where)
+        for value in values:
+            check_sizes(value, tensors, stored, where)
+        if where.startswith(_STAGES) and all(type(value) is int for value in values):
+            check_sizes(sum(values), tensors, stored, where)
+    elif isinstance(values, int):
+        _check_number(values, tensors, stored, where)
+
+
+def _check_number(value: int, tensors: int, stored: int, where: str) -> None:
+    if value > tensors and any(word in where for word in _DEPTH):
+        raise CheckpointError(f"config.json: {where} is {value}, but the weight files hold {tensors} tensors.")
+    if where.endswith(_DIVISORS) and value == 0 or where.endswith(_SIZES) and value < 0:
+        raise CheckpointError(f"config.json: {where} is {value}; it must be positive.")
+    if abs(value) > BITS_PER_BYTE * stored + _ANY_SIZE:
+        number = value if abs(value) < 10**20 else "beyond 10^20"
+        raise CheckpointError(f"config.json: {where} is {number}, but the weight files hold {stored:,} bytes.")
 
 
 def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedLayer]], whole: bool = True) -> None:
