@@ -13,8 +13,7 @@ from proxbit.errors import ConfigError
 from proxbit.kernels import native
 from proxbit.quantizers import PAIRS, autograd, compose, get_pair, hard_rows, quantize
 from proxbit.quantizers.compiled import compiled_functions
-from proxbit.quantizers.proximal import BINARYRELAX, IDENTITY
-from proxbit.quantizers.transforms import SIGN_SWISH
+from proxbit.quantizers.functions import BINARYRELAX, IDENTITY, SIGN_SWISH
 
 # A mu at which F and B differ from their limits.
 MU = {name: row[4][-1] for name, row in ROWS.items()}

@@ -12,7 +12,7 @@ from pair_formulas import ROWS
 from proxbit.kernels import interface, latents, pack_signs, unpack_signs
 from proxbit.quantizers import (
     PAIRS,
-    Surrogate,
+    Function,
     compiled,
     compiled_functions,
     compose,
@@ -21,8 +21,7 @@ from proxbit.quantizers import (
     heuristic,
     quantize,
 )
-from proxbit.quantizers.proximal import IDENTITY, ProximalMap
-from proxbit.quantizers.transforms import SIGN_SWISH, sign_swish, sign_swish_derivative
+from proxbit.quantizers.functions import BOX, IDENTITY, PERIOD, POLYNOMIAL, SIGN_SWISH
 
 MU = {name: row[4][-1] for name, row in ROWS.items()}
 # What the kernels know of each pair: F and B.
@@ -169,7 +168,7 @@ def test_own_pairs_of_known_functions_are_known_and_others_are_not():
     with torch.no_grad():
         for pair in (
             compose(IDENTITY, SIGN_SWISH),
-            heuristic(sign_swish, sign_swish_derivative),
+            heuristic(SIGN_SWISH, SIGN_SWISH.derivative),
             replace(get_pair("bnn++"), source="mine"),
         ):
             assert compiled.compiled_forward(pair, False, rows) and compiled.compiled_backward(pair, rows)
@@ -184,29 +183,17 @@ def test_own_pairs_of_known_functions_are_known_and_others_are_not():
 
 
 def test_a_function_within_another_is_not_the_other():
-    """Whatever calls a function that the kernels know may do more."""
+    """What calls or contains a function that the kernels know may do more; the polynomial itself contains the box."""
 
-    @dataclass(frozen=True)
-    class Half(Surrogate):
+    class Half(Function):
         def __call__(self, w, mu):
             return 0.5 * self.function(w, mu)
 
-    class HalfMap(ProximalMap):
-        def __call__(self, w, mu):
-            return 0.5 * self.function(w, mu)
-
-    whole, mu = get_pair("bnn+"), torch.tensor(5.0)
-    half = replace(whole, backward=Half(whole.backward.function, "B / 2"))
-    for dtype in (torch.float32, torch.float64):
-        gradients = []
-        for pair in (whole, half):
-            latent = torch.linspace(-1, 1, 24, dtype=dtype).view(3, 8).requires_grad_()
-            quantize(latent, mu, pair).sum().backward()
-            gradients.append(latent.grad)
-        torch.testing.assert_close(gradients[1], gradients[0] / 2)
-    parq = get_pair("parq").proximal
-    assert compiled_functions(compose(HalfMap(parq.name, parq.function, "P / 2", ""))) is None
-    assert compiled_functions(compose(parq)) is not None
+    half = Half("half", SIGN_SWISH.function, "half of it", compiled="sign-swish")
+    assert compiled_functions(heuristic(half, SIGN_SWISH)) is None
+    assert compiled_functions(heuristic(SIGN_SWISH, half)) is None
+    assert compiled_functions(compose(PERIOD, SIGN_SWISH)) is None
+    assert compiled_functions(compose(BOX, POLYNOMIAL)) == compiled_functions(compose(IDENTITY, POLYNOMIAL))
 
 
 def test_without_a_library_the_operators_run(monkeypatch):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from proxbit.errors import ConfigError, MuRangeError
-from proxbit.quantizers import PAIRS, Surrogate, compose, decompose, get_pair, heuristic, regularizer
-from proxbit.quantizers.proximal import BINARYRELAX, IDENTITY, PARQ, SIGN
+from proxbit.quantizers import PAIRS, compose, decompose, get_pair, heuristic, regularizer
+from proxbit.quantizers.functions import BINARYRELAX, CLIP, IDENTITY, SIGN
 
 LINEAR = get_pair("pc").proximal
 W = torch.linspace(-2.9, 2.9, 1001, dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_forward_is_transform_of_proximal_map(name):
 
 
 def pair_of(forward, backward):
-    return heuristic(Surrogate(forward, "F"), Surrogate(backward, "B"))
+    return heuristic(forward, backward)
 
 
 def ones(w: Tensor, mu) -> Tensor:
@@ -159,7 +159,7 @@ def test_mu_out_of_range():
     [
         (SIGN, 1.0, lambda p: (1 - p**2) / 2),
         (IDENTITY, 1.0, lambda p: 0 * p),
-        (PARQ, 4.0, lambda p: (1 - p**2) / 2 * (1 - 1 / 4)),
+        (CLIP, 4.0, lambda p: (1 - p**2) / 2 * (1 - 1 / 4)),
         (BINARYRELAX, 1.5, lambda p: 1.5 * (p.abs() - 1) ** 2 / 2),
     ],
     ids=["sign", "identity", "parq", "binaryrelax"],
@@ -173,7 +173,7 @@ def test_regularizer(proximal, mu, expected):
     assert torch.allclose(r, expected(p), atol=2e-3)
 
 
-@pytest.mark.parametrize("proximal", [SIGN, LINEAR, BINARYRELAX, PARQ], ids=lambda p: p.name)
+@pytest.mark.parametrize("proximal", [SIGN, LINEAR, BINARYRELAX, CLIP], ids=lambda p: p.name)
 def test_the_proximal_map_minimises_its_regularizer(proximal):
     """argmin_p r(p) + (p - w)^2 / 2, found by trying every p of the grid."""
     mu = 0.4 if proximal is LINEAR else 2.0

@@ -10,9 +10,8 @@ import torch
 import proxbit
 from pair_formulas import ROWS, clip, nearest, swish, swish_slope
 from proxbit.errors import ConfigError, MuRangeError
-from proxbit.quantizers import BINARY, PAIRS, QuantizerPair, Surrogate, compose, get_pair, heuristic
-from proxbit.quantizers.proximal import PARQ, SIGN
-from proxbit.quantizers.transforms import SIGN_SWISH
+from proxbit.quantizers import BINARY, PAIRS, Function, QuantizerPair, compose, get_pair, heuristic
+from proxbit.quantizers.functions import CLIP, SIGN, SIGN_SWISH
 
 FORWARD = {name: row[0] for name, row in ROWS.items()}
 BACKWARD = {name: row[1] for name, row in ROWS.items()}
@@ -198,13 +197,13 @@ def test_copies_of_a_model_share_its_pairs():
 
 
 def test_compose_chains_map_and_transform():
-    pair = proxbit.compose(PARQ, SIGN_SWISH, mu_range=(1, 9), schedule=("log", 2.0, 8.0), source="here")
+    pair = proxbit.compose(CLIP, SIGN_SWISH, mu_range=(1, 9), schedule=("log", 2.0, 8.0), source="here")
     assert pair.sound
     assert (pair.mu_range, pair.schedule, pair.source) == ((1, 9), ("log", 2.0, 8.0), "here")
     np.testing.assert_allclose(on_grid(pair.forward, 3.0), swish(clip(GRID, 3.0), 3.0), rtol=0, atol=1e-14)
     np.testing.assert_allclose(on_grid(pair.backward, 3.0), swish_slope(clip(GRID, 3.0), 3.0), rtol=1e-11)
-    assert compose(PARQ).source == PARQ.source
-    np.testing.assert_allclose(on_grid(compose(PARQ).backward, 3.0), 1)
+    assert compose(CLIP).source == CLIP.source
+    np.testing.assert_allclose(on_grid(compose(CLIP).backward, 3.0), 1)
 
 
 def test_compose_of_plain_functions():
@@ -243,32 +242,22 @@ def test_heuristic_of_plain_functions():
     def stairs(w, mu):
         return w.floor()
 
-    pair = heuristic(stairs, Surrogate(lambda w, mu: w * 0 + mu, "B(w) = mu"))
+    pair = heuristic(stairs, Function("mu", lambda w, mu: w * 0 + mu, "mu"))
     assert not pair.sound
-    assert (pair.forward_formula, pair.backward_formula) == ("F = stairs(w, mu)", "B(w) = mu")
+    assert (pair.forward_formula, pair.backward_formula) == ("F(w) = stairs(w, mu)", "B(w) = mu")
     assert pair.forward(torch.tensor(2.5), 1.0).item() == 2
     assert pair.backward(torch.tensor(2.5), 3.0).item() == 3
 
 
 def test_fields_of_a_row():
     defaults, row = compose(SIGN), {"levels": (-1.0, 0.0, 1.0), "scaling": ("std", "fixed", "remove")}
-    row |= {"hard_from": 0.5, "update_from": PARQ, "schedule": ("log", 1.0, 2.0), "mu_range": (0.5, 9.0), "source": "s"}
-    for pair in (compose(SIGN, **row), heuristic(SIGN, PARQ, **row)):
+    row |= {"hard_from": 0.5, "update_from": CLIP, "schedule": ("log", 1.0, 2.0), "mu_range": (0.5, 9.0), "source": "s"}
+    for pair in (compose(SIGN, **row), heuristic(SIGN, CLIP, **row)):
         assert {field: getattr(pair, field) for field in row} == row
     assert (
         (defaults.levels, defaults.scaling) == (BINARY, ("row", "ls", "none")) == ((-1.0, 1.0), ("row", "ls", "none"))
     )
     assert defaults.hard_from is None and defaults.update_from is None
-
-
-def test_heuristic_keeps_both_sides_as_given():
-    pair = proxbit.heuristic(
-        Surrogate(lambda w, mu: w * mu, "mu w"), Surrogate(lambda w, mu: w - mu, "w - mu"), source="here"
-    )
-    assert not pair.sound
-    assert (pair.forward_formula, pair.backward_formula, pair.source) == ("mu w", "w - mu", "here")
-    assert pair.forward(torch.tensor(3.0), 2.0).item() == 6
-    assert pair.backward(torch.tensor(3.0), 2.0).item() == 1
 
 
 def test_a_pair_cannot_be_changed():

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from proxbit.blocks import row_blocks
 from proxbit.quantizers.compiled import compiled_backward, compiled_forward
-from proxbit.quantizers.pairs import QuantizerPair, compose
-from proxbit.quantizers.proximal import SIGN
+from proxbit.quantizers.functions import ONE, SIGN
+from proxbit.quantizers.pairs import QuantizerPair, compose, heuristic
 from proxbit.quantizers.row_units import RowUnits
 from proxbit.shards import on_rows, placed_like, sum_of_rows, whole_rows
 from proxbit.sign import sign
@@ -260,7 +260,7 @@ def update_start(
     """
     if pair.update_from is None:
         return latent
-    return quantize(latent, mu, compose(pair.update_from, levels=pair.levels), units, **arguments)
+    return quantize(latent, mu, heuristic(pair.update_from, ONE, levels=pair.levels), units, **arguments)
 
 
 class HardRows(NamedTuple):
