@@ -163,6 +163,12 @@ ROWS = {
     "xnor": (plus_minus, box, None, 0, [1.0]),
     "adabin": (plus_minus, decay_slope, None, 1e-3, [0.1, 3.0]),
 }
+# Row units of their papers, where they are not those of all others.
+SCALING = {
+    "dorefa": ("tensor", "fixed", "none"),
+    "xnor": ("none", "ls", "remove"),
+    "adabin": ("std", "fixed", "restore"),
+}
 
 
 def weight_and_gradient(name, rows, upstream, mu, normalize, scale, center, hard):
