@@ -1,11 +1,11 @@
-"""Writes the gallery of quantizer pairs, `pairs.md` and `pairs/*.svg`: `python docs/gallery.py [FOLDER]`."""
+"""Writes the page of pairs and functions, `pairs.md`, and its `pairs/*.svg`: `python docs/gallery.py [FOLDER]`."""
 
 import sys
 from pathlib import Path
 
 from proxbit.analysis.pairs import PairSummary, summarize_pairs
 from proxbit.analysis.plots import plot_pair
-from proxbit.quantizers import get_pair
+from proxbit.quantizers import FUNCTIONS, get_pair
 
 HEAD = """# The quantizer pairs
 
@@ -24,6 +24,23 @@ units, whatever the learning rate. A step of Adam is about lr / mean |w| of the 
 below that, with `mu_end` of `ProxConnectArguments`: the default of {end:g} outweighs a learning rate of 3e-4
 wherever mean |w| is above {limit:g}, and little is learned.
 """
+
+TABLE = """
+## The functions
+
+What pairs are made of: each may be F, B, the proximal map P or the transform T of a pair of your own. The kernels
+compute those with a compiled form, see [In training](kernels.md#in-training); torch's operators compute the others.
+
+| name | f(w) | derivative | compiled | source |
+|---|---|---|---|---|
+"""
+
+
+def _function(name: str) -> str:
+    row = FUNCTIONS.get(name)
+    derivative = "" if row.derivative is None else row.derivative.name
+    cells = (f"`{name}`", f"`{row.formula}`", derivative, row.compiled or "", row.source)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
 def _line(row: PairSummary) -> str:
@@ -45,7 +62,7 @@ def write(folder: Path) -> None:
     """Write the page and its pictures into a folder."""
     (folder / "pairs").mkdir(parents=True, exist_ok=True)
     rows = summarize_pairs()
-    page = HEAD + "".join(map(_line, rows)) + "".join(map(_section, rows))
+    page = HEAD + "".join(map(_line, rows)) + "".join(map(_section, rows)) + TABLE + "".join(map(_function, FUNCTIONS))
     (folder / "pairs.md").write_text(page, encoding="utf-8")
     for row in rows:
         plot_pair(row.name, folder / "pairs" / f"{row.name}.svg")

@@ -3,25 +3,17 @@
 import numpy as np
 import torch
 
-import pair_formulas as formulas
+from pair_formulas import ROWS
+from proxbit.kernels.interface import FUNCTIONS
+from proxbit.quantizers import get_pair
 
-# By the names of `proxbit.kernels.quantizer.FUNCTIONS`.
-FORMULAS = {
-    "one": formulas.ones,
-    "box": formulas.box,
-    "sign": formulas.plus_minus,
-    "clip": formulas.clip,
-    "polynomial": formulas.polynomial,
-    "polynomial slope": formulas.tent,
-    "tanh": formulas.tanh,
-    "tanh slope": formulas.tanh_slope,
-    "sign-swish": formulas.swish,
-    "sign-swish slope": formulas.swish_slope,
-    "decay": formulas.decay,
-    "decay slope": formulas.decay_slope,
-    "series": formulas.series,
-    "series slope": formulas.series_slope,
+KNOWN = {
+    side.compiled: formula
+    for name, row in ROWS.items()
+    for side, formula in zip((get_pair(name).forward, get_pair(name).backward), row[:2], strict=True)
 }
+# Of each compiled function, in numpy.
+FORMULAS = {name: KNOWN[name] for name in FUNCTIONS}
 
 
 def number(mu):

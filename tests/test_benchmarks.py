@@ -29,6 +29,13 @@ def script(monkeypatch):
     return importlib.import_module
 
 
+def test_the_cost_of_a_quantizer_is_taken_with_and_without_recomputation(script):
+    for twice in (False, True):
+        latent = torch.randn(4, 8, requires_grad=True)
+        script("scale").quantizer(latent, twice)()
+        assert latent.grad is not None
+
+
 def test_a_goal_is_judged_by_the_number_that_is_printed(script):
     goal = script("report").Goal("speed", 3, 4)
     verdicts = [goal.verdict(value) for value in (None, 2.99, 2.996, 3.5, 4.0)]

@@ -9,7 +9,7 @@ import torch
 import proxbit
 from proxbit.config import BinarizationConfig, stored_kind
 from proxbit.errors import CheckpointError, ConfigError, ProxbitError, UnknownNameError
-from proxbit.quantizers import PAIRS, ProximalMap, catalog, get_pair
+from proxbit.quantizers import PAIRS, Function, catalog, get_pair
 
 VERSION_1 = """
 {
@@ -74,7 +74,7 @@ def own_pair(monkeypatch):
     """A pair that is not registered; whatever the test registers is forgotten after it."""
     for owner, name in ((PAIRS, "_entries"), (catalog, "_FACTORIES"), (catalog, "_MADE")):
         monkeypatch.setattr(owner, name, dict(getattr(owner, name)))
-    halving = ProximalMap("half", lambda w, mu: w / 2, "P(w) = w / 2", "the proximal map of w^2 / 2")
+    halving = Function("half", lambda w, mu: w / 2, "w / 2", "the proximal map of w^2 / 2")
     return proxbit.compose(halving)
 
 

@@ -191,8 +191,9 @@ def quantizer(latent: Tensor, twice: bool) -> Callable[[], None]:
         weight = quantize(latent, mu, pair, pair.units)
         if twice:
             with torch.no_grad():
-                function, kept = again(weight)
-                function(*kept)
+                made = again(weight)
+                assert made is not None
+                made.function(*made.kept)
         weight.backward(gradient)
 
     return step

@@ -3,7 +3,7 @@
 import pytest
 
 from proxbit.analysis.pairs import summarize_pairs
-from proxbit.quantizers import PAIRS, Surrogate, catalog, get_pair, heuristic
+from proxbit.quantizers import PAIRS, catalog, get_pair, heuristic
 from proxbit.registry import Registry
 
 
@@ -43,7 +43,7 @@ def test_a_registered_pair_is_judged_like_the_others(monkeypatch):
     registry = Registry("quantizer pair")
     monkeypatch.setattr(catalog, "PAIRS", registry)
     monkeypatch.setattr("proxbit.analysis.pairs.PAIRS", registry)
-    catalog.register_pair("mine", heuristic(Surrogate(lambda w, mu: w, "F"), Surrogate(lambda w, mu: 0 * w, "B")))
+    catalog.register_pair("mine", heuristic(lambda w, mu: w, lambda w, mu: 0 * w))
     (row,) = summarize_pairs()
     assert (row.name, row.sound) == ("mine", False)
     assert "F moves where B is zero" in row.reason

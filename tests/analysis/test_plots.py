@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from proxbit.analysis.plots import default_sharpness, plot_pair, plot_pairs, plot_training
 from proxbit.errors import ConfigError, MuRangeError, UnknownNameError
 from proxbit.quantizers import compose, get_pair
-from proxbit.quantizers.proximal import TANH
+from proxbit.quantizers.functions import TANH
 
 HISTORY = [
     {"loss": 1.0, "mu": 0.3, "flip_ratio": 0.02, "hardening_gap": 0.6, "epoch": 0.5, "step": 1},

@@ -20,7 +20,7 @@ from proxbit.nn import (
     start_update,
 )
 from proxbit.quantizers import compose, get_pair
-from proxbit.quantizers.proximal import SIGN
+from proxbit.quantizers.functions import SIGN
 
 
 class Net(nn.Module):

@@ -1,6 +1,7 @@
 """The optimizer view: the same iterates as the layers, its state, and its refusals."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -28,8 +29,7 @@ def as_layers(pair):
     return layers
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", sorted(PAIRS))
+@pytest.mark.parametrize(("name", "optimizer"), list(zip(sorted(PAIRS), itertools.cycle(OPTIMIZERS))))
 def test_the_same_iterates_as_the_layers(name, optimizer, data):
     """Soft along the default schedule, then hard; the latents, the biases and the weights that the forward sees."""
     pair = get_pair(name)
@@ -52,8 +52,9 @@ def test_the_same_iterates_as_the_layers(name, optimizer, data):
     assert ours.is_hard
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", ["bnn++", "pc", "proxquant", "rpc"])
+@pytest.mark.parametrize(
+    ("name", "optimizer"), list(zip(["bnn++", "pc", "proxquant", "rpc"], itertools.cycle(OPTIMIZERS)))
+)
 def test_weights_without_a_gradient_as_in_the_layers(name, optimizer, data):
     """Every other step one weight has none: neither P, nor momentum, nor weight decay moves its latent."""
     pair = get_pair(name)

@@ -160,7 +160,7 @@ def test_with_a_schedule_mu_is_that_of_the_schedule(data):
     torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("pair", ["bc", "dorefa", "xnor", "adabin", "bnn++", "proxquant"])
+@pytest.mark.parametrize("pair", ["dorefa", "xnor", "adabin", "bnn++", "proxquant"])
 def test_packed_from_the_latents_are_the_hard_weights(pair, data):
     """For every kind of units."""
     model, optimizer = trained(data, 3, pair, schedule=MuSchedule(*get_pair(pair).schedule, steps=9))

@@ -1,5 +1,6 @@
 """`quantize`: forward a F(W / s), backward B(W / s) a / s times the gradient, for every registered pair."""
 
+import itertools
 import math
 
 import numpy as np
@@ -11,34 +12,17 @@ from pair_formulas import plus_minus as signs
 from proxbit import blocks
 from proxbit.errors import ConfigError
 from proxbit.kernels import native
-from proxbit.quantizers import PAIRS, autograd, compose, get_pair, hard_rows, quantize
+from proxbit.quantizers import PAIRS, RowUnits, autograd, compose, get_pair, hard_rows, quantize
 from proxbit.quantizers.compiled import compiled_functions
-from proxbit.quantizers.proximal import BINARYRELAX, IDENTITY
-from proxbit.quantizers.transforms import SIGN_SWISH
+from proxbit.quantizers.functions import BINARYRELAX, IDENTITY, SIGN_SWISH
 
 # A mu at which F and B differ from their limits.
 MU = {name: row[4][-1] for name, row in ROWS.items()}
 NAMES = sorted(PAIRS)
 SHAPES = [(5, 7), (4, 3, 2, 2), (1, 9), (6, 1)]
-MODES = [(normalize, scale) for normalize in ("row", "tensor", "std", "none") for scale in ("ls", "fixed")]
 CENTERS = ("none", "remove", "restore")
-# Pairs of additions, products and comparisons only, which round alike wherever an element lies in memory.
-ARITHMETIC = {
-    "fp",
-    "bc",
-    "dorefa",
-    "pc",
-    "proxquant",
-    "rpc",
-    "binaryrelax",
-    "parq",
-    "bnn",
-    "bireal",
-    "bireal++",
-    "xnor",
-}
+UNITS = list(itertools.product(("row", "tensor", "std", "none"), ("ls", "fixed"), CENTERS))
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-every_mode = pytest.mark.parametrize(("normalize", "scale"), MODES)
 every_center = pytest.mark.parametrize("center", CENTERS)
 
 
@@ -58,18 +42,17 @@ def expected(name, latent, grad, mu, normalize, scale, hard, center="none"):
     return [result.reshape(latent.shape) for result in results]
 
 
-@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
-@every_mode
-@every_center
-@pytest.mark.parametrize("name", NAMES)
-def test_forward_and_backward(name, center, normalize, scale, hard):
+@pytest.mark.parametrize(("index", "name"), list(enumerate(NAMES)), ids=NAMES)
+def test_forward_and_backward(index, name):
+    """Each pair in all row units. Shapes and hardness take turns, so that all pairs together have every combination."""
     mu = MU[name]
-    for shape in SHAPES:
+    for turn, (normalize, scale, center) in enumerate(UNITS, index):
+        shape, hard = SHAPES[turn % 4], turn // 4 % 2 == 1
         if shape[1:] == (1,) and (center != "none" or normalize == "std"):
             continue  # The deviation of a single number from its mean is zero: there is no unit.
         latent, grad = latent_of(shape), torch.randn(shape, dtype=torch.float64)
-        modes = {"normalize": normalize, "scale": scale, "center": center, "hard": hard}
-        result = quantize(latent, torch.tensor(mu, dtype=torch.float64), get_pair(name), **modes)
+        sharpness, modes = torch.tensor(mu, dtype=torch.float64), RowUnits(normalize, scale, center)
+        result = quantize(latent, sharpness, get_pair(name), modes, hard=hard)
         result.backward(grad)
         value, slope = expected(name, latent, grad, mu, normalize, scale, hard, center)
         np.testing.assert_allclose(result.detach().numpy(), value, rtol=1e-10, atol=1e-13)
@@ -81,30 +64,31 @@ def blocks_of(latent):
         return len(autograd._blocks(latent.flatten(1)))
 
 
-@every_mode
-@every_center
-@pytest.mark.parametrize("name", ["bc", "pc", "bnn++", "ede", "fda++"])
-def test_many_blocks_are_one(name, center, normalize, scale, monkeypatch):
-    """The same numbers but for the last bits of sums and of transcendental functions; half precision hides those."""
+@pytest.mark.parametrize(("index", "name"), list(enumerate(["bc", "pc", "bnn++", "ede", "fda++"])))
+def test_many_blocks_are_one(index, name, monkeypatch):
+    """The same numbers but for the last bits of sums and of transcendental functions; half precision hides those.
+
+    `bc` and `pc` are made of additions, products and comparisons only, which round alike wherever an element lies.
+    """
     mu = torch.tensor(MU[name], dtype=torch.float64)
-    exact = (normalize, scale, center) == ("none", "fixed", "none") and name in ARITHMETIC
-    for shape, dtype, hard in (
-        ((9, 37), torch.float64, False),
-        ((5, 3, 2, 2), torch.float64, True),
-        ((9, 37), torch.float16, False),
-    ):
-        start, grad, results = latent_of(shape, dtype).detach(), torch.randn(shape).to(dtype), []
-        for block in (131072, 30):
-            monkeypatch.setattr(blocks, "BLOCK", block // torch.get_num_threads())
-            latent = start.clone().requires_grad_()
-            assert (blocks_of(latent) > 1) == (block < latent.numel())
-            modes = {"normalize": normalize, "scale": scale, "center": center, "hard": hard}
-            weight = quantize(latent, mu, get_pair(name), **modes)
-            weight.backward(grad)
-            results.append((weight.detach(), latent.grad))
-        tolerance = 0 if exact else max(1e-12, torch.finfo(dtype).eps)
-        for one, many in zip(*results, strict=True):
-            torch.testing.assert_close(many, one, rtol=0, atol=tolerance * float(one.abs().max()))
+    for modes in {*UNITS[index::4], ("none", "fixed", "none")}:
+        exact = modes == ("none", "fixed", "none") and name in ("bc", "pc")
+        for shape, dtype, hard in (
+            ((9, 37), torch.float64, False),
+            ((5, 3, 2, 2), torch.float64, True),
+            ((9, 37), torch.float16, False),
+        ):
+            start, grad, results = latent_of(shape, dtype).detach(), torch.randn(shape).to(dtype), []
+            for block in (131072, 30):
+                monkeypatch.setattr(blocks, "BLOCK", block // torch.get_num_threads())
+                latent = start.clone().requires_grad_()
+                assert (blocks_of(latent) > 1) == (block < latent.numel())
+                weight = quantize(latent, mu, get_pair(name), RowUnits(*modes), hard=hard)
+                weight.backward(grad)
+                results.append((weight.detach(), latent.grad))
+            tolerance = 0 if exact else max(1e-12, torch.finfo(dtype).eps)
+            for one, many in zip(*results, strict=True):
+                torch.testing.assert_close(many, one, rtol=0, atol=tolerance * float(one.abs().max()))
 
 
 @pytest.mark.parametrize("block", [131072, 1], ids=["one-block", "many-blocks"])
@@ -132,20 +116,20 @@ def test_one_divisor_for_all_rows(block, monkeypatch):
     assert hard_rows(latent, normalize="tensor", scale="fixed").scale.tolist() == [3.0, 3.0, 3.0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_dtypes(name, dtype):
+def test_dtypes(name):
     """Value and gradient have the dtype of the latent, and its precision: sums over a row are taken in fp32."""
-    latent = latent_of((3, 300), dtype)
     mu = torch.tensor(MU[name], dtype=torch.float64)
-    grad, result = torch.randn(3, 300).to(dtype), quantize(latent, mu, get_pair(name))
-    result.backward(grad)
-    assert result.dtype == latent.grad.dtype == dtype
-    value, slope = expected(name, latent, grad, mu.item(), "row", "ls", False)
-    sums = 1e-12 if dtype == torch.float64 else 2e-5
-    precision = max(torch.finfo(dtype).eps, sums)
-    np.testing.assert_allclose(result.detach().double().numpy(), value, rtol=precision, atol=sums)
-    np.testing.assert_allclose(latent.grad.double().numpy(), slope, rtol=precision, atol=sums)
+    for dtype in DTYPES:
+        latent, grad = latent_of((3, 300), dtype), torch.randn(3, 300).to(dtype)
+        result = quantize(latent, mu, get_pair(name))
+        result.backward(grad)
+        assert result.dtype == latent.grad.dtype == dtype
+        value, slope = expected(name, latent, grad, mu.item(), "row", "ls", False)
+        sums = 1e-12 if dtype == torch.float64 else 2e-5
+        precision = max(torch.finfo(dtype).eps, sums)
+        np.testing.assert_allclose(result.detach().double().numpy(), value, rtol=precision, atol=sums)
+        np.testing.assert_allclose(latent.grad.double().numpy(), slope, rtol=precision, atol=sums)
 
 
 def test_half_precision_rows_are_summed_in_single_precision():
@@ -156,9 +140,15 @@ def test_half_precision_rows_are_summed_in_single_precision():
 
 
 @pytest.mark.parametrize(
-    ("name", "mu"), [("bnn++", 0.3), ("bnn++", 4.0), ("parq", 1.0), ("pc", 0.0), ("binaryrelax", 0.0)]
+    ("name", "mu", "shape"),
+    [
+        ("bnn++", 0.3, (3, 5)),
+        ("bnn++", 4.0, (2, 2, 2, 2)),
+        ("parq", 1.0, (3, 5)),
+        ("pc", 0.0, (3, 5)),
+        ("binaryrelax", 0.0, (2, 2, 2, 2)),
+    ],
 )
-@pytest.mark.parametrize("shape", [(3, 5), (2, 2, 2, 2)], ids=["matrix", "kernel"])
 def test_gradcheck_where_the_backward_is_the_exact_gradient(name, mu, shape):
     """In raw units, and where P is the identity: always for bnn++, inside (-1, 1) at the soft end for the others."""
     latent = (torch.rand(shape, dtype=torch.float64) * 1.8 - 0.9).requires_grad_()
@@ -184,36 +174,19 @@ def test_gradients_through_the_mean_and_second_derivatives(center, block, monkey
         assert torch.autograd.gradgradcheck(weight, latent)
 
 
-@every_mode
-def test_finite_differences_with_scales_held(normalize, scale):
+def test_finite_differences_with_scales_held():
     """bnn++: the gradient of sum(g a F(W / s)), with s and a as numbers, by central differences of F in numpy."""
-    latent, grad, mu, step = latent_of((4, 6)), torch.randn(4, 6, dtype=torch.float64), 1.7, 1e-6
-    result = quantize(
-        latent, torch.tensor(mu, dtype=torch.float64), get_pair("bnn++"), normalize=normalize, scale=scale
-    )
-    result.backward(grad)
-    rows = latent.detach().numpy()
-    _, s = units(rows, normalize, "none")
-    q = swish(rows / s, mu)
-    a = s if scale == "fixed" else (q * rows).sum(axis=1, keepdims=True) / (q * q).sum(axis=1, keepdims=True)
-    difference = a * (swish((rows + step * s) / s, mu) - swish((rows - step * s) / s, mu)) / (2 * step * s)
-    np.testing.assert_allclose(latent.grad.numpy(), grad.numpy() * difference, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("scale", ["ls", "fixed"])
-def test_rows_of_any_size_are_alike(name, scale):
-    """F(W / s) does not see the size of a row: the weight scales with it, the multiplier stays."""
-    latent, grad = latent_of((4, 9)), torch.randn(4, 9, dtype=torch.float64)
-    sizes = torch.tensor([2.0**-20, 0.5, 8.0, 2.0**20], dtype=torch.float64).unsqueeze(1)
-    scaled = (latent.detach() * sizes).requires_grad_()
-    mu = torch.tensor(MU[name], dtype=torch.float64)
-    one = quantize(latent, mu, get_pair(name), scale=scale)
-    other = quantize(scaled, mu, get_pair(name), scale=scale)
-    assert torch.equal(other, one * sizes)
-    one.backward(grad)
-    other.backward(grad)
-    assert torch.equal(scaled.grad, latent.grad)
+    mu, step = 1.7, 1e-6
+    for normalize, scale, _ in UNITS[:: len(CENTERS)]:
+        latent, grad = latent_of((4, 6)), torch.randn(4, 6, dtype=torch.float64)
+        sharpness = torch.tensor(mu, dtype=torch.float64)
+        quantize(latent, sharpness, get_pair("bnn++"), normalize=normalize, scale=scale).backward(grad)
+        rows = latent.detach().numpy()
+        _, s = units(rows, normalize, "none")
+        q = swish(rows / s, mu)
+        a = s if scale == "fixed" else (q * rows).sum(axis=1, keepdims=True) / (q * q).sum(axis=1, keepdims=True)
+        difference = a * (swish((rows + step * s) / s, mu) - swish((rows - step * s) / s, mu)) / (2 * step * s)
+        np.testing.assert_allclose(latent.grad.numpy(), grad.numpy() * difference, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -225,41 +198,40 @@ def test_hard_weights_have_the_sign_of_the_latent(dtype):
     assert [math.copysign(1, value) for value in result.flatten().tolist()] == [-1, 1, 1, 1, 1, -1, 1, 1]
 
 
-@every_mode
-@every_center
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_hard_rows_are_those_of_the_hard_weight(normalize, scale, center, dtype):
-    latent = latent_of((5, 3, 2, 2), dtype)
-    modes = {"normalize": normalize, "scale": scale, "center": center}
-    weight = quantize(latent.detach(), torch.tensor(2.0), get_pair("bnn++"), **modes, hard=True)
-    values, row_scale, offset = hard_rows(latent.detach(), **modes)
-    rows = latent.detach().double().numpy().reshape(5, 12)
-    c, _ = units(rows, normalize, center)
-    np.testing.assert_allclose(values.double().numpy(), rows - c, rtol=0, atol=1e-5)
-    for stored in (row_scale, offset) if center == "restore" else (row_scale,):
-        assert (stored.dtype, stored.shape) == (dtype, (5,))
-        assert stored.is_contiguous() and not stored.requires_grad
-    assert (offset is not None) == (center == "restore")
-    parts = torch.from_numpy(signs(values.double().numpy())).to(dtype) * row_scale.view(5, 1)
-    if offset is not None:
-        np.testing.assert_allclose(offset.double().numpy(), c[:, 0], rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
-        parts = parts + offset.view(5, 1)
-    # In half precision the weight is rounded once, and what is stored is rounded twice.
-    rounding = 2 * torch.finfo(dtype).eps * float(weight.abs().max()) * (center == "restore" and dtype.itemsize == 2)
-    torch.testing.assert_close(weight.flatten(1), parts, rtol=0, atol=rounding)
+def test_hard_rows_are_those_of_the_hard_weight(dtype):
+    for normalize, scale, center in UNITS:
+        latent, modes = latent_of((5, 3, 2, 2), dtype).detach(), RowUnits(normalize, scale, center)
+        weight = quantize(latent, torch.tensor(2.0), get_pair("bnn++"), modes, hard=True)
+        values, row_scale, offset = hard_rows(latent, modes)
+        c, _ = units(latent.double().numpy().reshape(5, 12), normalize, center)
+        np.testing.assert_allclose(values.double().numpy(), latent.double().numpy().reshape(5, 12) - c, atol=1e-5)
+        for stored in (row_scale, offset) if center == "restore" else (row_scale,):
+            assert (stored.dtype, stored.shape) == (dtype, (5,))
+            assert stored.is_contiguous() and not stored.requires_grad
+        assert (offset is not None) == (center == "restore")
+        parts = torch.from_numpy(signs(values.double().numpy())).to(dtype) * row_scale.view(5, 1)
+        if offset is not None:
+            np.testing.assert_allclose(offset.double().numpy(), c[:, 0], rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+            parts = parts + offset.view(5, 1)
+        # In half precision the weight is rounded once, and what is stored is rounded twice.
+        twice = center == "restore" and dtype.itemsize == 2
+        rounding = 2 * torch.finfo(dtype).eps * float(weight.abs().max()) * twice
+        torch.testing.assert_close(weight.flatten(1), parts, rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
-@every_center
-@every_mode
-def test_only_the_latent_and_numbers_a_row_are_kept(normalize, scale, center, hard):
-    latent, kept = latent_of((8, 64)), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        modes = {"normalize": normalize, "scale": scale, "center": center, "hard": hard}
-        quantize(latent, torch.tensor(1.0), get_pair("bnn++"), **modes)
-    shared = [tensor for tensor in kept if tensor.data_ptr() == latent.data_ptr()]
-    assert [tensor.shape for tensor in shared] == [latent.shape]
-    assert sum(tensor.numel() for tensor in kept) <= latent.numel() + 2 * len(latent) + 1
+def test_only_the_latent_and_numbers_a_row_are_kept(hard):
+    for modes in itertools.starmap(RowUnits, UNITS):
+        latent, kept = latent_of((8, 64)), []
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda each, to=kept: to.append(each) or each, lambda each: each
+        )
+        with hooks:
+            quantize(latent, torch.tensor(1.0), get_pair("bnn++"), modes, hard=hard)
+        shared = [tensor for tensor in kept if tensor.data_ptr() == latent.data_ptr()]
+        assert [tensor.shape for tensor in shared] == [latent.shape]
+        assert sum(tensor.numel() for tensor in kept) <= latent.numel() + 2 * len(latent) + 1
 
 
 def test_accumulation_sees_the_mu_of_each_forward():

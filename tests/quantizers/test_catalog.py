@@ -12,9 +12,8 @@ import torch
 import proxbit
 from pair_formulas import ROWS
 from proxbit.errors import ConfigError, UnknownNameError
-from proxbit.quantizers import PAIRS, Surrogate, catalog, compose, get_pair, heuristic, pair_key, register_pair
-from proxbit.quantizers.proximal import PARQ, SIGN
-from proxbit.quantizers.transforms import SIGN_SWISH
+from proxbit.quantizers import PAIRS, catalog, compose, get_pair, heuristic, pair_key, register_pair
+from proxbit.quantizers.functions import CLIP, SIGN, SIGN_SWISH
 from proxbit.registry import Registry
 
 
@@ -64,7 +63,7 @@ def test_an_unregistered_pair_has_no_name():
 
 
 def test_registering_a_pair(own):
-    pair = heuristic(Surrogate(PARQ, "F"), Surrogate(lambda w, mu: w, "B"), source="own")
+    pair = heuristic(CLIP, lambda w, mu: w, source="own")
     assert proxbit.register_pair("mine", pair) is pair
     assert get_pair("mine") is pair
     assert pair_key(pair) == ("mine", {})

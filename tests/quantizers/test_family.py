@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pair_formulas import ROWS, nearest, pull
+from pair_formulas import ROWS, SCALING, nearest, pull
 from proxbit.errors import ConfigError
 from proxbit.quantizers import PAIRS, MuSchedule, decompose, get_pair, update_start
 
@@ -18,14 +18,6 @@ VARIANTS |= {
     "pc-varrho": ("pc", {"levels": TERNARY, "rho": 0, "varrho": 2.0}),
     "rpc-ternary": ("rpc", {"levels": TERNARY}),
 }
-# Row units of their papers, where they are not those of all others.
-SCALING = {
-    "dorefa": ("tensor", "fixed", "none"),
-    "xnor": ("none", "ls", "remove"),
-    "adabin": ("std", "fixed", "restore"),
-}
-# Pairs that stay soft, or stay periodic, whatever mu of their schedule.
-NEVER_HARD = {"rpc", "rpc-ternary", "fda++", "biper", "biper-sine"} | {n for n in VARIANTS if n.startswith("proxquant")}
 
 
 def variant(name):
@@ -57,7 +49,7 @@ def test_every_row_is_complete(name):
     assert all(pair.check_mu(schedule.mu(step)) is not None for step in range(100))
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in NEVER_HARD | {"fp"}])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if variant(name).hard_from is not None])
 def test_annealed_forwards_end_at_the_levels_from_where_their_row_says(name):
     pair = variant(name)
     assert furthest(pair, pair.hard_from) <= 1e-3
@@ -65,7 +57,7 @@ def test_annealed_forwards_end_at_the_levels_from_where_their_row_says(name):
         assert furthest(pair, 0.8 * pair.hard_from) > 1e-3
 
 
-@pytest.mark.parametrize("name", sorted(NEVER_HARD))
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "fp" and variant(name).hard_from is None])
 def test_rows_that_promise_no_hard_end_have_none(name):
     """Not even half-way from a boundary to a level, and those that are no clip at the levels not beyond either."""
     pair = variant(name)

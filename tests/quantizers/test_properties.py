@@ -119,9 +119,9 @@ def test_zero_is_positive(name, share):
     assert pair.forward(zeros, mu_of(pair, share)).tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name != "fp"])
-def test_the_hard_level_of_zero_is_plus_one(name):
-    assert variant(name).hard(double([0.0, -0.0])).tolist() == [1.0, 1.0]
+def test_the_hard_level_of_zero_is_plus_one():
+    for name in set(ROWS) - {"fp"}:
+        assert variant(name).hard(double([0.0, -0.0])).tolist() == [1.0, 1.0]
 
 
 @every_pair
@@ -143,12 +143,12 @@ def test_both_sides_are_finite_however_large_the_weight(name, values, halves, sh
             assert bool(torch.isfinite(pair.backward(w, sharpness)).all())
 
 
-@pytest.mark.parametrize("center", ["none", "remove", "restore"])
 @every_pair
-@settings(deadline=None, max_examples=10, derandomize=True, database=None)
+@settings(deadline=None, max_examples=15, derandomize=True, database=None)
 @given(
     exponents=st.lists(st.integers(-60, 60), min_size=4, max_size=4),
     share=progress,
+    center=st.sampled_from(["none", "remove", "restore"]),
     normalize=st.sampled_from(["row", "std"]),
     scale=st.sampled_from(["ls", "fixed"]),
     hard=st.booleans(),

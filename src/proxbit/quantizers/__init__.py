@@ -1,4 +1,4 @@
-"""Quantizer pairs: proximal maps, transforms, the pairs made of them, schedules of mu, and the autograd function."""
+"""The table of functions, the pairs made of them, row units, schedules of mu, and the autograd function."""
 
 import proxbit.quantizers.family  # noqa: F401  (registers the family)
 from proxbit.deprecation import renamed
@@ -6,29 +6,29 @@ from proxbit.quantizers.autograd import Again, HardRows, again, hard_rows, quant
 from proxbit.quantizers.catalog import PAIRS, get_pair, pair_key, register_pair
 from proxbit.quantizers.compiled import compiled_functions
 from proxbit.quantizers.decomposition import Decomposition, decompose, regularizer
+from proxbit.quantizers.deprecated import proximal_map, surrogate, transform
 from proxbit.quantizers.enhancement import enhance
-from proxbit.quantizers.pairs import BINARY, ROW_LEAST_SQUARES, QuantizerPair, Surrogate, compose, heuristic
-from proxbit.quantizers.proximal import ProximalMap, linear_quantizer
+from proxbit.quantizers.functions import FUNCTIONS, Function
+from proxbit.quantizers.levels import linear_quantizer
+from proxbit.quantizers.pairs import BINARY, ROW_LEAST_SQUARES, QuantizerPair, compose, heuristic
 from proxbit.quantizers.row_units import RowUnits, check_rows
 from proxbit.quantizers.schedules import AGGREGATE, CONSTANT, SCHEDULES, MuSchedule
-from proxbit.quantizers.transforms import Transform
 
 __all__ = [
     "AGGREGATE",
     "BINARY",
     "CONSTANT",
+    "FUNCTIONS",
     "PAIRS",
     "ROW_LEAST_SQUARES",
     "SCHEDULES",
     "Again",
     "Decomposition",
+    "Function",
     "HardRows",
     "MuSchedule",
-    "ProximalMap",
     "QuantizerPair",
     "RowUnits",
-    "Surrogate",
-    "Transform",
     "again",
     "check_rows",
     "compiled_functions",
@@ -46,4 +46,12 @@ __all__ = [
     "update_start",
 ]
 
-__getattr__ = renamed(__name__, {"check_scaling": ("RowUnits", RowUnits)})
+__getattr__ = renamed(
+    __name__,
+    {
+        "ProximalMap": ("Function", proximal_map),
+        "Surrogate": ("Function", surrogate),
+        "Transform": ("Function", transform),
+        "check_scaling": ("RowUnits", RowUnits),
+    },
+)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from proxbit.blocks import row_blocks
 from proxbit.quantizers.compiled import compiled_backward, compiled_forward
-from proxbit.quantizers.pairs import QuantizerPair, compose
-from proxbit.quantizers.proximal import SIGN
+from proxbit.quantizers.functions import ONE, SIGN
+from proxbit.quantizers.pairs import QuantizerPair, compose, heuristic
 from proxbit.quantizers.row_units import RowUnits
 from proxbit.shards import on_rows, placed_like, sum_of_rows, whole_rows
 from proxbit.sign import sign
@@ -21,12 +21,12 @@ Numbers = tuple[Tensor, Tensor]  # of each row: divisor and factor
 
 
 def _blocks(rows: Tensor) -> list[slice]:
-    """F and B are long chains of elementwise operations: in blocks, they take no memory of the size of the weight."""
+    """F and B are long chains of elementwise operations: in blocks, their temporaries are smaller than the weight."""
     return row_blocks(len(rows), rows.shape[1], rows.device)
 
 
 def _by_blocks(rows: Tensor, function: Callable[[slice, Tensor | None], Tensor]) -> Tensor:
-    """A tensor like `rows`, made block by block; `function` writes into its second argument, if there is one."""
+    """A tensor like `rows`, computed block by block; `function` writes into its second argument unless it is None."""
     blocks = _blocks(rows)
     if len(blocks) == 1:
         return function(blocks[0], None).to(rows.dtype)
@@ -46,7 +46,7 @@ def _centred(rows: Tensor, offset: Tensor, units: RowUnits) -> Tensor:
 
 
 def _common_divisor(latent: Tensor, units: RowUnits) -> Tensor | None:
-    """The mean of the divisors of all rows, in whatever process they are, `[1, 1]`, where they share one."""
+    """The mean of the divisors of all rows of all processes, `[1, 1]`; None unless rows share one divisor."""
     if units.normalize != "tensor":
         return None
     sums = sum_of_rows(lambda part: _offset_and_divisor(part.flatten(1), units, None)[1].sum(0, keepdim=True), latent)
@@ -82,7 +82,7 @@ class Again(NamedTuple):
 
 
 class _Modes(NamedTuple):
-    """The arguments of `quantize` that are no tensors."""
+    """The arguments of `quantize` other than tensors."""
 
     pair: QuantizerPair
     units: RowUnits
@@ -131,7 +131,7 @@ def _by_operators(
 def _gradient(
     modes: _Modes, overwrite: bool, grad: Tensor, latent: Tensor, mu: Tensor, divisor: Tensor, factor: Tensor
 ) -> Tensor:
-    """Of the latent weight, by that of the weight; in its place, if that is allowed and the kernels do it."""
+    """The gradient of the latent weight from that of the weight; the kernels may write it over `grad`."""
     pair, units = modes.pair, modes.units
     rows, grad = latent.flatten(1), grad.flatten(1)
     compiled = compiled_backward(pair, rows) if units.center == "none" and grad.dtype is rows.dtype else None
@@ -140,7 +140,7 @@ def _gradient(
     gain = factor / divisor
 
     def gradient(block: slice, out: Tensor | None) -> Tensor:
-        # The offset is taken anew: unlike divisor and factor it is a function of the latent weight here.
+        # The offset is recomputed: unlike divisor and factor it is a function of the latent weight here.
         offset = units.offset(_precise(rows[block]))
         u = _centred(rows[block], offset, units) / divisor[block]
         multiplier = pair.backward(u, mu) * gain[block]
@@ -162,8 +162,8 @@ class _ForwardBackward(torch.autograd.Function):
     ) -> Tensor:
         rows = latent.flatten(1)
         result, divisor, factor = _weight(rows, mu, modes, common, known)
-        # A clone: the schedule changes mu in place between steps, and with gradient accumulation a backward
-        # must see the mu of its own forward.
+        # A clone: the schedule changes mu in place between steps, and under gradient accumulation each backward
+        # needs the mu of its own forward.
         kept = latent, mu.clone(), divisor, factor
         ctx.save_for_backward(*kept)
         ctx.modes = modes
@@ -199,8 +199,8 @@ def quantize(
         adds the row mean of dL/dw.
 
     Args:
-        latent: W, `[rows, ...]`, floating point, one row per output channel; a DTensor too. Where it is spread by rows,
-            nothing is sent; where columns are spread, rows are put together and taken apart again.
+        latent: W, `[rows, ...]`, floating point, one row per output channel; a DTensor too. If it is sharded by rows,
+            nothing is communicated; if columns are sharded, full rows are gathered and sharded again.
         mu: sharpness, a 0-dimensional tensor (a tensor, so that compiled graphs are not re-compiled at each step).
         pair: F and B.
         units: how s, a and c are found; None for `RowUnits(**fields)`.
@@ -208,7 +208,7 @@ def quantize(
         **fields: those of `RowUnits`, in place of `units`.
 
     Returns:
-        Same shape and dtype as `latent`. Only the latent, two numbers a row and mu are kept for the backward pass.
+        Same shape and dtype as `latent`. Only the latent, two numbers a row and mu are saved for the backward pass.
 
     Raises:
         ConfigError: for other row units than these.
@@ -260,7 +260,7 @@ def update_start(
     """
     if pair.update_from is None:
         return latent
-    return quantize(latent, mu, compose(pair.update_from, levels=pair.levels), units, **arguments)
+    return quantize(latent, mu, heuristic(pair.update_from, ONE, levels=pair.levels), units, **arguments)
 
 
 class HardRows(NamedTuple):

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from proxbit.errors import ConfigError
 from proxbit.quantizers.catalog import get_pair
+from proxbit.quantizers.functions import Function, Mu
 from proxbit.quantizers.pairs import QuantizerPair
-from proxbit.quantizers.proximal import Mu, ProximalMap
 
 __all__ = ["Decomposition", "decompose", "regularizer"]
 
@@ -230,7 +230,7 @@ def _cumulate(cells: _Cells, growth: Tensor, jumps: Tensor) -> tuple[Tensor, Ten
     return torch.cat(w)[order], torch.cat(p)[order]
 
 
-def regularizer(proximal: ProximalMap, mu: float, window: float = 3.0) -> tuple[Tensor, Tensor]:
+def regularizer(proximal: Function, mu: float, window: float = 3.0) -> tuple[Tensor, Tensor]:
     r"""The regularizer whose proximal map P is, up to a constant: what a method penalises.
 
     Formula:

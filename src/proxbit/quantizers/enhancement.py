@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from proxbit.quantizers.catalog import get_pair
+from proxbit.quantizers.functions import IDENTITY, Function, Mu
 from proxbit.quantizers.pairs import QuantizerPair, compose
-from proxbit.quantizers.proximal import IDENTITY, Mu
-from proxbit.quantizers.transforms import Transform
 
 __all__ = ["Antiderivative", "enhance"]
 
@@ -78,13 +77,13 @@ def enhance(pair: QuantizerPair | str, schedule: tuple[str, float, float] | None
     pair = get_pair(pair)
     if pair.sound:
         return pair
-    transform = Transform(
+    backward = pair.backward_formula.removeprefix("B(w) = ")
+    transform = Function(
         name="antiderivative",
         function=Antiderivative(pair.backward),
-        derivative=pair.backward,
-        formula=f"T(p) = integral of B from 0 to p, with {pair.backward_formula}",
-        derivative_formula=pair.backward_formula.replace("B(w)", "T'(p)"),
+        formula=f"integral of B from 0 to w, with B(w) = {backward}",
         source=pair.source,
+        derivative=Function("backward quantizer", pair.backward, backward, pair.source),
     )
     return compose(
         IDENTITY,

@@ -9,44 +9,17 @@ import torch
 from torch import Tensor
 
 from proxbit.errors import ConfigError, MuRangeError
-from proxbit.quantizers.proximal import IDENTITY, Mu, ProximalMap, as_proximal_map, name_of, nearest_level
+from proxbit.quantizers.functions import IDENTITY, Function, Mu, as_function
+from proxbit.quantizers.levels import nearest_level
 from proxbit.quantizers.row_units import RowUnits
 from proxbit.quantizers.schedules import AGGREGATE, CONSTANT
-from proxbit.quantizers.transforms import IDENTITY_TRANSFORM, Transform, as_transform
 from proxbit.sign import sign
 
-__all__ = ["BINARY", "ROW_LEAST_SQUARES", "Composed", "QuantizerPair", "Row", "Surrogate", "compose", "heuristic"]
+__all__ = ["BINARY", "ROW_LEAST_SQUARES", "QuantizerPair", "Row", "compose", "heuristic"]
 
-Function = Callable[[Tensor, Mu], Tensor]
+Plain = Callable[[Tensor, Mu], Tensor]
 BINARY = (-1.0, 1.0)
 ROW_LEAST_SQUARES = ("row", "ls", "none")
-
-
-@dataclass(frozen=True)
-class Surrogate:
-    """One side of a pair that is not built from a proximal map and a transform.
-
-    Args:
-        function: `(w, mu) -> value`, elementwise; any shape, floating point.
-        formula: the function in one line.
-    """
-
-    function: Callable[[Tensor, Mu], Tensor]
-    formula: str
-
-    def __call__(self, w: Tensor, mu: Mu) -> Tensor:
-        return self.function(w, mu)
-
-
-@dataclass(frozen=True)
-class Composed:
-    """T∘P, or T'∘P."""
-
-    proximal: ProximalMap
-    outer: Callable[[Tensor, Mu], Tensor]
-
-    def __call__(self, w: Tensor, mu: Mu) -> Tensor:
-        return self.outer(self.proximal(w, mu), mu)
 
 
 @dataclass(frozen=True)
@@ -79,18 +52,18 @@ class QuantizerPair:
         ProxConnect++: Lu, Yu, Li, Partovi Nia, Understanding Neural Network Binarization, NeurIPS 2023.
     """
 
-    forward: Callable[[Tensor, Mu], Tensor]
-    backward: Callable[[Tensor, Mu], Tensor]
+    forward: Plain
+    backward: Plain
     forward_formula: str
     backward_formula: str
-    proximal: ProximalMap | None = None
-    transform: Transform | None = None
+    proximal: Function | None = None
+    transform: Function | None = None
     mu_range: tuple[float, float] = (0.0, math.inf)
     schedule: tuple[str, float, float] = ("constant", 1.0, 1.0)
     scaling: tuple[str, str, str] = ROW_LEAST_SQUARES
     levels: tuple[float, ...] = BINARY
     hard_from: float | None = None
-    update_from: ProximalMap | None = None
+    update_from: Function | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -163,13 +136,13 @@ class Row(TypedDict, total=False):
     scaling: tuple[str, str, str]
     levels: tuple[float, ...]
     hard_from: float | None
-    update_from: ProximalMap | None
+    update_from: Function | None
     source: str
 
 
 def compose(
-    proximal: ProximalMap | Function,
-    transform: Transform | Function = IDENTITY_TRANSFORM,
+    proximal: Function | Plain,
+    transform: Function | Plain = IDENTITY,
     **row: Unpack[Row],
 ) -> QuantizerPair:
     r"""The sound pair of a proximal map and a transform.
@@ -178,41 +151,41 @@ def compose(
         F = T \circ P,   B = T' \circ P.
 
     Args:
-        proximal: P, non-decreasing: a `ProximalMap`, or any function `(w, mu) -> P_mu(w)`.
-        transform: T, smooth: a `Transform`, or any function `(p, mu) -> T_mu(p)`; T' is then its `derivative`, if it
-            has an attribute of that name, and otherwise computed by automatic differentiation.
+        proximal: P, non-decreasing: a `Function`, or any other `(w, mu) -> P_mu(w)`.
+        transform: T, smooth: a `Function`, or any other `(p, mu) -> T_mu(p)`; T' is then its `derivative`, if it has an
+            attribute of that name, and otherwise computed by automatic differentiation.
         **row: further fields of `QuantizerPair`.
 
     Raises:
-        ConfigError: if a function given for P decreases on [-3, 3], at the start or at the end of the schedule.
+        ConfigError: if a P that does not promise otherwise decreases on [-3, 3], at the start or at the end of the
+            schedule.
 
     Source:
         ProxConnect++ (Lu et al., NeurIPS 2023): with p = P(w*), the step on w* is exactly ProxConnect on l∘T.
     """
-    is_known = isinstance(proximal, ProximalMap)
-    proximal, transform = as_proximal_map(proximal), as_transform(transform)
+    proximal, transform = as_function(proximal), as_function(transform)
     row.setdefault("source", proximal.source)
-    forward = f"F = T(P(w)): {transform.formula}; {proximal.formula}"
-    backward = f"B = T'(P(w)): {transform.derivative_formula}"
-    if transform is IDENTITY_TRANSFORM:
-        forward, backward = proximal.formula.replace("P(w)", "F(w)", 1), "B(w) = 1"
+    t, slope = transform.equation("T", "p"), transform.slope.equation("T'", "p")
+    forward, backward = f"F = T(P(w)): {t}; {proximal.equation('P')}", f"B = T'(P(w)): {slope}"
+    if transform is IDENTITY:
+        forward, backward = proximal.equation("F"), transform.slope.equation("B")
     elif proximal is IDENTITY:
-        forward, backward = f"F = T: {transform.formula}", f"B = T': {transform.derivative_formula}"
+        forward, backward = f"F = T: {t}", f"B = T': {slope}"
     pair = QuantizerPair(
-        forward=Composed(proximal, transform.function),
-        backward=Composed(proximal, transform.derivative),
+        forward=transform.after(proximal),
+        backward=transform.slope.after(proximal),
         forward_formula=forward,
         backward_formula=backward,
         proximal=proximal,
         transform=transform,
         **row,
     )
-    if not is_known:
+    if not proximal.non_decreasing:
         _refuse_decreasing(proximal, pair.schedule_ends)
     return pair
 
 
-def _refuse_decreasing(proximal: ProximalMap, sharpness: tuple[float, ...]) -> None:
+def _refuse_decreasing(proximal: Function, sharpness: tuple[float, ...]) -> None:
     """Look at P on [-3, 3]."""
     w = torch.linspace(-3, 3, 6001, dtype=torch.float64, device="cpu")
     for mu in sharpness:
@@ -227,16 +200,13 @@ def _refuse_decreasing(proximal: ProximalMap, sharpness: tuple[float, ...]) -> N
             )
 
 
-def heuristic(forward: Surrogate | Function, backward: Surrogate | Function, **row: Unpack[Row]) -> QuantizerPair:
+def heuristic(forward: Function | Plain, backward: Function | Plain, **row: Unpack[Row]) -> QuantizerPair:
     """A pair whose two sides are chosen freely, without the promise that `compose` gives.
 
     Args:
-        forward: F: a `Surrogate`, or any function `(w, mu) -> F_mu(w)`.
-        backward: B: a `Surrogate`, or any function `(w, mu) -> B_mu(w)`.
+        forward: F: a `Function`, or any other `(w, mu) -> F_mu(w)`.
+        backward: B: a `Function`, or any other `(w, mu) -> B_mu(w)`.
         **row: further fields of `QuantizerPair`.
     """
-    f, b = (
-        side if isinstance(side, Surrogate) else Surrogate(side, f"{letter} = {name_of(side)}(w, mu)")
-        for letter, side in (("F", forward), ("B", backward))
-    )
-    return QuantizerPair(forward=f, backward=b, forward_formula=f.formula, backward_formula=b.formula, **row)
+    f, b = as_function(forward), as_function(backward)
+    return QuantizerPair(f, b, forward_formula=f.equation("F"), backward_formula=b.equation("B"), **row)

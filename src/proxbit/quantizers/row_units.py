@@ -5,7 +5,7 @@ an offset c, a divisor s and a scale a for each row, the weight of the forward p
 
     w = a F((W - c) / s)  (+ c, if the offset is restored)
 
-Each of the three is chosen by itself, and goes with any quantizer pair.
+The three are independent of each other and of the quantizer pair.
 """
 
 from dataclasses import dataclass, replace

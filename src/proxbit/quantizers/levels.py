@@ -1,67 +1,14 @@
-"""Proximal maps P_mu: the non-decreasing maps that take a latent weight towards the levels {-1, +1}.
+"""Proximal maps for any levels: the linear quantizer of ProxConnect, and the soft threshold of ProxQuant."""
 
-Each map is one row of data: a function `(w, mu) -> P_mu(w)` with its formula and source.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from proxbit.sign import sign
+from proxbit.quantizers.functions import Mu
 
-__all__ = [
-    "BINARYRELAX",
-    "BOX",
-    "IDENTITY",
-    "PARQ",
-    "PERIOD",
-    "SIGN",
-    "TANH",
-    "LinearQuantizer",
-    "Mu",
-    "ProximalMap",
-    "Pull",
-    "as_proximal_map",
-    "linear_quantizer",
-    "name_of",
-    "nearest_level",
-]
-
-Mu = Tensor | float
-
-
-@dataclass(frozen=True)
-class ProximalMap:
-    """A proximal map: non-decreasing in `w`, for every `mu` of its range.
-
-    Args:
-        name: the literature's name.
-        function: `(w, mu) -> P_mu(w)`, elementwise; any shape, floating point, same shape and dtype out.
-        formula: the map in one line, for tables and pictures.
-        source: paper and equation or section.
-    """
-
-    name: str
-    function: Callable[[Tensor, Mu], Tensor]
-    formula: str
-    source: str
-
-    def __call__(self, w: Tensor, mu: Mu) -> Tensor:
-        return self.function(w, mu)
-
-
-def name_of(function: object) -> str:
-    """How to call a function, or an object that is called like one."""
-    return str(getattr(function, "__name__", type(function).__name__))
-
-
-def as_proximal_map(function: "ProximalMap | Callable[[Tensor, Mu], Tensor]") -> ProximalMap:
-    """A `ProximalMap` as it is; any other function `(w, mu) -> P_mu(w)` under its own name."""
-    if isinstance(function, ProximalMap):
-        return function
-    return ProximalMap(name_of(function), function, f"P(w) = {name_of(function)}(w, mu)", "a map of the user")
+__all__ = ["LinearQuantizer", "SoftThreshold", "linear_quantizer", "nearest_level"]
 
 
 def nearest_level(w: Tensor, levels: Sequence[float]) -> Tensor:
@@ -107,14 +54,6 @@ def linear_quantizer(w: Tensor, rho: Mu, varrho: Mu, levels: Sequence[float] = (
     return result
 
 
-def _identity(w: Tensor, mu: Mu) -> Tensor:
-    return w
-
-
-def _sign(w: Tensor, mu: Mu) -> Tensor:
-    return sign(w)
-
-
 @dataclass(frozen=True)
 class LinearQuantizer:
     """`linear_quantizer` with shrinks in proportion to mu: `(w, mu) -> L_rho^varrho(w)`.
@@ -134,7 +73,7 @@ class LinearQuantizer:
 
 
 @dataclass(frozen=True)
-class Pull:
+class SoftThreshold:
     """Every weight goes towards its nearest level, by mu at most: the proximal map of mu times the distance to it.
 
     Formula:
@@ -154,47 +93,3 @@ class Pull:
     def __call__(self, w: Tensor, mu: Mu) -> Tensor:
         most = torch.as_tensor(mu, dtype=w.dtype, device=w.device)
         return w - (w - nearest_level(w, self.levels)).clamp(-most, most)
-
-
-def _binaryrelax(w: Tensor, mu: Mu) -> Tensor:
-    return w / (1 + mu) + sign(w) * (mu / (1 + mu))
-
-
-def _parq(w: Tensor, mu: Mu) -> Tensor:
-    return (w * mu).clamp(-1, 1)
-
-
-def _tanh(w: Tensor, mu: Mu) -> Tensor:
-    return (mu * w).tanh()
-
-
-def _box(w: Tensor, mu: Mu) -> Tensor:
-    return (mu * w).clamp(-1, 1) / mu
-
-
-def _period(w: Tensor, mu: Mu) -> Tensor:
-    return w.clamp(-torch.pi, torch.pi)
-
-
-IDENTITY = ProximalMap("identity", _identity, "P(w) = w", "the proximal map of a constant")
-SIGN = ProximalMap("sign", _sign, "P(w) = sign(w)", "BinaryConnect: Courbariaux, Bengio, David, NeurIPS 2015")
-BINARYRELAX = ProximalMap(
-    "binaryrelax",
-    _binaryrelax,
-    "P(w) = (w + mu sign(w)) / (1 + mu)",
-    "BinaryRelax: Yin, Zhang, Lyu, Osher, Qi, Xin, SIAM J. Imaging Sciences 2018",
-)
-PARQ = ProximalMap(
-    "parq",
-    _parq,
-    "P(w) = clip(mu w, -1, 1)",
-    "PARQ: Jin, Ma, Liu, Gromov, Defazio, Xiao, 2025, https://huggingface.co/papers/2503.15748",
-)
-TANH = ProximalMap(
-    "tanh",
-    _tanh,
-    "P(w) = tanh(mu w)",
-    "Mirror descent: Ajanthan, Gupta, Torr, Hartley, Dokania, AISTATS 2021",
-)
-BOX = ProximalMap("box", _box, "P(w) = clip(w, -1/mu, 1/mu)", "the projection onto a box")
-PERIOD = ProximalMap("period", _period, "P(w) = clip(w, -pi, pi)", "the projection onto half a period of `FOURIER`")
