@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "proxbit"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = {
     "blocks": 0,
+    "deprecation": 0,
     "errors": 0,
     "foreign": 0,
     "registry": 0,

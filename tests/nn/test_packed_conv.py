@@ -28,8 +28,9 @@ CENTRED = {
     "adabin": dict(normalize="std", scale="fixed", center="restore"),
     "xnor": dict(normalize="none", scale="ls", center="remove"),
 }
-geometries = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-biases = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+biased_geometries = pytest.mark.parametrize(
+    ("geometry", "bias"), [(each, i % 2 == 0) for i, each in enumerate(GEOMETRIES.values())], ids=GEOMETRIES
+)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -47,8 +48,7 @@ def latent_layer(geometry="patches", **arguments):
     return layer
 
 
-@biases
-@geometries
+@biased_geometries
 def test_packed_equals_latent_hard(geometry, bias, pixels):
     latent = latent_layer(geometry, bias=bias)
     packed = PackedConv2d.from_latent(latent)
@@ -58,8 +58,7 @@ def test_packed_equals_latent_hard(geometry, bias, pixels):
     torch.testing.assert_close(packed(pixels[0]), expected[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("normalize", ["row", "tensor", "none"])
-@pytest.mark.parametrize("scale", ["ls", "fixed"])
+@pytest.mark.parametrize(("normalize", "scale"), [("row", "ls"), ("tensor", "fixed"), ("none", "ls")])
 def test_every_scale_is_packed(normalize, scale, pixels):
     latent = latent_layer(normalize=normalize, scale=scale)
     packed = PackedConv2d.from_latent(latent)
@@ -67,7 +66,7 @@ def test_every_scale_is_packed(normalize, scale, pixels):
     torch.testing.assert_close(packed(pixels), latent(pixels), rtol=1e-5, atol=1e-4)
 
 
-@geometries
+@pytest.mark.parametrize("geometry", ["patches", "rectangular", "depthwise"])
 def test_bits_follow_the_order_of_the_weight(geometry):
     """Column i of a row is element i of the flattened kernel of that output channel."""
     latent = latent_layer(geometry)
@@ -81,8 +80,7 @@ def test_bits_follow_the_order_of_the_weight(geometry):
     assert numbers == [sum(2**i for i, value in enumerate(row) if value >= 0) for row in rows]
 
 
-@biases
-@geometries
+@biased_geometries
 def test_weight_reads_as_float_while_the_state_dict_holds_bytes(geometry, bias):
     """Vision models cast their pixels to `projection.weight.dtype`."""
     latent = latent_layer(geometry, bias=bias)
@@ -98,10 +96,10 @@ def test_weight_reads_as_float_while_the_state_dict_holds_bytes(geometry, bias):
     } | ({"bias": (torch.float32, (channels,))} if bias else {})
 
 
-@geometries
+@pytest.mark.parametrize("geometry", ["patches", "reflect"])
 def test_state_dict_round_trip(geometry, pixels):
     packed = PackedConv2d.from_latent(latent_layer(geometry))
-    other = PackedConv2d(**geometry)
+    other = PackedConv2d(**GEOMETRIES[geometry])
     other.load_state_dict(packed.state_dict())
     assert torch.equal(other(pixels), packed(pixels))
     assert other.bits.data_ptr() != packed.bits.data_ptr()
@@ -145,11 +143,10 @@ def test_gradients_flow_through_to_the_input(pixels):
     torch.testing.assert_close(packed.bias.grad, latent.bias.grad, rtol=1e-4, atol=1e-3)
 
 
-@biases
-@geometries
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_to_float_is_exact(geometry, bias, dtype):
+@biased_geometries
+def test_to_float_is_exact(geometry, bias):
     """The same weight, to the last bit, whether it comes from the latent or from the packed layer."""
+    dtype = torch.float32 if bias else torch.bfloat16
     latent = latent_layer(geometry, bias=bias, dtype=dtype)
     plain = PackedConv2d.from_latent(latent).to_float()
     assert type(plain) is nn.Conv2d
@@ -170,7 +167,7 @@ def test_a_deep_copy_is_independent(pixels):
     assert torch.equal(packed(pixels), before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1::2], ids=str)
 def test_casting_the_layer_leaves_the_bits(dtype, pixels):
     packed = PackedConv2d.from_latent(latent_layer())
     before, bits = packed(pixels), packed.bits.clone()
@@ -255,9 +252,17 @@ def centred_weight(weight, center):
     return torch.from_numpy(result.reshape(weight.shape))
 
 
-@pytest.mark.parametrize("geometry", ["patches", "padded", "depthwise", "reflect"])
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("pair", CENTRED)
+@pytest.mark.parametrize(
+    ("pair", "dtype", "geometry"),
+    [
+        ("adabin", torch.bfloat16, "padded"),
+        ("adabin", torch.float32, "depthwise"),
+        ("adabin", torch.float64, "reflect"),
+        ("xnor", torch.float32, "padded"),
+        ("xnor", torch.float64, "patches"),
+    ],
+    ids=str,
+)
 def test_centred_rows(pair, dtype, geometry, pixels):
     """Zeros of the padding stay zeros: the offset belongs to the weight, not to the result."""
     units = CENTRED[pair]
@@ -288,7 +293,7 @@ def test_an_offset_survives_the_state_dict(pixels):
         packed.check_packed("conv")
 
 
-@geometries
+@pytest.mark.parametrize("geometry", [GEOMETRIES["rectangular"], GEOMETRIES["depthwise"], GEOMETRIES["reflect"]])
 def test_the_geometry_is_told_as_by_a_convolution(geometry):
     plain = nn.Conv2d(**geometry)
     packed = PackedConv2d.from_latent(BinaryConv2d.from_float(plain, BNN, "row", "ls"))

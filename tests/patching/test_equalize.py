@@ -165,15 +165,15 @@ EVERYTHING = {"include": ["*"]}
         "no better",
     ],
 )
-@pytest.mark.parametrize("latent", [False, True], ids=["float", "latent"])
-def test_what_is_left_alone(block, options, latent):
+def test_what_is_left_alone(block, options):
     model, config = block(), proxbit.BinarizationConfig(**options)
-    if latent:
-        proxbit.binarize(model, config)
-    before = state(model)
     inputs = {"input" if isinstance(model, nn.Sequential) else "x": torch.randn(5, D)}
-    proxbit.equalize(model, inputs, None if latent else config)
-    assert changed(model, before) == set()
+    for latent in (False, True):
+        if latent:
+            proxbit.binarize(model, config)
+        before = state(model)
+        proxbit.equalize(model, inputs, None if latent else config)
+        assert changed(model, before) == set()
 
 
 def test_latents_that_are_tied_are_left_alone():
@@ -192,7 +192,7 @@ def test_models_in_which_nothing_fits(family, crops):
     assert changed(model, before) == set()
 
 
-@pytest.mark.parametrize("activations", ["float", "int8", "int4"])
+@pytest.mark.parametrize("activations", ["float", "int4"])
 def test_before_binarize_is_after_binarize(activations):
     config = proxbit.BinarizationConfig(activations=activations, weights="bnn")
     early, late = (lively(FAMILIES["vit"]()).float() for _ in range(2))

@@ -96,8 +96,7 @@ def test_frozen_weights_stay_frozen(model):
     assert frozen == {f"{FIRST}.weight", f"{PATCHES}.weight"}
 
 
-@pytest.mark.parametrize("normalize", ["row", "tensor", "none"])
-@pytest.mark.parametrize("scale", ["ls", "fixed"])
+@pytest.mark.parametrize(("normalize", "scale"), [("row", "ls"), ("row", "fixed"), ("tensor", "fixed"), ("none", "ls")])
 def test_float_layers_hold_signs_and_scales(model, normalize, scale):
     """From latent and from packed layers alike; zeros count as positive."""
     for name in (FIRST, PATCHES):

@@ -11,9 +11,9 @@ from torch import Tensor
 from proxbit.errors import ConfigError
 from proxbit.kernels import version_of
 from proxbit.nn.activation_quantizer import Folded
-from proxbit.nn.kept import Kept
+from proxbit.nn.cache import TensorCache
+from proxbit.nn.packed import packed_product
 from proxbit.nn.packed_linear import PackedLinear
-from proxbit.nn.surroundings import packed_product
 
 __all__ = ["SharedInput"]
 
@@ -39,7 +39,7 @@ class SharedInput:
                 "Layers that share an input have the same width, activations and bias, and nothing learned around them."
             )
         self.layers = list(layers)
-        self._joined: Kept[tuple[Tensor, Folded]] = Kept()
+        self._joined: TensorCache[tuple[Tensor, Folded]] = TensorCache()
         self._left: dict[int, tuple[weakref.ref[Tensor], int | None, dict[int, Tensor]]] = {}
 
     @staticmethod

@@ -12,6 +12,7 @@ from proxbit.errors import ConfigError, ModelStateError
 from proxbit.nn import (
     HALF,
     BinaryConv2d,
+    BinaryLayer,
     BinaryLinear,
     PackedConv2d,
     PackedLinear,
@@ -20,14 +21,12 @@ from proxbit.nn import (
     latent_layers,
     learned_modules,
 )
-from proxbit.nn.surroundings import Surroundings
 from proxbit.patching.attention import learn_scales, learned_attentions, unlearn_scales
 from proxbit.patching.fuse import unfuse_layers
-from proxbit.patching.parts import Origin, leave_origin, take_origin
+from proxbit.patching.layer_config import Origin, layer_options, leave_origin, take_origin
 from proxbit.patching.report import BinarizationReport, ModuleDecision
-from proxbit.patching.sites import surroundings
+from proxbit.patching.selection import CONVERTIBLE, call_layers, explicit_patterns, select, state_of
 from proxbit.patching.swap import swap
-from proxbit.patching.targets import CONVERTIBLE, call_layers, explicit_patterns, select, state_of
 
 __all__ = [
     "beyond_float",
@@ -81,7 +80,7 @@ def to_latent(
 
     Raises:
         ModelStateError: if the model is latent or packed already.
-        PatternError: see `targets.select`.
+        PatternError: see `selection.select`.
         LatentError: if a selected weight cannot be binarized; the model is then unchanged.
     """
     if state_of(model) != "float":
@@ -91,7 +90,7 @@ def to_latent(
         )
     decisions = select(model, config)
     pair = config.quantizer_pair()
-    around, overrides = surroundings(model, decisions, config)
+    options, overrides = layer_options(model, decisions, config)
     attentions, learned = learned_attentions(model, config)
     replacements: dict[str, BinaryLinear | BinaryConv2d] = {}
     for decision in decisions:
@@ -102,7 +101,7 @@ def to_latent(
         latent: BinaryLinear | BinaryConv2d
         try:
             if isinstance(layer, nn.Linear):
-                latent = BinaryLinear.from_float(layer, pair, **units, **around[decision.name])  # type: ignore[arg-type]
+                latent = BinaryLinear.from_float(layer, pair, **units, **options[decision.name])  # type: ignore[arg-type]
             else:
                 latent = BinaryConv2d.from_float(layer, pair, **units)  # type: ignore[arg-type]
         except ConfigError as error:
@@ -225,9 +224,9 @@ def beyond_float(model: nn.Module) -> list[str]:
     """
     found: Counter[str] = Counter()
     for layer in model.modules():
-        if isinstance(layer, Surroundings):
+        if isinstance(layer, BinaryLayer):
             found[f"{layer.activations} activations"] += layer.activations in ("sign", "elastic")
-            found["narrow accumulators"] += layer.accumulator is not None
+            found["narrow accumulators"] += layer.epilogue.accumulator is not None
             found["RPReLU"] += layer.rprelu is not None
     return [f"{what} ({number} layer{'s' if number > 1 else ''})" for what, number in found.items() if number]
 

@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from proxbit.errors import ConfigError
 from proxbit.nn import BinaryProbabilities, LatentWeight, Learned, evaluating, latent_layers
-from proxbit.nn.modes import float_attention
-from proxbit.patching.watch import Seen, watch
+from proxbit.nn.attention import float_attention
+from proxbit.patching.trace import Trace, trace
 from proxbit.posttraining.fit import Float, Layer, fit_norm, layer_of
 from proxbit.posttraining.lockstep import Meeting, Pass, current_pass, lockstep, one_thread, summed
 from proxbit.posttraining.moments import Gathered, Pair
@@ -59,7 +59,7 @@ def fit_weights(
     """
     start = time.perf_counter()
     sites = _sites(model)
-    seen = watch(model, _one(chunks[0]))
+    seen = trace(model, _one(chunks[0]))
     unreached = [name for name, layer in latent_layers(model) if not seen.times[id(layer)]]
     if unreached:
         raise ConfigError(
@@ -125,7 +125,7 @@ def _one(inputs: Inputs) -> dict[str, Any]:
     return {key: value[:1] if isinstance(value, Tensor) and value.ndim else value for key, value in inputs.items()}
 
 
-def _normed(seen: Seen) -> set[int]:
+def _normed(seen: Trace) -> set[int]:
     """The identities of layers whose output a batch norm reads, as it is or in another shape."""
     norms = {(call.input.data_ptr(), call.input.numel()) for call in seen.calls if isinstance(call.module, _BatchNorm)}
     return {id(call.module) for call in seen.calls if (call.output.data_ptr(), call.output.numel()) in norms}
@@ -137,7 +137,7 @@ class _Walk:
         model: nn.Module,
         sites: Mapping[str, nn.Module],
         before: Mapping[str, "_Saved"],
-        seen: Seen,
+        seen: Trace,
         reduce: Callable[[list[Tensor]], list[Tensor]],
     ) -> None:
         self.model, self.sites, self.reduce = model, sites, reduce

@@ -1,7 +1,14 @@
 """Quantizer pairs: proximal maps, transforms, the pairs made of them, schedules of mu, and the autograd function."""
 
 import proxbit.quantizers.family  # noqa: F401  (registers the family)
-from proxbit.quantizers.autograd import Again, HardRows, again, hard_rows, quantize, update_start
+from proxbit.quantizers.autograd import (
+    HardRows,
+    RecomputedWeight,
+    hard_rows,
+    quantize,
+    recomputed_weight,
+    update_start,
+)
 from proxbit.quantizers.catalog import PAIRS, get_pair, pair_key, register_pair
 from proxbit.quantizers.compiled import compiled_functions
 from proxbit.quantizers.decomposition import Decomposition, decompose, regularizer
@@ -19,15 +26,14 @@ __all__ = [
     "PAIRS",
     "ROW_LEAST_SQUARES",
     "SCHEDULES",
-    "Again",
     "Decomposition",
     "HardRows",
     "MuSchedule",
     "ProximalMap",
     "QuantizerPair",
+    "RecomputedWeight",
     "Surrogate",
     "Transform",
-    "again",
     "check_rows",
     "check_scaling",
     "compiled_functions",
@@ -40,6 +46,7 @@ __all__ = [
     "linear_quantizer",
     "pair_key",
     "quantize",
+    "recomputed_weight",
     "register_pair",
     "regularizer",
     "update_start",
