@@ -49,13 +49,38 @@ def latent_layer(geometry="patches", **arguments):
 
 
 @biased_geometries
-def test_packed_equals_latent_hard(geometry, bias, pixels):
+def test_packed_is_the_hard_latent_layer(geometry, bias, pixels):
+    """Its results, its geometry, its float weight and its plain layer; only the state dict holds bytes.
+
+    Vision models cast their pixels to `projection.weight.dtype`, and MobileNets pad by what a convolution tells.
+    """
     latent = latent_layer(geometry, bias=bias)
-    packed = PackedConv2d.from_latent(latent)
+    packed, plain = PackedConv2d.from_latent(latent), nn.Conv2d(bias=bias, **geometry)
     expected = latent(pixels)
-    assert packed(pixels).shape == expected.shape
     torch.testing.assert_close(packed(pixels), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(packed(pixels[0]), expected[0], rtol=1e-5, atol=1e-5)
+    for name in ("in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+        assert getattr(packed, name) == getattr(plain, name)
+    assert torch.equal(packed.weight, latent.effective_weight()) and packed.weight.dtype == torch.float32
+    width, channels = math.ceil(latent.weight[0].numel() / 8), latent.out_channels
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.state_dict().items()} == {
+        "weight": (torch.uint8, (channels, width)),
+        "weight_scale": (torch.float32, (channels,)),
+    } | ({"bias": (torch.float32, (channels,))} if bias else {})
+
+
+@biased_geometries
+def test_to_float_is_exact(geometry, bias):
+    """The same weight, to the last bit, whether it comes from the latent or from the packed layer."""
+    dtype = torch.float32 if bias else torch.bfloat16
+    latent = latent_layer(geometry, bias=bias, dtype=dtype)
+    plain = PackedConv2d.from_latent(latent).to_float()
+    assert type(plain) is nn.Conv2d
+    assert plain.extra_repr() == latent.extra_repr()
+    assert plain.bias is latent.bias
+    plus_minus = torch.where(latent.weight >= 0, 1.0, -1.0).to(dtype)
+    assert torch.equal(plain.weight, plus_minus * latent.hard_rows().scale.view(-1, 1, 1, 1))
+    assert torch.equal(plain.weight, latent.to_float().weight)
 
 
 @pytest.mark.parametrize(("normalize", "scale"), [("row", "ls"), ("tensor", "fixed"), ("none", "ls")])
@@ -78,22 +103,6 @@ def test_bits_follow_the_order_of_the_weight(geometry):
     numbers = [int.from_bytes(bytes(row), "little") for row in packed.bits.tolist()]
     rows = latent.weight.flatten(1).tolist()
     assert numbers == [sum(2**i for i, value in enumerate(row) if value >= 0) for row in rows]
-
-
-@biased_geometries
-def test_weight_reads_as_float_while_the_state_dict_holds_bytes(geometry, bias):
-    """Vision models cast their pixels to `projection.weight.dtype`."""
-    latent = latent_layer(geometry, bias=bias)
-    packed = PackedConv2d.from_latent(latent)
-    assert packed.weight.dtype == torch.float32
-    assert packed.weight.shape == latent.weight.shape
-    assert torch.equal(packed.weight, latent.effective_weight())
-    width = math.ceil(latent.weight[0].numel() / 8)
-    channels = latent.out_channels
-    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.state_dict().items()} == {
-        "weight": (torch.uint8, (channels, width)),
-        "weight_scale": (torch.float32, (channels,)),
-    } | ({"bias": (torch.float32, (channels,))} if bias else {})
 
 
 @pytest.mark.parametrize("geometry", ["patches", "reflect"])
@@ -141,20 +150,6 @@ def test_gradients_flow_through_to_the_input(pixels):
     packed(two).square().sum().backward()
     torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(packed.bias.grad, latent.bias.grad, rtol=1e-4, atol=1e-3)
-
-
-@biased_geometries
-def test_to_float_is_exact(geometry, bias):
-    """The same weight, to the last bit, whether it comes from the latent or from the packed layer."""
-    dtype = torch.float32 if bias else torch.bfloat16
-    latent = latent_layer(geometry, bias=bias, dtype=dtype)
-    plain = PackedConv2d.from_latent(latent).to_float()
-    assert type(plain) is nn.Conv2d
-    assert plain.extra_repr() == latent.extra_repr()
-    assert plain.bias is latent.bias
-    plus_minus = torch.where(latent.weight >= 0, 1.0, -1.0).to(dtype)
-    assert torch.equal(plain.weight, plus_minus * latent.hard_rows().scale.view(-1, 1, 1, 1))
-    assert torch.equal(plain.weight, latent.to_float().weight)
 
 
 def test_a_deep_copy_is_independent(pixels):
@@ -291,11 +286,3 @@ def test_an_offset_survives_the_state_dict(pixels):
     packed.weight_offset[2] = math.inf
     with pytest.raises(PackedFormatError, match="conv: weight_offset must be finite, row 2 is inf"):
         packed.check_packed("conv")
-
-
-@pytest.mark.parametrize("geometry", [GEOMETRIES["rectangular"], GEOMETRIES["depthwise"], GEOMETRIES["reflect"]])
-def test_the_geometry_is_told_as_by_a_convolution(geometry):
-    plain = nn.Conv2d(**geometry)
-    packed = PackedConv2d.from_latent(BinaryConv2d.from_float(plain, BNN, "row", "ls"))
-    for name in ("in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
-        assert getattr(packed, name) == getattr(plain, name)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from proxbit.config import OF_THE_PAIR, SITE, BinarizationConfig
+from proxbit.config import LAYER_OPTIONS, OF_THE_PAIR, BinarizationConfig
 from proxbit.errors import ModelStateError, PatternError
 from proxbit.nn import Accumulator, BinaryLayer, BinaryLinear, BinaryProbabilities, Epilogue, LatentWeight, PackedLinear
 from proxbit.nn.attention import LEARNED_SCALE
@@ -239,7 +239,9 @@ def _overrides(
 
 def _changes(layer: BinaryLinear | PackedLinear, origin: Origin, common: BinarizationConfig) -> dict[str, Any]:
     config = origin.config
-    changes = {field: getattr(config, field) for field in SITE if getattr(config, field) != getattr(common, field)}
+    changes = {
+        field: getattr(config, field) for field in LAYER_OPTIONS if getattr(config, field) != getattr(common, field)
+    }
     # What was asked for everywhere went only where it fits.
     if "residual" in changes:
         changes["residual"] = layer.epilogue.residual
