@@ -1,4 +1,4 @@
-"""What all activation quantizers have in common, and what they are where there is nothing to quantize."""
+"""The base class of activation quantizers; by itself it leaves the activations as they are."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ DEFAULT_ACTIVATION_PAIR = "bireal"
 
 
 class Folded(NamedTuple):
-    """What the learned numbers of a quantizer make of the numbers of a packed layer.
+    """Scale and bias of a packed layer, with the learned numbers of its activation quantizer folded in.
 
     Attributes:
         scale: `[O]`.
@@ -37,7 +37,7 @@ class Folded(NamedTuple):
 
 
 class ActivationQuantizer(Learned):
-    """Floats, as they are: what the others differ from.
+    """Float activations, left as they are; the other formats are subclasses.
 
     Args:
         columns: `I`, the width of the input.

@@ -1,7 +1,7 @@
-"""Activation quantizers: what a binarized linear layer makes of its input before it multiplies.
+"""Activation quantizers: they quantize the input of a 1-bit linear layer.
 
-Each is a module with the numbers that it learns. It says the same thing twice: `forward` simulates it on floats, with a
-gradient; `fold` says what an operator on packed weights is called with to compute it.
+Each is a module with learned numbers, and defines the same function twice: `forward` simulates it on floats, with a
+gradient; `fold` gives the arguments with which an operator on packed weights computes it.
 """
 
 import math

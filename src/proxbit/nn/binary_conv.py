@@ -31,7 +31,7 @@ class BinaryConv2d(LatentWeight, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.bias is not None and self.bias.dtype != self.weight.dtype:
-            # Models bring images to the dtype of the weight, which is that of the latent.
+            # Models cast images to the dtype of the weight, here the latent one.
             input = input.to(self.bias.dtype)
         result: Tensor = self._conv_forward(input, self.effective_weight().to(input.dtype), self.bias)
         return self.epilogue(result, input, self.rprelu)

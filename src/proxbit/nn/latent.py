@@ -1,4 +1,4 @@
-"""What a layer with latent weights is, whatever its shape: `BinaryLinear` and `BinaryConv2d` share it."""
+"""Latent weights: what `BinaryLinear` and `BinaryConv2d` share, and functions on all latent layers of a model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +49,7 @@ class LatentWeight(BinaryLayer):
             and must not follow the dtype and device of the weights.
         hardened: training uses the sign as well.
         soft_eval: evaluation uses F_mu.
-        waits: what is not binary yet where F is soft: "weight", "activation", both or nothing.
+        waits: what is not quantized yet where F is soft: "weight", "activation", both or nothing.
         trained_soft: whether the last forward pass of a training, in this process, used F_mu.
     """
 
@@ -67,7 +67,7 @@ class LatentWeight(BinaryLayer):
     def __init__(
         self, *sizes: Any, pair: QuantizerPair, normalize: str, scale: str, center: str, **arguments: Any
     ) -> None:
-        """Make the plain layer that is next in line, then its quantizer, with mu at the start of its default schedule.
+        """Initialise the plain layer, then the quantizer, with mu at the start of its default schedule.
 
         Raises:
             ConfigError: for a normalization, a scale or a centring that does not exist.
@@ -120,7 +120,7 @@ class LatentWeight(BinaryLayer):
         return quantize(self.weight, self.mu, self.pair, hard=hard, **self.units)
 
     def forward_weight(self) -> Tensor | RecomputedWeight:
-        """The effective weight of a forward pass; where a backward pass can compute it again, with how it does."""
+        """The weight of a forward pass, as a `RecomputedWeight` where the backward pass can compute it again."""
         hard = self._noted_hard()
         if is_plain() or ("weight" in self.waits and not hard):
             return self.effective_weight(hard)

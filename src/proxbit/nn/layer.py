@@ -1,4 +1,4 @@
-"""What every layer with one bit a weight has, latent or packed, linear or convolutional, beside its weight."""
+"""The base class of all 1-bit layers: latent or packed, linear or convolutional."""
 
 from typing import Any, ClassVar
 
@@ -29,10 +29,10 @@ _GEOMETRY = {
 
 
 class BinaryLayer(nn.Module):
-    """A layer with one bit a weight: it has an input quantizer, a product, and an epilogue.
+    """A layer with one bit a weight. It has an input quantizer and an epilogue; the product is in its subclasses.
 
     Attributes:
-        float_class: the plain layer that it stands for.
+        float_class: the plain layer that it replaces.
         activation: quantizes the input.
         rprelu: of the epilogue, or None.
         epilogue: what follows the product.
@@ -70,7 +70,7 @@ class BinaryLayer(nn.Module):
         self.epilogue, self.rprelu, self.overflow = epilogue, rprelu, None
 
     def set_activation(self, activation: ActivationQuantizer) -> None:
-        """Set the input quantizer. One that learns nothing is no submodule, which keeps lists of modules short."""
+        """Set the input quantizer. It becomes a submodule only if it learns, which keeps lists of modules short."""
         self._modules.pop("activation", None)
         if activation.learns:
             self.activation = activation

@@ -1,4 +1,4 @@
-"""What packed layers share, whatever their shape: the buffers, and the product of activations and packed weights."""
+"""Packed weights: what `PackedLinear` and `PackedConv2d` share, and the product of activations and packed weights."""
 
 from collections.abc import Callable
 from typing import Any, Self

@@ -82,7 +82,7 @@ class PackedLinear(PackedWeight):
         return not self.epilogue.residual and all(part is None for part in around)
 
     def folded(self) -> Folded:
-        """Scale, bias and levels with what the activation quantizer learned; kept while none of them changes."""
+        """Scale, bias and levels with what the activation quantizer learned; cached until one of them changes."""
         if not self.activation.learns:
             return Folded(self.weight_scale, self.bias)
         if torch.compiler.is_compiling():
@@ -122,7 +122,7 @@ class PackedLinear(PackedWeight):
         """The same, of operators that have one."""
         x = input if self.norm is None else nn.functional.layer_norm(input, input.shape[-1:], *self.norm())
         if self.activation.learns:
-            # The levels as floats: their gradient is that of the simulation.
+            # The levels as floats, with the gradient of the simulation.
             result = linear_w1(self.activation(x), self.weight, self.weight_scale, self.bias)
         else:
             result = packed_product(self.activation, x, self.weight, Folded(self.weight_scale, self.bias))

@@ -1,8 +1,8 @@
 """Recomputation: what is cheap to compute is computed again in the backward pass, instead of being saved for it.
 
-Some rows at a time, so that what lies between two operations stays in the cache of a CPU. Tensors are saved with
-`save_for_backward`, so that gradient checkpointing and offloading, which hook into it, work on top. Recomputation
-itself is no pair of saved-tensor hooks for that reason: of nested hooks only the innermost are called.
+It works on a block of rows at a time, so that intermediate results stay in the cache of a CPU. Its inputs are saved
+with `save_for_backward`, so that gradient checkpointing and offloading, which hook into that, work on top. Saved-tensor
+hooks of its own would break them: of nested hooks only the innermost are called.
 """
 
 from collections.abc import Callable, Sequence

@@ -21,9 +21,9 @@ __all__ = ["SharedInput"]
 class SharedInput:
     """One call for several packed layers: the input is read, rounded and made into tables once.
 
-    The first layer computes for all of them. The others, when they are given the same tensor next, in the same thread,
-    return what it left; given anything else, or that tensor after a change in place, they compute alone. Changes of a
-    tensor that was made in inference mode are counted by nobody, and are not seen.
+    The first layer computes for all of them. The others return the result that it left when they are called next with
+    the same tensor, in the same thread; called with anything else, or after an in-place change, they compute alone.
+    In-place changes of a tensor made in inference mode go unseen: it has no version counter.
 
     Args:
         layers: in the order in which they are called; of one input width and one format of activations that learns

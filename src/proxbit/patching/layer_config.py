@@ -1,6 +1,6 @@
 """From a configuration to the options of each layer, and from the layers back to one configuration.
 
-Each layer keeps where it comes from, so that a part of a model, or a model around it, can still be described.
+Each layer keeps its origin, so that a part of a model, or a model around it, can still be described.
 """
 
 import re
@@ -56,7 +56,7 @@ def reads_one_sign(model: nn.Module, name: str) -> bool:
 def layer_options(
     model: nn.Module, decisions: Sequence[ModuleDecision], config: BinarizationConfig
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]] | None]:
-    """What `BinaryLinear` is made with, for every linear layer that is binarized.
+    """The options of `BinaryLinear` for every linear layer that is binarized.
 
     Args:
         model: a float model.

@@ -1,4 +1,4 @@
-"""Which modules of a model are binarized: patterns on in-memory names, and safe defaults."""
+"""Selection of the modules that are binarized: by patterns on their names in memory, else by defaults."""
 
 import difflib
 import glob
