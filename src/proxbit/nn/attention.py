@@ -1,7 +1,8 @@
 """Attention on int8 and on binary operands, as functions that transformers calls instead of its own.
 
 They take what its attention functions take, and treat masks, dropout and grouped keys like `sdpa`. Products are sums of
-whole numbers; softmax is computed on floats. Gradients pass straight through the rounding, and through signs with the B of a pair.
+whole numbers; softmax is computed on floats. Gradients pass straight through the rounding; those of signs are the B of
+a pair.
 """
 
 import math
