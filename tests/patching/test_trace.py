@@ -130,3 +130,12 @@ def test_the_size_that_timm_keeps_in_its_own_configuration():
 
 def test_without_a_configuration():
     assert blank_image(nn.Linear(2, 2))["pixel_values"].shape == (1, 3, 224, 224)
+
+
+def test_old_names_warn():
+    with pytest.warns(
+        DeprecationWarning, match=r"proxbit\.patching\.blank_picture is now proxbit\.patching\.blank_image"
+    ):
+        assert proxbit.patching.blank_picture is blank_image
+    with pytest.warns(DeprecationWarning):
+        assert RuntimeError in proxbit.patching.PICTURE_ERRORS
