@@ -198,6 +198,17 @@ def test_a_residual_goes_into_the_weight_and_an_rprelu_does_not():
         layer(8, 9, epilogue=Epilogue(residual=True))
 
 
+def test_a_float_layer_takes_no_shift_off_its_input():
+    """The bias of a layer made up for the shift of its activations; that of the plain layer does not, in a copy."""
+    latent = layer(5, 3, activations="sign")
+    nn.init.normal_(latent.activation.threshold)
+    bias = latent.bias.detach().clone()
+    for made in (latent, PackedLinear.from_latent(latent)):
+        plain = made.to_float()
+        torch.testing.assert_close(plain.bias, bias - plain.weight @ latent.activation.threshold)
+        assert torch.equal(made.bias, bias)
+
+
 @pytest.mark.parametrize("activations", list(ACTIVATIONS))
 def test_only_what_learns_is_a_submodule(activations):
     for made in (layer(activations=activations), PackedLinear.from_latent(layer(activations=activations))):

@@ -101,6 +101,23 @@ def test_a_product_under_autocast():
         assert torch.equal(one, other)
 
 
+def test_a_function_is_computed_again_under_the_autocast_of_its_forward():
+    weight, x = (torch.randn(shape, requires_grad=True) for shape in ((4, 6), (5, 4)))
+    found, dtypes = [], []
+
+    def function(weight, x):
+        dtypes.append((x @ weight).dtype)
+        return ((x @ weight).float().exp(),)
+
+    for call in (function, lambda weight, x: recompute(function, 6, [weight], [x])):
+        with torch.autocast("cpu", torch.bfloat16):
+            (made,) = call(weight, x)
+        found.append((made, *torch.autograd.grad(made, (weight, x), torch.ones_like(made))))
+    assert dtypes == [torch.bfloat16] * 3
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def kept_and_not(latent, mu, **options):
     """A product with a weight that is kept, and one with the same weight that is computed again."""
     pair = get_pair("bnn++")

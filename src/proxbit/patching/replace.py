@@ -14,8 +14,10 @@ from proxbit.nn import (
     BinaryConv2d,
     BinaryLayer,
     BinaryLinear,
+    LatentWeight,
     PackedConv2d,
     PackedLinear,
+    PackedWeight,
     dtype_around,
     keep_single,
     latent_layers,
@@ -43,13 +45,10 @@ FAR = 0.1
 
 logger = logging.getLogger(__name__)
 
-LatentLayer = BinaryLinear | BinaryConv2d
-PackedLayer = PackedLinear | PackedConv2d
 
-
-def packed_layers(model: nn.Module) -> list[tuple[str, PackedLayer]]:
+def packed_layers(model: nn.Module) -> list[tuple[str, PackedWeight]]:
     """The packed layers of a model, with their names."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer)]
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, PackedWeight)]
 
 
 def check_latents(model: nn.Module) -> None:
@@ -151,7 +150,7 @@ def _convert(model: nn.Module, action: str, convert: Callable[[nn.Module], nn.Mo
 
 def _weights(module: nn.Module) -> int:
     """Weights of a layer, counted before packing."""
-    if isinstance(module, PackedLayer):
+    if isinstance(module, PackedWeight):
         return len(module.weight_scale) * module.columns
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -159,9 +158,10 @@ def _weights(module: nn.Module) -> int:
 
 
 def _packed(layer: nn.Module) -> nn.Module | None:
-    if not isinstance(layer, LatentLayer):
+    if not isinstance(layer, LatentWeight):
         return None
-    packed = PackedLinear.from_latent(layer) if isinstance(layer, BinaryLinear) else PackedConv2d.from_latent(layer)
+    kind = PackedLinear if isinstance(layer, BinaryLinear) else PackedConv2d
+    packed = kind.from_latent(layer)
     take_origin(packed, layer)
     return packed
 
@@ -239,7 +239,5 @@ def to_float(model: nn.Module) -> None:
     """
     if state_of(model) == "float":
         raise ModelStateError("dequantize takes a latent or packed model; this one is float already.")
-    _convert(
-        model, "dequantized", lambda layer: layer.to_float() if isinstance(layer, LatentLayer | PackedLayer) else None
-    )
+    _convert(model, "dequantized", lambda layer: layer.to_float() if isinstance(layer, BinaryLayer) else None)
     unlearn_scales(model)

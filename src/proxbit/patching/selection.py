@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from proxbit.config import BinarizationConfig
 from proxbit.errors import PatternError
-from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear
+from proxbit.nn import LatentWeight, PackedWeight
 from proxbit.patching.defaults import CONVERTIBLE, default_reason, placed_reasons
 from proxbit.patching.report import ModuleDecision
 from proxbit.patching.static_analysis import weights_read
@@ -163,6 +163,6 @@ def explicit_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
 def state_of(model: nn.Module) -> str:
     """The state of a model: "float", "latent" or "packed"."""
     kinds = [type(module) for module in model.modules()]
-    if any(issubclass(kind, PackedLinear | PackedConv2d) for kind in kinds):
+    if any(issubclass(kind, PackedWeight) for kind in kinds):
         return "packed"
     return "latent" if any(issubclass(kind, LatentWeight) for kind in kinds) else "float"
