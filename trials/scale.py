@@ -50,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import proxbit
 from kept import kept_for_backward
 from proxbit.analysis.environment import environment
-from proxbit.patching.targets import select
+from proxbit.patching.selection import select
 from proxbit.quantizers import again, get_pair, quantize
 
 # Width, depth, heads, patch.

@@ -19,7 +19,7 @@ QUANT_METHOD = "proxbit"
 FORMAT_VERSION = 1
 STATES = ("latent", "packed")
 MOST_PATTERNS, MOST_CHARACTERS = 4096, 255
-SITE = ("activations", "activation_pair", "rprelu", "residual", "accumulator_bits", "accumulator_mode")
+LAYER_OPTIONS = ("activations", "activation_pair", "rprelu", "residual", "accumulator_bits", "accumulator_mode")
 OF_THE_PAIR = ("pair_parameters", "normalize", "scale", "center")
 
 
@@ -190,7 +190,7 @@ class BinarizationConfig(QuantizationConfigMixin):
         if self.state not in STATES:
             raise ConfigError(f"state must be one of {', '.join(STATES)}; not {self.state!r}.")
         self.activations = "float" if self.activations is None else self.activations
-        self._check_site("", {name: getattr(self, name) for name in SITE})
+        self._check_options("", {name: getattr(self, name) for name in LAYER_OPTIONS})
         self._check_overrides()
         self._resolve_pair()
         for name in ("include", "modules_to_not_convert", "learned_attention"):
@@ -248,7 +248,7 @@ class BinarizationConfig(QuantizationConfigMixin):
         """
         return get_pair(DEFAULT_ACTIVATION_PAIR if self.state == "packed" else name)
 
-    def _check_site(self, where: str, values: dict[str, Any]) -> None:
+    def _check_options(self, where: str, values: dict[str, Any]) -> None:
         for name, value in values.items():
             if name in ("rprelu", "residual"):
                 if not isinstance(value, bool):
@@ -278,12 +278,12 @@ class BinarizationConfig(QuantizationConfigMixin):
             raise ConfigError(f"overrides must be a dict of patterns, {example}; not {printable(repr(pairs))}.")
         _check_lengths("overrides", self.overrides)
         for pattern, changes in self.overrides.items():
-            if not isinstance(pattern, str) or not isinstance(changes, dict) or not set(changes) <= set(SITE):
+            if not isinstance(pattern, str) or not isinstance(changes, dict) or not set(changes) <= set(LAYER_OPTIONS):
                 raise ConfigError(
-                    f"overrides must give each pattern a dict with fields of {', '.join(SITE)}, {example}; "
+                    f"overrides must give each pattern a dict with fields of {', '.join(LAYER_OPTIONS)}, {example}; "
                     f"not {printable(repr(pattern))}: {printable(repr(changes))}."
                 )
-            self._check_site(f"overrides[{pattern!r}]: ", changes)
+            self._check_options(f"overrides[{pattern!r}]: ", changes)
         self.overrides = copy.deepcopy(self.overrides) or None
 
     def _check_patterns(self, name: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from proxbit.errors import ConfigError, ModelStateError
 from proxbit.kernels import decompositions
 from proxbit.nn import evaluating
-from proxbit.patching import blank_picture, state_of
+from proxbit.patching import blank_image, state_of
 
 try:
     import onnx_ir
@@ -52,7 +52,7 @@ def export_onnx(model: nn.Module, path: str | Path, inputs: dict[str, Tensor] | 
     if state != "packed":
         hint = "proxbit.pack(model) first" if state == "latent" else "torch.onnx.export writes float models"
         raise ModelStateError(f"export_onnx takes a packed model, this one is {state}: {hint}.")
-    inputs = blank_picture(model) if inputs is None else inputs
+    inputs = blank_image(model) if inputs is None else inputs
     for name, value in inputs.items():
         if not isinstance(value, Tensor) or not value.ndim:
             raise ConfigError(

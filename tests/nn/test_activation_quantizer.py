@@ -35,7 +35,7 @@ def test_the_product_keeps_its_input_alone(activations, dtype):
     x = torch.randn(2, 40, 64, dtype=dtype, requires_grad=True)
     asked = [x, weight, bias, *made.parameters()]
     with kept_for_backward() as found:
-        result = made.times(x, weight, bias)
+        result = made.linear(x, weight, bias)
     held = found.total() // dtype.itemsize
     assert held <= x.numel() + weight.numel() + 2 * 64
     expected = torch.nn.functional.linear(made(x), weight, bias)
@@ -63,7 +63,7 @@ def test_backward_passes_of_several_threads(activations, hasty_threads):
     inputs = [torch.randn(7, 64, dtype=torch.float64) for _ in range(4)]
 
     def gradients(x):
-        return torch.autograd.grad(made.times(x, weight, None).square().sum(), list(before.values()))
+        return torch.autograd.grad(made.linear(x, weight, None).square().sum(), list(before.values()))
 
     alone = [gradients(x) for x in inputs]
     with ThreadPoolExecutor(4) as pool:

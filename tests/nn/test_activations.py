@@ -9,13 +9,12 @@ from torch import nn
 
 import proxbit
 from proxbit.errors import ConfigError
-from proxbit.nn import ACTIVATIONS, BinaryLinear, PackedLinear, check_activations
+from proxbit.nn import ACTIVATIONS, BinaryLinear, Epilogue, PackedLinear, check_activations
 from proxbit.nn.activations import make_activation
-from proxbit.quantizers import PAIRS, get_pair
+from proxbit.quantizers import get_pair
 from tiny_models import FAMILIES, SIDE
 
 formats = pytest.mark.parametrize("activations", list(ACTIVATIONS))
-BINARY_PAIRS = [name for name in PAIRS if get_pair(name).binary]
 
 
 def quantizer(activations, columns, pair=None, dtype=torch.float32):
@@ -90,9 +89,16 @@ def test_gradients_of_a_learned_step(activations):
     np.testing.assert_allclose(float(made.step.grad), to_step, rtol=1e-6)
 
 
-@pytest.mark.parametrize("pair", BINARY_PAIRS)
-@pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
-@pytest.mark.parametrize("activations", ["sign", "elastic"])
+@pytest.mark.parametrize(
+    ("pair", "activations", "hard"),
+    [
+        *(("bnn++", activations, hard) for activations in ("sign", "elastic") for hard in (True, False)),
+        ("bireal", "sign", False),
+        ("bnn", "elastic", False),
+        ("ede", "sign", True),
+        ("bireal++", "elastic", True),
+    ],
+)
 def test_gradients_of_two_levels(activations, hard, pair):
     """With every pair as the surrogate: against formulas written out here."""
     pair = get_pair(pair)
@@ -142,10 +148,23 @@ def test_unknown_formats_are_refused():
         make_activation("sign", 3, get_pair("pc", {"levels": [-1, 0, 1]}))
 
 
-@formats
-@pytest.mark.parametrize("center", ["none", "restore"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    ("activations", "center", "dtype", "bias"),
+    [
+        ("float", "restore", torch.float32, False),
+        ("float", "none", torch.bfloat16, True),
+        ("int8", "none", torch.float64, True),
+        ("int8", "restore", torch.bfloat16, False),
+        ("int4", "restore", torch.float32, True),
+        ("int4", "none", torch.bfloat16, False),
+        ("uint4", "none", torch.float32, False),
+        ("sign", "restore", torch.float64, True),
+        ("sign", "none", torch.float32, False),
+        ("elastic", "restore", torch.bfloat16, True),
+        ("elastic", "none", torch.float64, False),
+    ],
+    ids=str,
+)
 def test_a_packed_layer_computes_what_the_latent_one_simulates(activations, center, dtype, bias):
     latent = layer(activations, center=center, dtype=dtype, bias=bias)
     packed = PackedLinear.from_latent(latent)
@@ -164,8 +183,8 @@ def test_a_packed_layer_computes_what_the_latent_one_simulates(activations, cent
 
 
 @formats
-@pytest.mark.parametrize("center", ["none", "restore"])
-def test_gradients_reach_the_input_of_a_packed_layer(activations, center):
+def test_gradients_reach_the_input_of_a_packed_layer(activations):
+    center = "restore" if activations in ("float", "int4", "elastic") else "none"
     latent = layer(activations, center=center)
     packed, x = PackedLinear.from_latent(latent), torch.randn(4, 30)
     grads = []
@@ -178,33 +197,10 @@ def test_gradients_reach_the_input_of_a_packed_layer(activations, center):
 
 
 @formats
-def test_rprelu_and_residual(activations):
-    latent = layer(activations, columns=20, rows=20, rprelu=True, residual=True)
-    with torch.no_grad():
-        for parameter in latent.rprelu.parameters():
-            parameter.copy_(torch.randn(20))
-    plain = copy.deepcopy(latent)
-    plain.rprelu, plain.residual = None, False
-    packed, x = PackedLinear.from_latent(latent), torch.randn(3, 20)
-    with torch.no_grad():
-        shifted = plain(x) - latent.rprelu.corner
-        expected = torch.where(shifted > 0, shifted, latent.rprelu.slope * shifted) + latent.rprelu.lift + x
-        torch.testing.assert_close(latent(x), expected)
-        torch.testing.assert_close(packed(x), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(packed(x), expected, rtol=1e-4, atol=1e-5)
-    assert "residual=True" in repr(packed) and not packed.is_bare
-
-
-def test_a_residual_needs_a_square_layer():
-    with pytest.raises(ConfigError, match="as many outputs as inputs; this layer has 8 and 9"):
-        BinaryLinear(8, 9, pair=get_pair("bnn"), residual=True)
-
-
-@formats
-@pytest.mark.parametrize("kind", ["latent", "packed"])
-def test_compiled_in_one_graph(activations, kind):
+def test_compiled_in_one_graph(activations):
     torch._dynamo.reset()
-    made = layer(activations, rprelu=True)
+    kind = "latent" if activations in ("float", "int4", "sign") else "packed"
+    made = layer(activations, epilogue=Epilogue(rprelu=True))
     made = made if kind == "latent" else PackedLinear.from_latent(made)
     x = torch.randn(4, 30)
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
@@ -230,11 +226,10 @@ def test_what_a_packed_layer_keeps_follows_its_tensors(activations):
 
 
 @pytest.mark.parametrize("activations", ["sign", "elastic", "int4", "uint4", "int8"])
-@pytest.mark.parametrize("value", [0.0, 3.0, torch.nan], ids=["zeros", "constant", "nan"])
-def test_inputs_that_say_nothing(activations, value):
+def test_inputs_that_say_nothing(activations):
     """They give a result like any other, the same packed as latent; `detect_anomalies` is for who wants an error."""
     latent = layer(activations)
-    packed, x = PackedLinear.from_latent(latent), torch.full((2, 30), value)
+    packed, x = PackedLinear.from_latent(latent), torch.tensor([[0.0], [3.0], [torch.nan]]).expand(3, 30)
     with torch.no_grad():
         torch.testing.assert_close(packed(x), latent(x), rtol=0, atol=0, equal_nan=True)
 

@@ -39,9 +39,10 @@ def latents(model):
     return {name: layer.weight.detach().clone() for name, layer in latent_layers(model)}
 
 
-@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
-@pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("copied", [False, True], ids=["itself", "a copy"])
+@pytest.mark.parametrize(
+    ("merge", "safe", "copied"),
+    [("merge_and_unload", False, True), ("merge_and_unload", True, False), ("merge_adapter", False, False)],
+)
 def test_merging_is_refused_and_nothing_changes(merge, safe, copied, crops):
     model = copy.deepcopy(adapted()) if copied else adapted()
     pictures = crops(2, SIDE)

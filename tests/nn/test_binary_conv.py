@@ -22,8 +22,9 @@ GEOMETRIES = {
     "circular": dict(in_channels=3, out_channels=4, kernel_size=3, padding=1, padding_mode="circular"),
     "reflect": dict(in_channels=3, out_channels=4, kernel_size=3, padding=2, padding_mode="reflect"),
 }
-geometries = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-biases = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+biased_geometries = pytest.mark.parametrize(
+    ("geometry", "bias"), [(each, i % 2 == 0) for i, each in enumerate(GEOMETRIES.values())], ids=GEOMETRIES
+)
 
 
 @pytest.fixture
@@ -56,36 +57,31 @@ def weights(latent, mu):
     return results
 
 
-@biases
-@geometries
-def test_from_float_owns_parameters_and_geometry(geometry, bias):
-    layer = float_layer(geometry, bias)
-    latent = BinaryConv2d.from_float(layer, BNN, RowUnits("tensor", "fixed"))
-    assert latent.weight is layer.weight
-    assert latent.bias is layer.bias
-    assert isinstance(latent, nn.Conv2d)
-    assert latent.extra_repr() == layer.extra_repr()
-    assert (latent.pair, latent.units) == (BNN, RowUnits("tensor", "fixed"))
-    assert list(latent.state_dict()) == list(layer.state_dict())
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_the_training_flag_is_kept_both_ways(training):
-    latent = BinaryConv2d.from_float(float_layer(GEOMETRIES["patches"]).train(training), BNN, RowUnits())
-    assert latent.training is training
-    assert latent.to_float().training is training
-
-
-@biases
-@geometries
-def test_forward_is_the_convolution_of_the_quantized_weight(geometry, bias, pixels):
-    latent = BinaryConv2d.from_float(float_layer(geometry, bias), BNN, RowUnits())
-    set_mu(latent, 2.0)
+@biased_geometries
+def test_from_float_forward_and_back(geometry, bias, pixels):
+    """The parameters and the geometry are those of the layer; soft in training, hard in evaluation and as a float."""
+    layer = float_layer(geometry, bias).train(bias)
+    latent = BinaryConv2d.from_float(layer, BNN, RowUnits("row", "ls"))
+    assert isinstance(latent, nn.Conv2d) and latent.training is bias
+    assert latent.weight is layer.weight and latent.bias is layer.bias
+    assert latent.extra_repr() == layer.extra_repr() and list(latent.state_dict()) == list(layer.state_dict())
+    set_mu(latent.train(), 2.0)
     soft, hard = weights(latent.weight, 2.0)
     expected = with_weight(geometry, soft, latent.bias)(pixels)
     torch.testing.assert_close(latent(pixels), expected, rtol=1e-4, atol=1e-5)
+    plain = latent.to_float()
+    assert type(plain) is nn.Conv2d and plain.training
+    assert plain.bias is latent.bias and plain.weight.requires_grad and plain.extra_repr() == latent.extra_repr()
     expected = with_weight(geometry, hard, latent.bias)(pixels)
     torch.testing.assert_close(latent.eval()(pixels), expected, rtol=1e-4, atol=1e-5)
+    plus_minus = torch.where(latent.weight >= 0, 1.0, -1.0)
+    assert torch.equal(plain.weight, plus_minus * latent.hard_rows().scale.view(-1, 1, 1, 1))
+    assert torch.equal(plain(pixels), latent(pixels))
+
+
+def test_from_float_takes_the_quantizer():
+    latent = BinaryConv2d.from_float(float_layer(GEOMETRIES["patches"]), BNN, RowUnits("tensor", "fixed"))
+    assert (latent.pair, latent.normalize, latent.scale, latent.center) == (BNN, "tensor", "fixed", "none")
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
@@ -109,21 +105,6 @@ def test_gradients(pixels, memory_format):
     np.testing.assert_allclose(latent.weight.grad.numpy().reshape(rows.shape), expected, rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(latent.bias.grad, plain.bias.grad, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(pixels.grad, twin_pixels.grad, rtol=1e-4, atol=1e-4)
-
-
-@biases
-@geometries
-def test_to_float_holds_plus_and_minus_the_scale(geometry, bias, pixels):
-    """Also in the middle of training, when the forward is soft."""
-    latent = BinaryConv2d.from_float(float_layer(geometry, bias), BNN, RowUnits())
-    plain = latent.to_float()
-    assert type(plain) is nn.Conv2d
-    assert plain.bias is latent.bias
-    assert plain.weight.requires_grad
-    assert plain.extra_repr() == latent.extra_repr()
-    plus_minus = torch.where(latent.weight >= 0, 1.0, -1.0)
-    assert torch.equal(plain.weight, plus_minus * latent.hard_rows().scale.view(-1, 1, 1, 1))
-    assert torch.equal(plain(pixels), latent.eval()(pixels))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

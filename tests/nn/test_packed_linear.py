@@ -14,9 +14,9 @@ from proxbit.nn import BinaryLinear, PackedLinear
 from proxbit.quantizers import RowUnits, get_pair
 
 BNN = get_pair("bnn++")
-SHAPES = [(1, 1), (7, 3), (8, 5), (9, 4), (24, 5), (31, 2), (33, 6), (64, 3), (65, 2)]
+SHAPES = [(1, 1), (7, 3), (8, 5), (9, 4), (33, 6), (64, 3), (65, 2)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-MODES = [(normalize, scale) for normalize in ("row", "tensor", "none") for scale in ("ls", "fixed")]
+MODES = [("row", "ls"), ("row", "fixed"), ("tensor", "fixed"), ("none", "ls")]
 CENTRED = {
     "adabin": dict(normalize="std", scale="fixed", center="restore"),
     "xnor": dict(normalize="none", scale="ls", center="remove"),
@@ -38,14 +38,13 @@ def latent_layer(columns=24, rows=5, bias=True, **arguments):
     return layer
 
 
-@biases
-@pytest.mark.parametrize(("columns", "rows"), SHAPES)
-def test_packed_equals_latent_hard(columns, rows, bias):
-    latent = BinaryLinear(columns, rows, bias, pair=BNN).eval()
-    packed = PackedLinear.from_latent(latent)
-    for shape in ((columns,), (6, columns), (2, 3, columns), (0, columns)):
-        x = torch.randn(shape)
-        torch.testing.assert_close(packed(x), latent(x), rtol=1e-5, atol=1e-5)
+def test_packed_equals_latent_hard():
+    for columns, rows in SHAPES:
+        latent = BinaryLinear(columns, rows, rows % 2 == 1, pair=BNN).eval()
+        packed = PackedLinear.from_latent(latent)
+        for shape in ((columns,), (6, columns), (2, 3, columns), (0, columns)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(packed(x), latent(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("normalize", "scale"), MODES)
@@ -131,11 +130,10 @@ def test_gradients_flow_through_to_the_input(tokens):
     torch.testing.assert_close(packed.bias.grad, latent.bias.grad, rtol=1e-4, atol=1e-4)
 
 
-@biases
 @dtypes
-def test_to_float_is_exact(bias, dtype):
+def test_to_float_is_exact(dtype):
     """The same weight, to the last bit, whether it comes from the latent or from the packed layer."""
-    latent = latent_layer(columns=33, bias=bias, dtype=dtype)
+    latent = latent_layer(columns=33, bias=dtype in DTYPES[::2], dtype=dtype)
     packed = PackedLinear.from_latent(latent)
     plain = packed.to_float()
     assert type(plain) is nn.Linear
@@ -156,7 +154,7 @@ def test_a_deep_copy_is_independent(tokens):
     assert torch.equal(packed(tokens), before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_casting_the_layer_leaves_the_bits(dtype, tokens):
     packed = PackedLinear.from_latent(latent_layer())
     before, bits = packed(tokens), packed.weight.clone()
@@ -202,12 +200,12 @@ def test_check_packed_names_the_layer():
         packed.check_packed("blocks.0.fc1")
 
 
-@pytest.mark.parametrize("width", [1, 8, 10, 16, 17])
-def test_input_of_another_width(width):
+def test_input_of_another_width():
     """9 columns: also widths that need as many bytes must be refused, or padding bits would count as weights."""
     packed = PackedLinear.from_latent(latent_layer(columns=9))
-    with pytest.raises(PackedFormatError, match=rf"width {width}\b"):
-        packed(torch.randn(2, width))
+    for width in (1, 8, 10, 16, 17):
+        with pytest.raises(PackedFormatError, match=rf"width {width}\b"):
+            packed(torch.randn(2, width))
 
 
 def test_integer_input():
@@ -249,9 +247,16 @@ def centred_weight(weight, center):
     return torch.from_numpy(result.reshape(weight.shape))
 
 
-@biases
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("pair", CENTRED)
+@pytest.mark.parametrize(
+    ("pair", "dtype", "bias"),
+    [
+        ("adabin", torch.bfloat16, True),
+        ("adabin", torch.float64, False),
+        ("xnor", torch.float32, True),
+        ("xnor", torch.bfloat16, False),
+    ],
+    ids=str,
+)
 def test_centred_rows(pair, dtype, bias, tokens):
     """Latent hard, packed and dequantized layers all compute with the formula's weight; adabin keeps its offset."""
     units = CENTRED[pair]

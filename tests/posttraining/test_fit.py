@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import proxbit
-from proxbit.nn import BinaryConv2d, BinaryLinear
+from proxbit.nn import BinaryConv2d, BinaryLinear, Epilogue
 from proxbit.posttraining.fit import Float, fit_norm, layer_of
 from proxbit.posttraining.moments import Gathered, Pair
 from proxbit.quantizers import get_pair
@@ -42,7 +42,7 @@ def tokens(count=5, width=16):
     return [torch.randn(7, 9, width) @ mix / 4 + torch.linspace(-1, 1, width) for _ in range(count)]
 
 
-@pytest.mark.parametrize("activations", ["float", "int8", "int4", "uint4", "sign", "elastic"])
+@pytest.mark.parametrize("activations", ["float", "int4", "sign", "elastic"])
 def test_the_report_is_what_the_layer_does(activations):
     """Its error after is that of its hard output, and pays what signs of the weights cost."""
     torch.manual_seed(0)
@@ -79,7 +79,7 @@ def test_without_a_bias_no_mean_is_taken_off():
 
 def test_a_residual_is_part_of_the_target():
     torch.manual_seed(0)
-    layer = BinaryLinear(16, 16, pair=BC, residual=True)
+    layer = BinaryLinear(16, 16, pair=BC, epilogue=Epilogue(residual=True))
     with torch.no_grad():
         layer.weight.add_(torch.eye(16))
     xs = tokens()
@@ -93,7 +93,7 @@ def test_a_residual_is_part_of_the_target():
 def test_an_rprelu_is_fitted_too():
     """Its start of 0.25 below zero would spoil what was fitted; slope and lift in least squares do not."""
     torch.manual_seed(0)
-    layer = BinaryLinear(16, 12, pair=BC, rprelu=True)
+    layer = BinaryLinear(16, 12, pair=BC, epilogue=Epilogue(rprelu=True))
     without = copy.deepcopy(layer)
     without.rprelu = None
     xs = tokens()

@@ -11,11 +11,13 @@ from proxbit.posttraining.rows import latents, rounding_of
 from proxbit.quantizers import get_pair
 from proxbit.quantizers.row_units import CENTERINGS, NORMALIZATIONS, SCALES
 
-UNITS = list(itertools.product(NORMALIZATIONS, SCALES, CENTERINGS))
+UNITS = itertools.product(NORMALIZATIONS, SCALES, CENTERINGS)
+DTYPES = itertools.cycle([torch.float64, torch.float32, torch.bfloat16, torch.float32, torch.bfloat16])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("normalize, scale, center", UNITS)
+@pytest.mark.parametrize(
+    ("normalize", "scale", "center", "dtype"), [(*u, d) for u, d in zip(UNITS, DTYPES, strict=False)]
+)
 def test_pack_gives_what_was_found(normalize, scale, center, dtype):
     torch.manual_seed(1)
     units = {"normalize": normalize, "scale": scale, "center": center}

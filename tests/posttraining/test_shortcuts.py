@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from proxbit.patching.watch import watch
+from proxbit.patching.trace import trace
 from proxbit.posttraining.shortcuts import Shortcut, shortcuts
 from tiny_models import FAMILIES, SIDE
 
@@ -33,7 +33,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("kind, gain", [("plain", 1.0), ("scaled", 0.5)])
 def test_what_is_added(kind, gain):
     model = Block(kind)
-    found = shortcuts(watch(model, {"x": torch.randn(3, 6)}), {"down": model.down, "up": model.up})
+    found = shortcuts(trace(model, {"x": torch.randn(3, 6)}), {"down": model.down, "up": model.up})
     assert list(found) == ["down"] and found["down"].module == "norm"
     assert found["down"].gain.unique().tolist() == [gain]
 
@@ -41,13 +41,13 @@ def test_what_is_added(kind, gain):
 @pytest.mark.parametrize("kind", ["normed", "read twice", "subtracted"])
 def test_what_is_no_shortcut(kind):
     model = Block(kind)
-    assert shortcuts(watch(model, {"x": torch.randn(3, 6)}), {"down": model.down}) == {}
+    assert shortcuts(trace(model, {"x": torch.randn(3, 6)}), {"down": model.down}) == {}
 
 
 def test_a_layer_that_is_called_twice_has_none():
     block = Block("plain")
     model = nn.Sequential(block, block)
-    assert shortcuts(watch(model, {"input": torch.randn(3, 6)}), {"0.down": block.down}) == {}
+    assert shortcuts(trace(model, {"input": torch.randn(3, 6)}), {"0.down": block.down}) == {}
 
 
 def test_half_of_what_lacks_is_wanted():
@@ -59,5 +59,5 @@ def test_half_of_what_lacks_is_wanted():
 def test_both_halves_of_a_transformer_block_write_into_the_stream():
     model = FAMILIES["vit"]()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in name}
-    found = shortcuts(watch(model, {"pixel_values": torch.rand(1, 3, SIDE, SIDE)}), layers)
+    found = shortcuts(trace(model, {"pixel_values": torch.rand(1, 3, SIDE, SIDE)}), layers)
     assert sorted(found) == sorted(f"vit.layers.{i}.{part}" for i in (0, 1) for part in ("attention.o_proj", "mlp.fc2"))

@@ -16,8 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from proxbit.analysis.summary import summary
 from proxbit.checkpoint.files import sha256
-from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, Surroundings, evaluating
-from proxbit.patching import PICTURE_ERRORS, FusedLayerNorm, blank_picture, config_of, packed_layers, state_of
+from proxbit.nn import BinaryLayer, LatentWeight, PackedConv2d, PackedLinear, evaluating
+from proxbit.patching import IMAGE_ERRORS, FusedLayerNorm, blank_image, config_of, packed_layers, state_of
 from proxbit.posttraining import calibration_of
 
 __all__ = ["FORMATS", "Format", "checkpoint_sha", "file_facts", "hub_name", "model_facts"]
@@ -177,15 +177,16 @@ def _scales(layer: nn.Module) -> tuple[torch.dtype, int, int, bool]:
 
 def _formats(binary: Sequence[nn.Module]) -> list[str]:
     """The formats of activations in use, in the order of the table."""
-    used = {layer.activations if isinstance(layer, Surroundings) else "float" for layer in binary}
+    used = {layer.activations if isinstance(layer, BinaryLayer) else "float" for layer in binary}
     return [name for name in FORMATS if name in used]
 
 
 def _activations(model: nn.Module, binary: Sequence[nn.Module]) -> dict[str, Any]:
     report, quantized = calibration_of(model), [FORMATS[name] for name in _formats(binary)]
     learned = [one for one in quantized if one.observer != NONE]
-    narrow = {layer.accumulator.bits for layer in binary if isinstance(layer, Surroundings) and layer.accumulator}
-    wide = any(not isinstance(layer, Surroundings) or layer.accumulator is None for layer in binary) or not binary
+    found = [layer.epilogue.accumulator if isinstance(layer, BinaryLayer) else None for layer in binary]
+    narrow = {accumulator.bits for accumulator in found if accumulator is not None}
+    wide = None in found or not binary
     bits = {activation_bits(layer, model) for layer in binary} or {_float_bits(model)}
     return {
         "activation_bits": sorted(bits),
@@ -204,7 +205,7 @@ def _different(values: Any) -> list[str]:
 
 def activation_bits(layer: nn.Module, model: nn.Module) -> int:
     """Bits of one number that a layer multiplies its weights with."""
-    name = layer.activations if isinstance(layer, Surroundings) else "float"
+    name = layer.activations if isinstance(layer, BinaryLayer) else "float"
     return FORMATS[name].bits if name in FORMATS else _float_bits(model)
 
 
@@ -252,8 +253,8 @@ def peak_activation_bytes(model: nn.Module) -> int | None:
     handles = [module.register_forward_hook(look) for module in model.modules() if not list(module.children())]
     try:
         with evaluating(model), torch.no_grad():
-            model(**blank_picture(model))
-    except PICTURE_ERRORS:
+            model(**blank_image(model))
+    except IMAGE_ERRORS:
         return None
     finally:
         for handle in handles:

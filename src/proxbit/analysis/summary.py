@@ -20,7 +20,7 @@ from proxbit.checkpoint.weights import as_saved, packed_spec
 from proxbit.foreign import printable
 from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, dtype_around, evaluating, latent_layers
 from proxbit.nn.precision import trained_in_small_steps
-from proxbit.patching import PICTURE_ERRORS, blank_picture
+from proxbit.patching import IMAGE_ERRORS, blank_image
 from proxbit.posttraining import calibration_of
 
 __all__ = ["LayerSummary", "ModelSummary", "summary"]
@@ -382,12 +382,12 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
 
 def _count_macs(model: nn.Module, inputs: dict[str, Tensor] | None) -> tuple[dict[str, int] | None, int | None, str]:
     """Multiply-accumulates by module name, their total with attention, and a note."""
-    inputs = blank_picture(model) if inputs is None else inputs
+    inputs = blank_image(model) if inputs is None else inputs
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     try:
         with evaluating(model), _without_gradients(model), torch.no_grad(), counter:
             model(**inputs)
-    except PICTURE_ERRORS as error:
+    except IMAGE_ERRORS as error:
         reason = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
         return None, None, f"the model did not take a blank picture ({reason}); pass inputs={{...}}"
     root = f"{type(model).__name__}."

@@ -10,8 +10,8 @@ from torch.ao.quantization import quantize_dynamic
 
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ModelStateError
-from proxbit.nn.surroundings import Surroundings
-from proxbit.patching import PICTURE_ERRORS, blank_picture, packed_layers, state_of
+from proxbit.nn import BinaryLayer
+from proxbit.patching import IMAGE_ERRORS, blank_image, packed_layers, state_of
 from proxbit.plugin import binarize, dequantize, fuse, pack
 
 __all__ = ["forward_calls", "packed_copy", "pictures", "variants"]
@@ -67,7 +67,7 @@ def variants(model: nn.Module, configs: Sequence[BinarizationConfig] = ()) -> di
 def _plain(model: nn.Module) -> nn.Module:
     """As a float model of this architecture would be."""
     for layer in model.modules():
-        if isinstance(layer, Surroundings):
+        if isinstance(layer, BinaryLayer):
             layer.rprelu = None
     with warnings.catch_warnings():
         # That its outputs are others.
@@ -81,7 +81,7 @@ def _activations(model: nn.Module) -> str:
 
 def pictures(model: nn.Module, batch: int) -> dict[str, Tensor]:
     """Random pictures of the size in the model's configuration, as keyword arguments of a forward pass."""
-    return {name: torch.randn(batch, *blank.shape[1:]) for name, blank in blank_picture(model).items()}
+    return {name: torch.randn(batch, *blank.shape[1:]) for name, blank in blank_image(model).items()}
 
 
 def forward_calls(models: dict[str, nn.Module], batch: int) -> dict[str, Callable[[], object]]:
@@ -94,7 +94,7 @@ def forward_calls(models: dict[str, nn.Module], batch: int) -> dict[str, Callabl
     calls = {name: _forward_call(model, made) for name, model in models.items()}
     try:
         next(iter(calls.values()))()
-    except PICTURE_ERRORS as error:
+    except IMAGE_ERRORS as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelStateError(
             f"{type(next(iter(models.values()))).__name__} takes no picture alone: {reason}"

@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 
 from proxbit.checkpoint.files import folder_files, tensor_headers
 from proxbit.errors import CheckpointError
-from proxbit.nn import LatentWeight, learned_modules
+from proxbit.nn import LatentWeight, PackedWeight, learned_modules
 from proxbit.packing import BITS_PER_BYTE, packed_columns
-from proxbit.patching.replace import PackedLayer
 
 __all__ = [
     "check_complete",
@@ -126,7 +125,7 @@ def _check_number(value: int, tensors: int, stored: int, where: str) -> None:
         raise CheckpointError(f"config.json: {where} is {number}, but the weight files hold {stored:,} bytes.")
 
 
-def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedLayer]], whole: bool = True) -> None:
+def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedWeight]], whole: bool = True) -> None:
     """Check that the files hold a packed weight and a scale, of the right shapes, for every packed layer.
 
     Names on disk differ from those in memory, so layers and tensors are compared by shape and number. A layer that the
@@ -270,7 +269,7 @@ def check_dtypes(model: nn.Module, wanted: Mapping[str, tuple[torch.Size, torch.
             )
 
 
-def check_loaded(layers: Sequence[tuple[str, PackedLayer]]) -> None:
+def check_loaded(layers: Sequence[tuple[str, PackedWeight]]) -> None:
     """Check that bits and scales of every packed layer came from the checkpoint.
 
     transformers marks what it loads, and fills a buffer that the checkpoint does not name with arbitrary bytes.

@@ -16,7 +16,7 @@ from proxbit.analysis.run import RUN_FIELDS, VARIANTS, check_run
 from proxbit.analysis.schema import KINDS, MOST, cell, line
 from proxbit.foreign import printable
 from proxbit.nn.attention import ATTENTIONS
-from proxbit.patching import blank_picture
+from proxbit.patching import blank_image
 
 __all__ = ["README", "is_card", "model_card", "pipeline_tag", "rename"]
 
@@ -234,7 +234,7 @@ def _snippet(model: PreTrainedModel, card: QuantizationCard, tag: str | None, pr
         return _PIPELINE_SNIPPET.format(tag=tag, model=name, attention=setter and f"model.model.{setter}")
     call = "print(model)"
     if card.peak_activation_bytes is not None:  # It takes a picture alone.
-        call = _CALL.format(shape=", ".join(map(str, blank_picture(model)["pixel_values"].shape)))
+        call = _CALL.format(shape=", ".join(map(str, blank_image(model)["pixel_values"].shape)))
     return _MODEL_SNIPPET.format(
         torch="import torch\n" if "torch." in call else "",
         model_class=type(model).__name__,

@@ -1,4 +1,4 @@
-"""What all activation quantizers have in common, and what they are where there is nothing to quantize."""
+"""The base class of activation quantizers; by itself it leaves the activations as they are."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -9,10 +9,9 @@ from torch import Tensor
 
 from proxbit.errors import ConfigError
 from proxbit.kernels import Levels
-from proxbit.nn.blockwise import Blockwise, is_plain, linear, product
 from proxbit.nn.learned import Learned
-from proxbit.nn.levels import level_pass
-from proxbit.quantizers import QuantizerPair, get_pair
+from proxbit.nn.recompute import RowRecipe, is_plain, kernel_recipe, linear, product
+from proxbit.quantizers import QuantizerPair, RecomputedWeight, get_pair
 
 __all__ = ["DEFAULT_ACTIVATION_PAIR", "ActivationQuantizer", "Folded", "Total"]
 
@@ -23,7 +22,7 @@ DEFAULT_ACTIVATION_PAIR = "bireal"
 
 
 class Folded(NamedTuple):
-    """What the learned numbers of a quantizer make of the numbers of a packed layer.
+    """Scale and bias of a packed layer, with the learned numbers of its activation quantizer folded in.
 
     Attributes:
         scale: `[O]`.
@@ -38,7 +37,7 @@ class Folded(NamedTuple):
 
 
 class ActivationQuantizer(Learned):
-    """Floats, as they are: what the others differ from.
+    """Float activations, left as they are; the other formats are subclasses.
 
     Args:
         columns: `I`, the width of the input.
@@ -47,12 +46,14 @@ class ActivationQuantizer(Learned):
         dtype: of the parameters.
 
     Attributes:
+        format: its key in `ACTIVATIONS`.
         kernel: the format of activations that the operator multiplies: "float", "int8" or "sign".
         learns: whether there are parameters, and `calibrate` has something to set.
         binary: whether there are two levels, and a pair.
         mu: sharpness of the pair, see `LatentWeight.mu`.
     """
 
+    format = "float"
     kernel = "float"
     learns = False
     binary = False
@@ -111,8 +112,8 @@ class ActivationQuantizer(Learned):
         """
         return x
 
-    def times(self, x: Tensor, weight: Tensor, bias: Tensor | None, hard: bool = True) -> Tensor:
-        """The product of `forward` and a weight; for the backward pass x is kept, and not what `forward` makes of it.
+    def linear(self, x: Tensor, weight: Tensor | RecomputedWeight, bias: Tensor | None, hard: bool = True) -> Tensor:
+        """The product of `forward` and a weight; for the backward pass x is saved, and not what `forward` makes of it.
 
         Args:
             x: `[..., I]`.
@@ -123,23 +124,25 @@ class ActivationQuantizer(Learned):
         Returns:
             `[..., O]`.
         """
-        if is_plain():
+        if is_plain() or self.format == "float":
             return linear(self(x, hard), weight, bias)
         rows = x.reshape(-1, self.columns)
         numbers = self.numbers()
-        once = level_pass(self.levels(hard), numbers, rows)
-        if once is not None:
-            return product(once, weight, bias, numbers, rows).view(*x.shape[:-1], len(weight))
-        learned = dict(self.named_parameters())
+        by_kernel = kernel_recipe(self.levels(hard), numbers, rows)
+        if by_kernel is not None:
+            result = product(by_kernel, (*numbers, rows), weight, bias)
+        else:
+            learned = dict(self.named_parameters())
 
-        def tokens(*tensors: Tensor) -> tuple[Tensor]:
-            # On a copy, where the parameters can be replaced: backward passes of other threads use the module too.
-            twin = copy.copy(self)
-            twin.__dict__["_parameters"] = dict(zip(learned, tensors[:-1], strict=True))
-            return (twin(tensors[-1], hard),)
+            def forward(*tensors: Tensor) -> tuple[Tensor]:
+                # On a copy, where the parameters can be replaced: backward passes of other threads use the module too.
+                twin = copy.copy(self)
+                twin.__dict__["_parameters"] = dict(zip(learned, tensors[:-1], strict=True))
+                return (twin(tensors[-1], hard),)
 
-        result = Blockwise(tokens, self.columns).times(weight, bias, tuple(learned.values()), rows)
-        return result.view(*x.shape[:-1], len(weight))
+            recipe = RowRecipe(forward, self.columns, len(learned), rows.device.type)
+            result = product(recipe, (*learned.values(), rows), weight, bias)
+        return result.view(*x.shape[:-1], result.shape[-1])
 
     def levels(self, hard: bool) -> Levels | None:
         """What the compiled kernels make of the input; None where they do not know it."""

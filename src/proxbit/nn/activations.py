@@ -1,7 +1,7 @@
-"""Activation quantizers: what a binarized linear layer makes of its input before it multiplies.
+"""Activation quantizers: they quantize the input of a 1-bit linear layer.
 
-Each is a module with the numbers that it learns. It says the same thing twice: `forward` simulates it on floats, with a
-gradient; `fold` says what an operator on packed weights is called with to compute it.
+Each is a module with learned numbers, and defines the same function twice: `forward` simulates it on floats, with a
+gradient; `fold` gives the arguments with which an operator on packed weights computes it.
 """
 
 import math
@@ -27,7 +27,7 @@ class Int8Activation(ActivationQuantizer):
     Backward: straight through.
     """
 
-    kernel = "int8"
+    format = kernel = "int8"
 
     def levels(self, hard: bool) -> Levels:
         return INT8
@@ -50,6 +50,7 @@ class Int4Activation(ActivationQuantizer):
         LSQ: Esser, McKinstry, Bablani, Appuswamy, Modha, Learned Step Size Quantization, ICLR 2020, equations 1 to 3.
     """
 
+    format = "int4"
     kernel = "int8"
     learns = True
     low, high = -8, 7
@@ -111,6 +112,7 @@ class Int4Activation(ActivationQuantizer):
 class UInt4Activation(Int4Activation):
     """`Int4Activation` for inputs that are not negative, or hardly: the levels are 0 to 15 steps."""
 
+    format = "uint4"
     low, high = 0, 15
 
 
@@ -127,7 +129,7 @@ class SignActivation(ActivationQuantizer):
         2022, section 2.2.
     """
 
-    kernel = "sign"
+    format = kernel = "sign"
     kind = "signs"
     learns = True
     binary = True
@@ -214,6 +216,7 @@ class ElasticActivation(SignActivation):
         elastic binarization of non-negative activations.
     """
 
+    format = "elastic"
     kind = "zero or one"
 
     @property
@@ -300,12 +303,15 @@ def _mean_distance(total: Total, middle: Tensor) -> float:
 
 
 ACTIVATIONS: dict[str, type[ActivationQuantizer]] = {
-    "float": ActivationQuantizer,
-    "int8": Int8Activation,
-    "int4": Int4Activation,
-    "uint4": UInt4Activation,
-    "sign": SignActivation,
-    "elastic": ElasticActivation,
+    kind.format: kind
+    for kind in (
+        ActivationQuantizer,
+        Int8Activation,
+        Int4Activation,
+        UInt4Activation,
+        SignActivation,
+        ElasticActivation,
+    )
 }
 
 

@@ -15,8 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from proxbit.errors import ModelStateError
 from proxbit.nn.binary_conv import BinaryConv2d
 from proxbit.nn.latent import LatentWeight
-from proxbit.nn.packed_conv import PackedConv2d
-from proxbit.nn.packed_linear import PackedLinear
+from proxbit.nn.layer import BinaryLayer
 
 __all__ = ["guard_adapter"]
 
@@ -28,7 +27,7 @@ def _one_bit(adapter: nn.Module) -> nn.Module | None:
     layer: Any = adapter
     while isinstance(layer, nn.Module) and _BASE in layer._modules:
         layer = layer._modules[_BASE]
-    return layer if isinstance(layer, LatentWeight | PackedLinear | PackedConv2d) else None
+    return layer if isinstance(layer, BinaryLayer) else None
 
 
 def _refuse_merging(layer: nn.Module) -> None:

@@ -1,11 +1,14 @@
 """Attention on int8 and on binary operands, as functions that transformers calls instead of its own.
 
 They take what its attention functions take, and treat masks, dropout and grouped keys like `sdpa`. Products are sums of
-whole numbers; softmax is that of floats. Gradients pass the rounding straight, and signs with the B of a pair.
+whole numbers; softmax is computed on floats. Gradients pass straight through the rounding; those of signs are the B of
+a pair.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,15 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from proxbit.nn.activation_quantizer import DEFAULT_ACTIVATION_PAIR
-from proxbit.nn.blockwise import Blockwise, is_plain
-from proxbit.nn.modes import attends_in_floats
-from proxbit.nn.probabilities import BinaryProbabilities, binarize_probabilities, even_share
+from proxbit.nn.activation_quantizer import DEFAULT_ACTIVATION_PAIR, Total
+from proxbit.nn.activations import fitted_upper_level, upper_level
+from proxbit.nn.learned import SMALLEST, Learned, lsq_scale
+from proxbit.nn.recompute import is_plain, recompute
 from proxbit.nn.surrogate import binarize_units, clip, straight_through
 from proxbit.quantizers import get_pair
 from proxbit.sign import reaches, sign
 
-__all__ = ["ATTENTIONS", "BINARY", "LEARNED_SCALE", "Attention", "binary_attention", "int8_attention"]
+__all__ = [
+    "ATTENTIONS",
+    "BINARY",
+    "LEARNED_SCALE",
+    "Attention",
+    "BinaryProbabilities",
+    "binary_attention",
+    "float_attention",
+    "int8_attention",
+]
 
 BINARY = "proxbit_binary"
 # The `BinaryProbabilities` of an attention module, if it has any.
@@ -31,6 +43,85 @@ _SMALLEST = 1e-30
 
 Codes = tuple[Tensor, Tensor]
 OfProbabilities = Callable[[Tensor], Codes] | None
+
+_in_floats: ContextVar[bool] = ContextVar("proxbit_float_attention", default=False)
+
+
+@contextmanager
+def float_attention() -> Iterator[None]:
+    """Within the context, in this thread, attention on quantized operands computes with floats instead."""
+    token = _in_floats.set(True)
+    try:
+        yield
+    finally:
+        _in_floats.reset(token)
+
+
+def even_share(probabilities: Tensor) -> Tensor:
+    """1 / n of each row, `[..., 1]`: what each of the n keys that a query can see has if all have the same."""
+    return probabilities.detach().clone().gt_(0).sum(dim=-1, keepdim=True).clamp(min=1).reciprocal()
+
+
+def binarize_probabilities(probabilities: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`BinaryProbabilities` with this scale."""
+    size = lsq_scale(scale, probabilities.shape[-1]).to(probabilities.dtype) * even_share(probabilities)
+    units = clip(probabilities / size, 0, 1)
+    return straight_through(reaches(probabilities, size.detach() / 2), units), size
+
+
+class BinaryProbabilities(Learned):
+    r"""Zero or a learned multiple of the even share 1 / n, where n is the number of keys that the query can see.
+
+    Formula:
+        p = 1[P \ge s_p / 2],   s_p = scale / n
+
+    Backward, of p s_p: to P straight through where P \le s_p, else 0; to the scale (p - P / s_p) / n there, else 1 / n,
+    times 1 / \sqrt{K}.
+
+    Args:
+        **kind: device and dtype of the parameter.
+
+    Attributes:
+        scale: `[1]`, 2 at first: keys with at least their even share.
+
+    Source:
+        Liu et al., BiT: Robustly Binarized Multi-distilled Transformer, NeurIPS 2022, section 2.2, equation of the
+        elastic binarization of non-negative activations. Differs from it in: the scale is in units of the even share,
+        so that it fits any number of keys, and nothing is taken off before.
+    """
+
+    def __init__(self, **kind: Any) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(1, **kind))
+        self.calibrated = False
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.scale.fill_(2.0)
+
+    def calibrate(self, rows: Sequence[Tensor]) -> None:
+        """Set the scale to the least-squares one of some probabilities, each `[..., K]`."""
+        units = torch.cat([(row / even_share(row)).flatten() for row in rows])
+        with torch.no_grad():
+            self.scale.fill_(max(upper_level(units, 2.0), SMALLEST))
+
+    def fit(self, total: Total) -> None:
+        """Likewise, of probabilities that come in parts, see `ActivationQuantizer.fit`."""
+        units = fitted_upper_level(lambda function: total(lambda rows: function(rows / even_share(rows))))
+        with torch.no_grad():
+            self.scale.fill_(max(units, SMALLEST))
+
+    def forward(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize.
+
+        Args:
+            probabilities: `[..., K]`, fp32 or fp64; of masked keys zero.
+
+        Returns:
+            p, `[..., K]`, and s_p, `[..., 1]`.
+        """
+        return binarize_probabilities(probabilities, self.scale)
 
 
 def _rounded(x: Tensor, step: Tensor, peak: int) -> Tensor:
@@ -93,14 +184,17 @@ def _of_every_row(tensor: Tensor, batch: int) -> Tensor:
 def _in_blocks(
     attend: Callable[..., Codes], learned: BinaryProbabilities | None, tensors: tuple[Tensor, ...], width: int
 ) -> Codes:
-    """`attend(learned, *tensors)`, for some pictures at a time."""
+    """`attend(learned, *tensors)`, for some images at a time."""
     if is_plain():
         return attend(learned, *tensors)
     if learned is None:
-        made = Blockwise(partial(attend, None), width)((), tensors)
+        made = recompute(partial(attend, None), width, (), tensors)
     else:
-        by_scale = Blockwise(lambda scale, *rest: attend(partial(binarize_probabilities, scale=scale), *rest), width)
-        made = by_scale((learned.scale,), tensors)
+
+        def by_scale(scale: Tensor, *rest: Tensor) -> Codes:
+            return attend(partial(binarize_probabilities, scale=scale), *rest)
+
+        made = recompute(by_scale, width, (learned.scale,), tensors)
     return made[0], made[1]
 
 
@@ -159,7 +253,7 @@ class Attention:
         key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
         is_causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
         is_causal = query.shape[2] > 1 and attention_mask is None and is_causal
-        in_floats = attends_in_floats()
+        in_floats = not torch.compiler.is_compiling() and _in_floats.get()
         learned = None if in_floats else getattr(module, LEARNED_SCALE, None)
         learned = learned if isinstance(learned, BinaryProbabilities) else None
         batch, heads, length, _ = query.shape

@@ -1,18 +1,40 @@
-"""What a layer with latent weights is, whatever its shape: `BinaryLinear` and `BinaryConv2d` share it."""
+"""Latent weights: what `BinaryLinear` and `BinaryConv2d` share, and functions on all latent layers of a model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from proxbit.nn.activation_quantizer import ActivationQuantizer
-from proxbit.quantizers import HardRows, QuantizerPair, RowUnits, check_rows, hard_rows, quantize, update_start
+from proxbit.nn.layer import BinaryLayer, geometry_of
+from proxbit.nn.recompute import is_plain
+from proxbit.quantizers import (
+    HardRows,
+    QuantizerPair,
+    RecomputedWeight,
+    RowUnits,
+    check_rows,
+    hard_rows,
+    quantize,
+    recomputed_weight,
+    update_start,
+)
 
-__all__ = ["LatentWeight", "binary_activations", "latent_layers", "set_mu", "soft_evaluation", "start_update"]
+__all__ = [
+    "LatentWeight",
+    "binary_activations",
+    "evaluating",
+    "latent_layers",
+    "set_mu",
+    "soft_evaluation",
+    "start_update",
+]
 
 
-class LatentWeight(nn.Module):
+class LatentWeight(BinaryLayer):
     """A layer whose `weight` is the latent weight, and whose forward uses F_mu of it.
 
     Training mode uses the soft F_mu, until the layer is hardened. Evaluation mode uses the sign, which is what a packed
@@ -26,7 +48,7 @@ class LatentWeight(nn.Module):
             and must not follow the dtype and device of the weights.
         hardened: training uses the sign as well.
         soft_eval: evaluation uses F_mu.
-        waits: what is not binary yet where F is soft: "weight", "activation", both or nothing.
+        waits: what is not quantized yet where F is soft: "weight", "activation", both or nothing.
         trained_soft: whether the last forward pass of a training, in this process, used F_mu.
     """
 
@@ -39,14 +61,29 @@ class LatentWeight(nn.Module):
     waits: frozenset[str]
     trained_soft: bool
 
-    def init_latent(self, pair: QuantizerPair, units: RowUnits) -> None:
-        """Set the quantizer, with mu at the start of the pair's default schedule."""
+    def __init__(self, *sizes: Any, pair: QuantizerPair, units: RowUnits, **arguments: Any) -> None:
+        """Initialise the plain layer, then the quantizer, with mu at the start of its default schedule."""
+        super().__init__(*sizes, **arguments)
         self.pair, self.units = pair, units
         self.mu = torch.tensor(pair.schedule[1], dtype=torch.float64, device="cpu")
         self.hardened = False
         self.soft_eval = False
         self.waits = frozenset()
         self.trained_soft = False
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, pair: QuantizerPair, units: RowUnits, **options: Any) -> Self:
+        """A latent layer that owns the parameters of `layer`; its weight becomes the latent weight."""
+        weight, bias = layer.weight, layer.bias
+        assert isinstance(weight, Tensor)
+        kind: dict[str, Any] = {"device": "meta", "dtype": weight.dtype, "bias": bias is not None}
+        new = cls(pair=pair, **geometry_of(layer, cls.float_class), **asdict(units), **kind, **options)
+        for part in new.children():
+            part.to_empty(device=weight.device).reset_parameters()  # type: ignore[operator]
+        # Behind the RPReLU: the states of optimizers in checkpoints go by the order of the parameters.
+        new.set_activation(new.activation)
+        new.weight, new.bias = weight, bias
+        return new.train(layer.training)
 
     def reset_parameters(self) -> None:
         """Initialise as the float layer does; on the meta device there is nothing to do, and doing it takes time."""
@@ -64,13 +101,29 @@ class LatentWeight(nn.Module):
         Args:
             hard: use the sign, or F_mu. None: whichever the next forward uses.
         """
-        if hard is None:
-            hard = self.is_hard
-            if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self.trained_soft = not hard
+        hard = self._noted_hard() if hard is None else hard
         if "weight" in self.waits and not hard:
             return self.weight
         return quantize(self.weight, self.mu, self.pair, self.units, hard=hard)
+
+    def forward_weight(self) -> Tensor | RecomputedWeight:
+        """The weight of a forward pass, as a `RecomputedWeight` where the backward pass can compute it again."""
+        hard = self._noted_hard()
+        if is_plain() or ("weight" in self.waits and not hard):
+            return self.effective_weight(hard)
+        made = recomputed_weight(self.weight, self.mu, self.pair, self.units, hard=hard)
+        return self.effective_weight(hard) if made is None else made
+
+    def _noted_hard(self) -> bool:
+        """`is_hard`, noted in `trained_soft` where it is a forward pass of a training."""
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.trained_soft = not self.is_hard
+        return self.is_hard
+
+    def one_bit_weight(self) -> nn.Parameter:
+        with torch.no_grad():
+            hard = self.effective_weight(hard=True)
+        return nn.Parameter(hard, requires_grad=self.weight.requires_grad)
 
     @property
     def normalize(self) -> str:
@@ -166,3 +219,18 @@ def soft_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, value in zip(layers, before, strict=True):
             layer.soft_eval = value
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the context, a model and all its modules are in evaluation mode; then each is in its own mode again.
+
+    `model.train(mode)` would put a frozen part, which its owner keeps in evaluation mode, into training mode.
+    """
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

@@ -1,4 +1,4 @@
-"""What proxbit adds to a model and trains beside its weights."""
+"""Modules with learned numbers that proxbit adds to a model, beside its weights."""
 
 import math
 from collections.abc import Iterator
@@ -12,28 +12,28 @@ SMALLEST = 1e-8
 
 
 class Learned(nn.Module):
-    """A module with numbers that proxbit adds to a model: they do not decay, and a checkpoint holds all of them.
+    """A module with learned numbers that proxbit adds to a model. They have no weight decay; checkpoints hold them.
 
-    No parameter is 0-dimensional: FSDP takes them apart by their first dimension.
+    No parameter is 0-dimensional: FSDP shards parameters by their first dimension.
 
     Attributes:
-        calibrated: whether data has nothing to say any more about where its parameters start.
+        calibrated: whether the parameters were set from data or loaded; calibration then leaves them alone.
     """
 
     calibrated: bool
 
     def reset_parameters(self) -> None:
-        """Set the parameters to where they start without data."""
+        """Set the parameters to their values before calibration."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """As `nn.Module`; what was loaded is not calibrated over."""
+        """As `nn.Module`; loaded parameters count as calibrated."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         if any(prefix + name in state_dict for name, _ in self.named_parameters()):
             self.calibrated = True
 
 
 def learned_modules(model: nn.Module) -> Iterator[tuple[str, Learned]]:
-    """What a model learns beside its weights, with the names of the modules that hold it."""
+    """The learned modules of a model, with their names."""
     for name, module in model.named_modules():
         if isinstance(module, Learned):
             yield name, module

@@ -1,29 +1,28 @@
 """A linear layer with packed 1-bit weights."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from proxbit.errors import PackedFormatError
-from proxbit.kernels import Norm, linear_kernel, linear_w1, pack_signs, unpack_weight
-from proxbit.nn.accumulators import Accumulator
+from proxbit.kernels import Norm, linear_kernel, linear_w1
 from proxbit.nn.activation_quantizer import Folded
-from proxbit.nn.binary_linear import BinaryLinear
-from proxbit.nn.kept import Kept
-from proxbit.nn.surroundings import Surroundings, add_offset, packed_product
-from proxbit.packing import check_packed, packed_columns
+from proxbit.nn.cache import TensorCache
+from proxbit.nn.epilogue import Epilogue
+from proxbit.nn.packed import PackedWeight, add_offset, packed_product
 
 __all__ = ["PackedLinear"]
 
 
-class PackedLinear(Surroundings):
+class PackedLinear(PackedWeight):
     r"""A linear layer that holds one bit a weight. It cannot be trained; gradients flow through it to its input.
 
     Forward:
         y[..., o] = weight_scale[o] \sum_i (+-1)[o, i] a[..., i] + bias[o]  (+ weight_offset[o] \sum_i a[..., i])
         a = A(x): see `nn.activations`
-        and then, where asked for, RPReLU(y), and + x
+        and then the epilogue, see `nn.Epilogue`
 
     Args:
         in_features: `I`.
@@ -31,26 +30,19 @@ class PackedLinear(Surroundings):
         bias: whether there is a bias, `[O]`.
         offset: whether the levels are offset - scale and offset + scale, with one offset a row.
         activations: a key of `ACTIVATIONS`.
-        rprelu: whether an `RPReLU` follows.
-        residual: whether the input is added to the output.
-        accumulator: what the sums end in; None for registers that are wide enough.
+        epilogue: what follows the product; None for nothing.
         device: of the buffers and the parameters.
         dtype: of the scales, the offsets and the parameters.
 
     Attributes:
-        weight: `[O, ceil(I / 8)]`, uint8, see `packing.layout`. It keeps the key of the float weight, so that a
-            program without the plug-in meets a size error and never a silently random layer.
-        weight_scale: `[O]`.
-        weight_offset: `[O]` or None.
-        bias: `[O]` or None.
+        weight: `bits`.
         gelu: the output is GELU(y); set by `fuse`.
         norm: normalizes the input first; set by `fuse`.
         shared: computes this layer together with others that are given the same input; set by `fuse`.
     """
 
+    float_class = nn.Linear
     weight: Tensor
-    weight_scale: Tensor
-    weight_offset: Tensor | None
 
     def __init__(
         self,
@@ -60,59 +52,21 @@ class PackedLinear(Surroundings):
         *,
         offset: bool = False,
         activations: str = "float",
-        rprelu: bool = False,
-        residual: bool = False,
-        accumulator: Accumulator | None = None,
+        epilogue: Epilogue | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(out_features, in_features, bias, offset, **kind)
         self.gelu = False
         self.norm: Callable[[], Norm] | None = None
         self.shared: Callable[[PackedLinear, Tensor], Tensor] | None = None
         self.in_features, self.out_features = in_features, out_features
-        self.surround(activations, None, rprelu, residual, accumulator, device=device, dtype=dtype)
-        width = packed_columns(in_features)
-        self.weight = nn.Buffer(torch.zeros(out_features, width, dtype=torch.uint8, device=device))
-        self.weight_scale = nn.Buffer(torch.ones(out_features, device=device, dtype=dtype))
-        self.register_buffer("weight_offset", torch.zeros(out_features, device=device, dtype=dtype) if offset else None)
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self._folded: Kept[Folded] = Kept()
+        self.make_parts(in_features, out_features, activations, None, epilogue, **kind)
+        self._folded: TensorCache[Folded] = TensorCache()
 
-    @classmethod
-    def from_latent(cls, layer: BinaryLinear) -> "PackedLinear":
-        """Pack a latent layer; bias, activation quantizer and RPReLU are shared with it."""
-        new = cls(
-            layer.in_features,
-            layer.out_features,
-            layer.bias is not None,
-            offset=layer.units.has_offset,
-            device="meta",
-            dtype=layer.weight.dtype,
-        )
-        if not layer.weight.is_meta:
-            values, new.weight_scale, new.weight_offset = layer.hard_rows()
-            new.weight = pack_signs(values)
-        new.bias = layer.bias
-        new.take_surroundings(layer)
-        return new.train(layer.training)
-
-    @property
-    def columns(self) -> int:
-        """Bits a row."""
-        return self.in_features
-
-    def check_packed(self, name: str) -> None:
-        """Raise PackedFormatError if the buffers break the format."""
-        check_packed(self.weight, self.weight_scale, self.columns, name, self.weight_offset)
-
-    def to_float(self) -> nn.Linear:
-        """A plain linear layer with the weight that the bits stand for; its activations are floats."""
-        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        weight = unpack_weight(self.weight, self.weight_scale, self.columns)
-        layer.weight = nn.Parameter(weight if self.weight_offset is None else weight + self.weight_offset[:, None])
-        layer.register_parameter("bias", self.bias)
-        return self.without_surroundings(layer)
+    def one_bit_weight(self) -> nn.Parameter:
+        return nn.Parameter(self.unpacked_weight())
 
     @property
     def kernel(self) -> str:
@@ -124,11 +78,11 @@ class PackedLinear(Surroundings):
     @property
     def is_bare(self) -> bool:
         """Whether the operator is all there is to the layer, so that its neighbours can be fused into it."""
-        around = (self.weight_offset, self.rprelu, self.accumulator)
-        return not self.residual and all(part is None for part in around)
+        around = (self.weight_offset, self.rprelu, self.epilogue.accumulator)
+        return not self.epilogue.residual and all(part is None for part in around)
 
     def folded(self) -> Folded:
-        """Scale, bias and levels with what the activation quantizer learned; kept while none of them changes."""
+        """Scale, bias and levels with what the activation quantizer learned; cached until one of them changes."""
         if not self.activation.learns:
             return Folded(self.weight_scale, self.bias)
         if torch.compiler.is_compiling():
@@ -142,40 +96,39 @@ class PackedLinear(Surroundings):
             raise PackedFormatError(
                 f"An input of width {input.shape[-1]} came to a layer of {self.in_features} inputs."
             )
-        if self.accumulator is not None:
-            return self.finish(self._narrow(input), input)
-        trained = self.bias is not None and self.bias.requires_grad
-        if torch.is_grad_enabled() and (trained or input.requires_grad):
-            return self._with_gradient(input)
-        if self.shared is not None and not torch.compiler.is_compiling():
-            return self.finish(self.shared(self, input), input)
-        # Where something is added to the product, nothing is fused.
-        fused = {"gelu": self.gelu, "norm": None if self.norm is None else self.norm()}
-        result = packed_product(self.activation, input, self.weight, self.folded(), **fused)
-        if self.weight_offset is not None:
-            result = add_offset(result, self.activation(input), self.weight_offset)
-        return self.finish(result, input)
+        if self.epilogue.accumulator is not None:
+            result = self._accumulated(input)
+        elif torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            result = self._with_gradient(input)
+        elif self.shared is not None and not torch.compiler.is_compiling():
+            result = self.shared(self, input)
+        else:
+            # Where something is added to the product, nothing is fused.
+            fused = {"gelu": self.gelu, "norm": None if self.norm is None else self.norm()}
+            result = packed_product(self.activation, input, self.weight, self.folded(), **fused)
+            result = add_offset(result, self.activation, input, self.weight_offset)
+        return self.epilogue(result, input, self.rprelu)
 
-    def _narrow(self, input: Tensor) -> Tensor:
+    def _accumulated(self, input: Tensor) -> Tensor:
         """With sums that end in the accumulator: the operator gives whole numbers, which are exact in fp32."""
         codes, unit = self.activation.parts(input)
         dtype = torch.promote_types(codes.dtype, torch.float32)
         one = torch.ones_like(self.weight_scale, dtype=dtype)
         sums = linear_w1(codes.to(dtype), self.weight, one)
-        return self.accumulated(sums, unit.to(dtype), self.weight_scale, self.bias).to(input.dtype)
+        result, self.overflow = self.epilogue.accumulate(sums, unit.to(dtype), self.weight_scale, self.bias)
+        return result.to(input.dtype)
 
     def _with_gradient(self, input: Tensor) -> Tensor:
         """The same, of operators that have one."""
         x = input if self.norm is None else nn.functional.layer_norm(input, input.shape[-1:], *self.norm())
         if self.activation.learns:
-            # The levels as floats: their gradient is that of the simulation.
+            # The levels as floats, with the gradient of the simulation.
             result = linear_w1(self.activation(x), self.weight, self.weight_scale, self.bias)
         else:
             result = packed_product(self.activation, x, self.weight, Folded(self.weight_scale, self.bias))
-        if self.weight_offset is not None:
-            result = add_offset(result, self.activation(x), self.weight_offset)
-        return self.finish(nn.functional.gelu(result) if self.gelu else result, input)
+        result = add_offset(result, self.activation, x, self.weight_offset)
+        return nn.functional.gelu(result) if self.gelu else result
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return sizes + self.describe_surroundings()
+        return sizes + self.describe_parts()

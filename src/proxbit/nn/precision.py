@@ -1,4 +1,4 @@
-"""What a latent model keeps in single precision whatever the dtype of the rest: what small steps are added up in."""
+"""Parameters that a latent model keeps in single precision, because small steps add up in them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,7 +59,7 @@ def unrounded(model: nn.Module) -> Iterator[None]:
 
 
 def dtype_around(model: nn.Module) -> torch.dtype:
-    """The dtype of the rest of a model, in which it computes; of what is kept in single precision if that is all."""
+    """The dtype in which a model computes: that of the other parameters; of these if there are no others."""
     kept = {id(parameter): parameter.dtype for _, parameter in trained_in_small_steps(model)}
     floats = [each for each in model.parameters() if each.is_floating_point()]
     around = [each.dtype for each in floats if id(each) not in kept]

@@ -11,9 +11,9 @@ from torch import Tensor
 from proxbit.errors import ConfigError
 from proxbit.kernels import version_of
 from proxbit.nn.activation_quantizer import Folded
-from proxbit.nn.kept import Kept
+from proxbit.nn.cache import TensorCache
+from proxbit.nn.packed import packed_product
 from proxbit.nn.packed_linear import PackedLinear
-from proxbit.nn.surroundings import packed_product
 
 __all__ = ["SharedInput"]
 
@@ -21,9 +21,9 @@ __all__ = ["SharedInput"]
 class SharedInput:
     """One call for several packed layers: the input is read, rounded and made into tables once.
 
-    The first layer computes for all of them. The others, when they are given the same tensor next, in the same thread,
-    return what it left; given anything else, or that tensor after a change in place, they compute alone. Changes of a
-    tensor that was made in inference mode are counted by nobody, and are not seen.
+    The first layer computes for all of them. The others return the result that it left when they are called next with
+    the same tensor, in the same thread; called with anything else, or after an in-place change, they compute alone.
+    In-place changes of a tensor made in inference mode go unseen: it has no version counter.
 
     Args:
         layers: in the order in which they are called; of one input width and one format of activations that learns
@@ -39,7 +39,7 @@ class SharedInput:
                 "Layers that share an input have the same width, activations and bias, and nothing learned around them."
             )
         self.layers = list(layers)
-        self._joined: Kept[tuple[Tensor, Folded]] = Kept()
+        self._joined: TensorCache[tuple[Tensor, Folded]] = TensorCache()
         self._left: dict[int, tuple[weakref.ref[Tensor], int | None, dict[int, Tensor]]] = {}
 
     @staticmethod

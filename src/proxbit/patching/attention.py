@@ -9,7 +9,7 @@ from torch import nn
 from proxbit.config import BinarizationConfig
 from proxbit.nn import BinaryProbabilities
 from proxbit.nn.attention import BINARY, LEARNED_SCALE
-from proxbit.patching.targets import check_patterns, explicit_patterns, matches
+from proxbit.patching.selection import check_patterns, explicit_patterns, matches
 
 __all__ = ["attention_modules", "learn_scales", "learned_attentions", "unlearn_scales"]
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, ModelStateError
 from proxbit.nn import ACTIVATIONS, BinaryLinear
-from proxbit.patching.sites import surroundings
-from proxbit.patching.targets import select, state_of
-from proxbit.patching.watch import norms_before, watch
+from proxbit.patching.layer_config import layer_options
+from proxbit.patching.selection import select, state_of
+from proxbit.patching.trace import norms_before, trace
 
 __all__ = ["equalize_layers"]
 
@@ -18,14 +18,18 @@ __all__ = ["equalize_layers"]
 def _latent_layers(model: nn.Module) -> dict[nn.Linear, tuple[str, bool]]:
     """Linear layers with latent weights; their activations, and whether there is a residual."""
     layers = (module for module in model.modules() if isinstance(module, BinaryLinear))
-    return {layer: (layer.activations, layer.residual) for layer in layers}
+    return {layer: (layer.activations, layer.epilogue.residual) for layer in layers}
 
 
 def _float_layers(model: nn.Module, config: BinarizationConfig) -> dict[nn.Linear, tuple[str, bool]]:
     """The same for linear layers that would be binarized."""
-    sites, _ = surroundings(model, select(model, config), config)
-    layers = ((model.get_submodule(name), site) for name, site in sites.items())
-    return {layer: (site["activations"], site["residual"]) for layer, site in layers if isinstance(layer, nn.Linear)}
+    found, _ = layer_options(model, select(model, config), config)
+    layers = ((model.get_submodule(name), options) for name, options in found.items())
+    return {
+        layer: (options["activations"], options["epilogue"].residual)
+        for layer, options in layers
+        if isinstance(layer, nn.Linear)
+    }
 
 
 def _error(sizes: Tensor, scale: Tensor) -> Tensor:
@@ -67,7 +71,7 @@ def equalize_layers(model: nn.Module, inputs: dict[str, Tensor], config: Binariz
     Raises:
         ModelStateError: if the model is packed.
         ConfigError: if the model is latent, which says itself what is binarized, and there is a configuration.
-        PatternError: for a float model, see `targets.select`.
+        PatternError: for a float model, see `selection.select`.
     """
     state = state_of(model)
     if state == "packed":
@@ -78,7 +82,7 @@ def equalize_layers(model: nn.Module, inputs: dict[str, Tensor], config: Binariz
     # A sign forgets the size of its input; a residual would bring the scale to the output.
     layers = [layer for layer, (kind, residual) in found.items() if not ACTIVATIONS[kind].binary and not residual]
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for name, readers in norms_before(watch(model, inputs), layers).items():
+    for name, readers in norms_before(trace(model, inputs), layers).items():
         norm = model.get_submodule(name)
         assert isinstance(norm, nn.LayerNorm)
         if all(owners[id(each)] == 1 for each in (norm.weight, norm.bias, *(layer.weight for layer in readers))):

@@ -1,4 +1,4 @@
-"""Fusing packed layers with what comes before and behind them, by watching the model run once."""
+"""Fusing packed layers with what comes before and behind them, from a trace of one forward pass."""
 
 from functools import partial
 
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from proxbit.errors import ModelStateError
 from proxbit.kernels import Norm
 from proxbit.nn import PackedLinear, SharedInput
+from proxbit.patching.selection import state_of
 from proxbit.patching.swap import swap
-from proxbit.patching.targets import state_of
-from proxbit.patching.watch import Call, Seen, Use, norms_before, watch
+from proxbit.patching.trace import Call, Trace, Use, norms_before, trace
 
 __all__ = ["FusedActivation", "FusedLayerNorm", "fuse_layers", "unfuse_layers"]
 
@@ -49,7 +49,7 @@ def _is_exact_gelu(use: Use) -> bool:
     return use.function is GELU and use.options.get("approximate", "none") == "none"
 
 
-def _activations_to_fuse(seen: Seen) -> dict[str, PackedLinear]:
+def _activations_to_fuse(seen: Trace) -> dict[str, PackedLinear]:
     """The activation modules, by name, that do nothing but the exact GELU of one packed layer each."""
     linear = {id(call.output): call for call in seen.calls if isinstance(call.module, PackedLinear)}
     found: dict[str, PackedLinear] = {}
@@ -73,7 +73,7 @@ def _activations_to_fuse(seen: Seen) -> dict[str, PackedLinear]:
     return {name: layer for name, layer in found.items() if name not in refused}
 
 
-def _inputs_to_share(seen: Seen) -> list[list[PackedLinear]]:
+def _inputs_to_share(seen: Trace) -> list[list[PackedLinear]]:
     """Packed layers of one parent that are called one after the other on the same tensor, each of them once."""
     packed = [call for call in seen.calls if isinstance(call.module, PackedLinear)]
     groups: list[list[Call]] = []
@@ -102,7 +102,7 @@ def fuse_layers(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     if state_of(model) != "packed":
         raise ModelStateError(f"fuse takes a packed model, this one is {state_of(model)}.")
     unfuse_layers(model)
-    seen = watch(model, inputs)
+    seen = trace(model, inputs)
     bare = [module for module in model.modules() if isinstance(module, PackedLinear) and module.is_bare]
     for name, layers in norms_before(seen, bare).items():
         module = model.get_submodule(name)

@@ -12,22 +12,23 @@ from proxbit.errors import ConfigError, ModelStateError
 from proxbit.nn import (
     HALF,
     BinaryConv2d,
+    BinaryLayer,
     BinaryLinear,
+    LatentWeight,
     PackedConv2d,
     PackedLinear,
+    PackedWeight,
     dtype_around,
     keep_single,
     latent_layers,
     learned_modules,
 )
-from proxbit.nn.surroundings import Surroundings
 from proxbit.patching.attention import learn_scales, learned_attentions, unlearn_scales
 from proxbit.patching.fuse import unfuse_layers
-from proxbit.patching.parts import Origin, leave_origin, take_origin
+from proxbit.patching.layer_config import Origin, layer_options, leave_origin, take_origin
 from proxbit.patching.report import BinarizationReport, ModuleDecision
-from proxbit.patching.sites import surroundings
+from proxbit.patching.selection import CONVERTIBLE, call_layers, explicit_patterns, select, state_of
 from proxbit.patching.swap import swap
-from proxbit.patching.targets import CONVERTIBLE, call_layers, explicit_patterns, select, state_of
 
 __all__ = [
     "beyond_float",
@@ -44,13 +45,10 @@ FAR = 0.1
 
 logger = logging.getLogger(__name__)
 
-LatentLayer = BinaryLinear | BinaryConv2d
-PackedLayer = PackedLinear | PackedConv2d
 
-
-def packed_layers(model: nn.Module) -> list[tuple[str, PackedLayer]]:
+def packed_layers(model: nn.Module) -> list[tuple[str, PackedWeight]]:
     """The packed layers of a model, with their names."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer)]
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, PackedWeight)]
 
 
 def check_latents(model: nn.Module) -> None:
@@ -81,7 +79,7 @@ def to_latent(
 
     Raises:
         ModelStateError: if the model is latent or packed already.
-        PatternError: see `targets.select`.
+        PatternError: see `selection.select`.
         LatentError: if a selected weight cannot be binarized; the model is then unchanged.
     """
     if state_of(model) != "float":
@@ -91,7 +89,7 @@ def to_latent(
         )
     decisions = select(model, config)
     pair = config.quantizer_pair()
-    around, overrides = surroundings(model, decisions, config)
+    options, overrides = layer_options(model, decisions, config)
     attentions, learned = learned_attentions(model, config)
     replacements: dict[str, BinaryLinear | BinaryConv2d] = {}
     for decision in decisions:
@@ -101,9 +99,9 @@ def to_latent(
         latent: BinaryLinear | BinaryConv2d
         try:
             if isinstance(layer, nn.Linear):
-                latent = BinaryLinear.from_float(layer, pair, config.units, **around[decision.name])
+                latent = BinaryLinear.from_float(layer, pair, config.units, **options[decision.name])
             else:
-                latent = BinaryConv2d.from_float(layer, pair, config.units)  # type: ignore[arg-type]
+                latent = BinaryConv2d.from_float(layer, pair, config.units)
         except ConfigError as error:
             raise ConfigError(f"{decision.name}: {error}") from error
         if not latent.weight.is_meta:
@@ -151,7 +149,7 @@ def _convert(model: nn.Module, action: str, convert: Callable[[nn.Module], nn.Mo
 
 def _weights(module: nn.Module) -> int:
     """Weights of a layer, counted before packing."""
-    if isinstance(module, PackedLayer):
+    if isinstance(module, PackedWeight):
         return len(module.weight_scale) * module.columns
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -159,9 +157,10 @@ def _weights(module: nn.Module) -> int:
 
 
 def _packed(layer: nn.Module) -> nn.Module | None:
-    if not isinstance(layer, LatentLayer):
+    if not isinstance(layer, LatentWeight):
         return None
-    packed = PackedLinear.from_latent(layer) if isinstance(layer, BinaryLinear) else PackedConv2d.from_latent(layer)
+    kind = PackedLinear if isinstance(layer, BinaryLinear) else PackedConv2d
+    packed = kind.from_latent(layer)
     take_origin(packed, layer)
     return packed
 
@@ -224,9 +223,9 @@ def beyond_float(model: nn.Module) -> list[str]:
     """
     found: Counter[str] = Counter()
     for layer in model.modules():
-        if isinstance(layer, Surroundings):
+        if isinstance(layer, BinaryLayer):
             found[f"{layer.activations} activations"] += layer.activations in ("sign", "elastic")
-            found["narrow accumulators"] += layer.accumulator is not None
+            found["narrow accumulators"] += layer.epilogue.accumulator is not None
             found["RPReLU"] += layer.rprelu is not None
     return [f"{what} ({number} layer{'s' if number > 1 else ''})" for what, number in found.items() if number]
 
@@ -239,7 +238,5 @@ def to_float(model: nn.Module) -> None:
     """
     if state_of(model) == "float":
         raise ModelStateError("dequantize takes a latent or packed model; this one is float already.")
-    _convert(
-        model, "dequantized", lambda layer: layer.to_float() if isinstance(layer, LatentLayer | PackedLayer) else None
-    )
+    _convert(model, "dequantized", lambda layer: layer.to_float() if isinstance(layer, BinaryLayer) else None)
     unlearn_scales(model)

@@ -1,4 +1,4 @@
-"""Putting one module in the place of another."""
+"""Replacing submodules of a model, wherever it holds them."""
 
 from collections.abc import Mapping
 from typing import Any

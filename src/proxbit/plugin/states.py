@@ -13,9 +13,9 @@ from proxbit.checkpoint.weights import check_storable
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, ModelStateError, ProxbitError
 from proxbit.patching import (
-    PICTURE_ERRORS,
+    IMAGE_ERRORS,
     beyond_float,
-    blank_picture,
+    blank_image,
     equalize_layers,
     fuse_layers,
     state_of,
@@ -35,10 +35,10 @@ def _look(
 ) -> None:
     """Make a change that runs the model once: on `inputs`, or on a blank picture."""
     try:
-        change(blank_picture(model) if inputs is None else inputs)
+        change(blank_image(model) if inputs is None else inputs)
     except ProxbitError:
         raise
-    except PICTURE_ERRORS as error:
+    except IMAGE_ERRORS as error:
         if inputs is not None:
             raise
         hint = f"say what it takes, {name}(model, inputs={{...}})"

@@ -202,12 +202,12 @@ class _Linear(Layer):
         return values.flatten(0, -2)[:, None]
 
     def outputs(self, output: Tensor, input: Tensor) -> Tensor:
-        rows = output - input if self.module.residual else output
+        rows = output - input if self.module.epilogue.residual else output
         return rows.flatten(0, -2)[:, None]
 
     def prior(self) -> Tensor:
         weight = super().prior()
-        return weight - torch.eye(weight.shape[2]).to(weight) if self.module.residual else weight
+        return weight - torch.eye(weight.shape[2]).to(weight) if self.module.epilogue.residual else weight
 
     def start_bias(self, weight: Tensor) -> Tensor:
         bias, shift = super().start_bias(weight), self.module.activation.shift

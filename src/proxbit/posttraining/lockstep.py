@@ -65,7 +65,7 @@ class Pass:
         _current.set(self)
         try:
             self._wait()
-            with self._room.surroundings():
+            with self._room.thread_state():
                 self.run()
         except _Cancelled:
             pass
@@ -117,7 +117,7 @@ class _Room:
         self._changed = threading.Condition()
 
     @contextmanager
-    def surroundings(self) -> Iterator[None]:
+    def thread_state(self) -> Iterator[None]:
         """What torch keeps for each thread by itself, as in the thread that walks."""
         enabled, dtype = self._autocast
         with ExitStack() as stack:
@@ -166,9 +166,9 @@ def _give_back_memory() -> None:
 
 
 @contextmanager
-def _stopping(sites: Mapping[str, nn.Module]) -> Iterator[None]:
+def _stopping(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Within the context, passes stop where these modules are called; other callers do not notice."""
-    before = {name: vars(module).get("forward") for name, module in sites.items()}
+    before = {name: vars(module).get("forward") for name, module in modules.items()}
 
     def stopping(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -180,25 +180,25 @@ def _stopping(sites: Mapping[str, nn.Module]) -> Iterator[None]:
 
         return call
 
-    for name, module in sites.items():
+    for name, module in modules.items():
         vars(module)["forward"] = stopping(name, module.forward)
     try:
         yield
     finally:
-        for name, module in sites.items():
+        for name, module in modules.items():
             del vars(module)["forward"]
             if before[name] is not None:
                 vars(module)["forward"] = before[name]
 
 
 def lockstep(
-    sites: Mapping[str, nn.Module], passes: Sequence[Pass], *, workers: int, device: torch.device
+    modules: Mapping[str, nn.Module], passes: Sequence[Pass], *, workers: int, device: torch.device
 ) -> Iterator[Meeting]:
     """Run passes from one module to the next; between two of them, whatever is done with the meeting is done.
 
     Args:
-        sites: where passes stop, by name. Passes whose forwards part ways meet in smaller groups.
-        passes: of modules that hold the sites.
+        modules: at which passes stop, by name. Passes whose forwards part ways meet in smaller groups.
+        passes: of models that hold these modules.
         workers: how many run at a time.
         device: of the model.
 
@@ -209,7 +209,7 @@ def lockstep(
         Exception: what a pass raises; the other passes are ended then, as they are when nobody asks any more.
     """
     room = _Room(workers, device)
-    with _stopping(sites):
+    with _stopping(modules):
         threads = [each.start(room) for each in passes]
         try:
             ready: Sequence[Pass] = passes
@@ -226,7 +226,7 @@ def lockstep(
                 ready = [each for each in waiting if each.name == waiting[0].name]
                 if ready:
                     assert ready[0].name is not None
-                    yield Meeting(ready[0].name, sites[ready[0].name], ready)
+                    yield Meeting(ready[0].name, modules[ready[0].name], ready)
         finally:
             for each in passes:
                 each.cancel()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from proxbit.patching.watch import Call, Seen, Use
+from proxbit.patching.trace import Call, Trace, Use
 
 __all__ = ["Shortcut", "shortcuts"]
 
@@ -41,7 +41,7 @@ class Shortcut:
         return output + torch.where(reaches, share / torch.where(reaches, self.gain, 1), 0) * missing
 
 
-def shortcuts(seen: Seen, layers: Mapping[str, nn.Module]) -> dict[str, Shortcut]:
+def shortcuts(seen: Trace, layers: Mapping[str, nn.Module]) -> dict[str, Shortcut]:
     """The shortcuts around the layers that have one, by the name of the layer.
 
     Args:
@@ -63,7 +63,7 @@ def shortcuts(seen: Seen, layers: Mapping[str, nn.Module]) -> dict[str, Shortcut
     return found
 
 
-def _addition(seen: Seen, call: Call) -> tuple[Tensor, Tensor] | None:
+def _addition(seen: Trace, call: Call) -> tuple[Tensor, Tensor] | None:
     """What the output of a layer is added to, and its gain there."""
     tensor, gain = call.output, call.output.new_ones(())
     for _ in range(STEPS):

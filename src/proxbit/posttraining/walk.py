@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from proxbit.errors import ConfigError
 from proxbit.nn import BinaryProbabilities, LatentWeight, Learned, evaluating, latent_layers
-from proxbit.nn.modes import float_attention
-from proxbit.patching.watch import Seen, watch
+from proxbit.nn.attention import float_attention
+from proxbit.patching.trace import Trace, trace
 from proxbit.posttraining.fit import Float, Layer, fit_norm, layer_of
 from proxbit.posttraining.lockstep import Meeting, Pass, current_pass, lockstep, one_thread, summed
 from proxbit.posttraining.moments import Gathered, Pair
@@ -24,7 +24,7 @@ from proxbit.posttraining.shortcuts import shortcuts
 __all__ = ["Told", "fit_weights"]
 
 Inputs = Mapping[str, Any]
-# Told of the name of each site when it has been fitted, and of its share of the work, of 1 in all.
+# Told of the name of each module when it has been fitted, and of its share of the work, of 1 in all.
 Told = Callable[[str, float], None]
 BINARIZED, FLOATING = 0, 1
 # Of what a residual stream lacks: the share that the layers which write into it are fitted to make up for.
@@ -58,22 +58,22 @@ def fit_weights(
         ConfigError: if a latent layer is not reached, or given what is no number.
     """
     start = time.perf_counter()
-    sites = _sites(model)
-    seen = watch(model, _one(chunks[0]))
+    modules = _fitted_modules(model)
+    seen = trace(model, _one(chunks[0]))
     unreached = [name for name, layer in latent_layers(model) if not seen.times[id(layer)]]
     if unreached:
         raise ConfigError(
             f"{unreached[0]} was not called with these images{_more(unreached)}: nothing is known about its inputs. "
             f"Leave it out with modules_to_not_convert=[{unreached[0]!r}], or give what it is for."
         )
-    before = {name: _Saved.of(module) for name, module in sites.items()}
-    walk = _Walk(model, sites, before, seen, reduce)
+    before = {name: _Saved.of(module) for name, module in modules.items()}
+    walk = _Walk(model, modules, before, seen, reduce)
     del seen
     try:
         with one_thread() as workers, evaluating(model):
             walk.go(chunks, workers, told)
     except BaseException:
-        for name, module in sites.items():
+        for name, module in modules.items():
             before[name].restore(module)
         raise
     report = CalibrationReport(images, tuple(walk.fits.values()), walk.left, time.perf_counter() - start)
@@ -85,7 +85,7 @@ def _more(names: Sequence[str]) -> str:
     return f", nor {len(names) - 1} others" if len(names) > 1 else ""
 
 
-def _sites(model: nn.Module) -> dict[str, nn.Module]:
+def _fitted_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Where there is something to fit."""
     kinds = (LatentWeight, BinaryProbabilities, _BatchNorm)
     found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
@@ -98,7 +98,7 @@ def _sites(model: nn.Module) -> dict[str, nn.Module]:
 
 @dataclass(frozen=True)
 class _Saved:
-    """A site as it came."""
+    """A module as it was before."""
 
     tensors: Mapping[str, Tensor]
     calibrated: Sequence[tuple[Learned, bool]]
@@ -125,7 +125,7 @@ def _one(inputs: Inputs) -> dict[str, Any]:
     return {key: value[:1] if isinstance(value, Tensor) and value.ndim else value for key, value in inputs.items()}
 
 
-def _normed(seen: Seen) -> set[int]:
+def _normed(seen: Trace) -> set[int]:
     """The identities of layers whose output a batch norm reads, as it is or in another shape."""
     norms = {(call.input.data_ptr(), call.input.numel()) for call in seen.calls if isinstance(call.module, _BatchNorm)}
     return {id(call.module) for call in seen.calls if (call.output.data_ptr(), call.output.numel()) in norms}
@@ -135,21 +135,21 @@ class _Walk:
     def __init__(
         self,
         model: nn.Module,
-        sites: Mapping[str, nn.Module],
+        modules: Mapping[str, nn.Module],
         before: Mapping[str, "_Saved"],
-        seen: Seen,
+        seen: Trace,
         reduce: Callable[[list[Tensor]], list[Tensor]],
     ) -> None:
-        self.model, self.sites, self.reduce = model, sites, reduce
+        self.model, self.modules, self.reduce = model, modules, reduce
         normed = _normed(seen)
         self.layers: dict[str, Layer] = {}
-        for name, module in sites.items():
+        for name, module in modules.items():
             if isinstance(module, LatentWeight):
                 original = Float(before[name].tensors["weight"], before[name].tensors.get("bias"))
                 takes_means = original.bias is not None or id(module) in normed
                 self.layers[name] = layer_of(module, original, takes_means, seen.times[id(module)])
         self.shortcuts = shortcuts(seen, {name: layer.module for name, layer in self.layers.items()})
-        work = {name: _work(module) * seen.times[id(module)] for name, module in sites.items()}
+        work = {name: _work(module) * seen.times[id(module)] for name, module in modules.items()}
         self.shares = {name: part / max(1, sum(work.values())) for name, part in work.items()}
         self.fits: dict[str, LayerFit] = {}
         self.left: dict[str, str] = {}
@@ -165,7 +165,7 @@ class _Walk:
         with ExitStack() as stack:
             for name in {each.module for each in self.shortcuts.values()}:
                 stack.callback(self.model.get_submodule(name).register_forward_pre_hook(partial(_keep, name)).remove)
-            for meeting in lockstep(self.sites, passes, workers=workers, device=device):
+            for meeting in lockstep(self.modules, passes, workers=workers, device=device):
                 self._fit(meeting, workers)
                 told(meeting.name, self.shares[meeting.name])
 
@@ -230,7 +230,7 @@ def _run(model: nn.Module, inputs: Inputs, stream: int) -> None:
 
 
 def _work(module: nn.Module) -> int:
-    """About how much there is to do at a site, for a token."""
+    """About how much work a module is, for a token."""
     if not isinstance(module, LatentWeight):
         return 0
     rows, columns = module.weight.flatten(1).shape

@@ -2,7 +2,14 @@
 
 import proxbit.quantizers.family  # noqa: F401  (registers the family)
 from proxbit.deprecation import renamed
-from proxbit.quantizers.autograd import Again, HardRows, again, hard_rows, quantize, update_start
+from proxbit.quantizers.autograd import (
+    HardRows,
+    RecomputedWeight,
+    hard_rows,
+    quantize,
+    recomputed_weight,
+    update_start,
+)
 from proxbit.quantizers.catalog import PAIRS, get_pair, pair_key, register_pair
 from proxbit.quantizers.compiled import compiled_functions
 from proxbit.quantizers.decomposition import Decomposition, decompose, regularizer
@@ -22,14 +29,13 @@ __all__ = [
     "PAIRS",
     "ROW_LEAST_SQUARES",
     "SCHEDULES",
-    "Again",
     "Decomposition",
     "Function",
     "HardRows",
     "MuSchedule",
     "QuantizerPair",
+    "RecomputedWeight",
     "RowUnits",
-    "again",
     "check_rows",
     "compiled_functions",
     "compose",
@@ -41,6 +47,7 @@ __all__ = [
     "linear_quantizer",
     "pair_key",
     "quantize",
+    "recomputed_weight",
     "register_pair",
     "regularizer",
     "update_start",

@@ -12,10 +12,10 @@ from proxbit.quantizers.compiled import compiled_backward, compiled_forward
 from proxbit.quantizers.functions import ONE, SIGN
 from proxbit.quantizers.pairs import QuantizerPair, compose, heuristic
 from proxbit.quantizers.row_units import RowUnits
-from proxbit.shards import on_rows, placed_like, sum_of_rows, whole_rows
+from proxbit.shards import is_sharded, on_rows, placed_like, sum_of_rows, whole_rows
 from proxbit.sign import sign
 
-__all__ = ["Again", "HardRows", "again", "hard_rows", "quantize", "update_start"]
+__all__ = ["HardRows", "RecomputedWeight", "hard_rows", "quantize", "recomputed_weight", "update_start"]
 
 Numbers = tuple[Tensor, Tensor]  # of each row: divisor and factor
 
@@ -66,19 +66,21 @@ def _offset_and_divisor(rows: Tensor, units: RowUnits, common: Tensor | None) ->
     return offset, torch.cat(divisors)
 
 
-class Again(NamedTuple):
-    """What makes a weight anew, the same to the last bit: `function(*kept)`.
+class RecomputedWeight(NamedTuple):
+    """A quantized weight, and how a backward pass computes it again instead of keeping it, the same to the last bit.
 
     Attributes:
-        function: gives the weight.
-        gradient: `(grad, *kept)`, with the gradient of the weight, gives that of the latent weight, and may make it in
+        weight: as `quantize` returns it, without a gradient.
+        saved: what is kept for the backward pass: the latent weight, mu, and two numbers a row.
+        function: gives the weight: `function(*saved)`.
+        gradient: `(grad, *saved)`, with the gradient of the weight, gives that of the latent weight, and may make it in
             place of the other.
-        kept: the latent weight, mu, and two numbers a row.
     """
 
+    weight: Tensor
+    saved: tuple[Tensor, ...]
     function: Callable[..., Tensor]
     gradient: Callable[..., Tensor]
-    kept: tuple[Tensor, ...]
 
 
 class _Modes(NamedTuple):
@@ -162,17 +164,10 @@ class _ForwardBackward(torch.autograd.Function):
     ) -> Tensor:
         rows = latent.flatten(1)
         result, divisor, factor = _weight(rows, mu, modes, common, known)
-        # A clone: the schedule changes mu in place between steps, and under gradient accumulation each backward
-        # needs the mu of its own forward.
-        kept = latent, mu.clone(), divisor, factor
-        ctx.save_for_backward(*kept)
+        # A clone: the schedule changes mu in place between steps, and with gradient accumulation a backward
+        # must see the mu of its own forward.
+        ctx.save_for_backward(latent, mu.clone(), divisor, factor)
         ctx.modes = modes
-
-        def again(latent: Tensor, mu: Tensor, *numbers: Tensor) -> Tensor:
-            result: Tensor = _ForwardBackward.apply(latent, mu, modes, common, numbers)
-            return result
-
-        ctx.again = Again(again, partial(_gradient, modes, True), kept)
         return result.view_as(latent)
 
     @staticmethod
@@ -228,19 +223,40 @@ def quantize(
     return placed_like(on_rows(weight, latent), latent)
 
 
-def again(weight: Tensor) -> Again | None:
-    """How to make a weight anew in the backward pass, so that nothing of its size need be kept for it until then.
+def recomputed_weight(
+    latent: Tensor,
+    mu: Tensor,
+    pair: QuantizerPair,
+    units: RowUnits,
+    *,
+    hard: bool = False,
+) -> RecomputedWeight | None:
+    """The same weight for an operation that does not keep it until its backward pass.
 
     Args:
-        weight: what `quantize` returned.
+        latent: as in `quantize`.
+        mu: as in `quantize`.
+        pair: as in `quantize`.
+        units: as in `quantize`.
+        hard: as in `quantize`.
 
     Returns:
-        None for a weight that has no gradient or was put together from several processes, and for any other tensor.
-        None on accelerators too: operator by operator, F reads and writes more memory than the copy is worth.
+        None for a weight that has no gradient or is put together from several processes. None on accelerators too:
+        operator by operator, F reads and writes more memory than the copy is worth.
     """
-    node: Any = weight.grad_fn
-    is_ours = weight.device.type == "cpu" and isinstance(node, _ForwardBackward._backward_cls)
-    return node.again if is_ours else None
+    if is_sharded(latent) or latent.device.type != "cpu" or not latent.requires_grad:
+        return None
+    modes = _Modes(pair, units, hard)
+    with torch.no_grad():
+        common = _common_divisor(latent, units)
+        weight, divisor, factor = _weight(latent.flatten(1), mu, modes, common, None)
+
+    def function(latent: Tensor, mu: Tensor, *numbers: Tensor) -> Tensor:
+        result: Tensor = _ForwardBackward.apply(latent, mu, modes, common, numbers)
+        return result
+
+    saved = latent, mu.clone(), divisor, factor
+    return RecomputedWeight(weight.view_as(latent), saved, function, partial(_gradient, modes, True))
 
 
 def update_start(

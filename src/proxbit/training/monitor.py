@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from proxbit.nn import LatentWeight, Surroundings
+from proxbit.nn import BinaryLayer, LatentWeight
 from proxbit.packing import pack_signs
 from proxbit.plugin.sharded import full_latents
 from proxbit.quantizers import RowUnits
@@ -105,12 +105,12 @@ def hardening_gap(model: nn.Module) -> float:
 
 def overflow_shares(model: nn.Module) -> dict[str, float]:
     """The share of the sums of the last forward pass that did not fit, of each layer with a narrow accumulator."""
-    found = {name: layer.overflow_share for name, layer in model.named_modules() if isinstance(layer, Surroundings)}
-    return {name: float(share) for name, share in found.items() if share is not None}
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, BinaryLayer))
+    return {name: float(layer.overflow.share) for name, layer in layers if layer.overflow is not None}
 
 
 def overflow_penalty(model: nn.Module) -> Tensor:
     """By how much these sums did not fit, on average over the layers, 0-dimensional; 0 if there are none."""
-    layers = [layer for layer in model.modules() if isinstance(layer, Surroundings)]
-    found = [layer.overflow_penalty for layer in layers if layer.overflow_penalty is not None]
+    seen = [layer.overflow for layer in model.modules() if isinstance(layer, BinaryLayer)]
+    found = [overflow.penalty for overflow in seen if overflow is not None and overflow.penalty is not None]
     return torch.stack(found).mean() if found else torch.zeros(())

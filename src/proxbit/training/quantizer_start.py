@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,14 +77,12 @@ def _without_shift(layer: BinaryLinear) -> Iterator[None]:
 @contextmanager
 def _as_float(layer: BinaryLinear) -> Iterator[None]:
     """Within the context, the layer multiplies its input as it is."""
-    name, before, accumulator = layer.activations, layer.activation, layer.accumulator
-    layer.accumulator = None
-    layer.set_activation("float", ActivationQuantizer(layer.in_features))
+    parts = layer.activation, layer.epilogue, layer.rprelu
+    layer.set_parts(ActivationQuantizer(layer.in_features), replace(layer.epilogue, accumulator=None), layer.rprelu)
     try:
         yield
     finally:
-        layer.set_activation(name, before)
-        layer.accumulator = accumulator
+        layer.set_parts(*parts)
 
 
 def _as_they_are(module: nn.Module, arguments: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,16 @@
-"""One run of a model: the layers that read the result of a layer normalization, where nothing else does."""
+"""One traced forward pass: the layers that read the result of a layer normalization, where nothing else does."""
 
 import pytest
 import torch
 from torch import nn
+from transformers import TimmWrapperConfig
 
 import proxbit
 from normed_block import D, Normed, affine
 from proxbit.nn import BinaryLinear
-from proxbit.patching.watch import norms_before, watch
+from proxbit.patching import blank_image
+from proxbit.patching.trace import norms_before, trace
+from tiny_models import FAMILIES, SIDE
 
 
 def linears(model):
@@ -16,7 +19,7 @@ def linears(model):
 
 def before(model, layers=None, **inputs):
     """What is found, on random inputs, with all linear layers as readers."""
-    seen = watch(model, inputs or {"x": torch.randn(5, D)})
+    seen = trace(model, inputs or {"x": torch.randn(5, D)})
     return norms_before(seen, linears(model) if layers is None else layers)
 
 
@@ -82,14 +85,15 @@ def test_a_hook_that_reads_counts():
     assert before(model) == {}
 
 
-@pytest.mark.parametrize("center", ["none", "restore"])
-@pytest.mark.parametrize("activations", ["float", "int8", "int4", "sign"])
+@pytest.mark.parametrize(
+    ("activations", "center"), [("float", "restore"), ("int8", "none"), ("int4", "restore"), ("sign", "none")]
+)
 def test_what_a_latent_layer_does_with_its_input_is_part_of_it(activations, center):
     """Also what its activation quantizer does, which is a module of its own."""
     config = proxbit.BinarizationConfig(activations=activations, center=center)
     model = proxbit.binarize(Normed(affine()), config)
     assert isinstance(model.first, BinaryLinear)
-    seen = watch(model, {"x": torch.randn(5, D)})
+    seen = trace(model, {"x": torch.randn(5, D)})
     assert [call.name for call in seen.calls] == ["norm", "first", "second"]
     assert norms_before(seen, linears(model)) == {"norm": [model.first, model.second]}
 
@@ -100,7 +104,7 @@ def test_the_model_is_left_as_it_was():
     model.second.eval()
     for inputs in ({"x": torch.randn(5, D)}, {"x": torch.randn(5, D + 1)}):
         try:
-            seen = watch(model, inputs)
+            seen = trace(model, inputs)
         except RuntimeError:
             assert inputs["x"].shape[1] == D + 1
         assert [module.training for module in model.modules()] == [True, True, True, False]
@@ -109,3 +113,29 @@ def test_the_model_is_left_as_it_was():
     assert [call.output.requires_grad for call in seen.calls] == [False] * 3
     assert seen.times[id(model.norm)] == 1
     assert {use.within for use in seen.uses_of(seen.calls[0].output)} == {model.first, model.second, None}
+
+
+def test_a_blank_image_has_size_and_dtype_of_the_model():
+    dtype = torch.bfloat16
+    pixels = blank_image(FAMILIES["vit"]().to(dtype))["pixel_values"]
+    assert (pixels.shape, pixels.dtype) == ((1, 3, SIDE, SIDE), dtype)
+    assert not pixels.any()
+
+
+def test_the_size_that_timm_keeps_in_its_own_configuration():
+    model = nn.Linear(2, 2)
+    model.config = TimmWrapperConfig(pretrained_cfg={"input_size": [3, 518, 392]})
+    assert blank_image(model)["pixel_values"].shape == (1, 3, 518, 392)
+
+
+def test_without_a_configuration():
+    assert blank_image(nn.Linear(2, 2))["pixel_values"].shape == (1, 3, 224, 224)
+
+
+def test_old_names_warn():
+    with pytest.warns(
+        DeprecationWarning, match=r"proxbit\.patching\.blank_picture is now proxbit\.patching\.blank_image"
+    ):
+        assert proxbit.patching.blank_picture is blank_image
+    with pytest.warns(DeprecationWarning):
+        assert RuntimeError in proxbit.patching.PICTURE_ERRORS

@@ -1,6 +1,6 @@
-"""What the source of a module's class says of its layers: whose weight it reads, what it feeds, what it returns.
+"""Static analysis of the source of a module's class: which weights it reads, which layers it feeds and returns.
 
-Nothing is run. Of a class without a source nothing is known.
+Nothing is executed. Nothing is known of a class without a source.
 """
 
 import ast

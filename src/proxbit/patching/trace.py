@@ -1,4 +1,4 @@
-"""Watching a model run once: which module is given which tensor, and what reads the result."""
+"""A trace of one forward pass: which module is given which tensor, and what reads the result."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from proxbit.nn import Surroundings, evaluating
+from proxbit.nn import BinaryLayer, evaluating
 
-__all__ = ["Call", "Seen", "Use", "norms_before", "watch"]
+__all__ = ["IMAGE_ERRORS", "Call", "Trace", "Use", "blank_image", "norms_before", "trace"]
+
+# What a model raises that does not take an image alone, or not such a one.
+IMAGE_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -41,8 +44,8 @@ class Use(NamedTuple):
 
 
 @dataclass
-class Seen:
-    """One forward pass. Modules are binarized linear layers, whatever they hold, and modules without children.
+class Trace:
+    """One forward pass. Modules are 1-bit layers, whatever they hold, and modules without children.
 
     Attributes:
         calls: in order.
@@ -67,12 +70,12 @@ class Seen:
         self.uses.setdefault(id(tensor), []).append(use)
 
 
-class _Watch(TorchDispatchMode):
+class _Tracer(TorchDispatchMode):
     """Notes every operation and, with its hooks, every call."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = Seen()
+        self.trace = Trace()
         self.within: list[nn.Module] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -82,7 +85,7 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **options)
         made = result if isinstance(result, Tensor) else None
         for tensor in tensors:
-            self.seen.keep(tensor, Use(func, options, self.within[0] if self.within else None, tensors, made))
+            self.trace.keep(tensor, Use(func, options, self.within[0] if self.within else None, tensors, made))
         return result
 
     def hook(self, name: str, module: nn.Module) -> list[Any]:
@@ -90,28 +93,28 @@ class _Watch(TorchDispatchMode):
 
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
             self.within.append(module)
-            self.seen.times[id(module)] += 1
+            self.trace.times[id(module)] += 1
 
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self.within.pop()
             if not self.within and len(args) == 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                self.seen.calls.append(Call(name, module, args[0], output))
+                self.trace.calls.append(Call(name, module, args[0], output))
 
         return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
 
-def watch(model: nn.Module, inputs: dict[str, Tensor]) -> Seen:
+def trace(model: nn.Module, inputs: dict[str, Tensor]) -> Trace:
     """Run a model once, in evaluation mode and without gradients.
 
     Args:
         model: any module; it is left as it was.
         inputs: keyword arguments of one forward pass.
     """
-    mode = _Watch()
+    mode = _Tracer()
     handles = [
         handle
         for name, module in model.named_modules()
-        if isinstance(module, Surroundings) or not any(True for _ in module.children())
+        if isinstance(module, BinaryLayer) or not any(True for _ in module.children())
         for handle in mode.hook(name, module)
     ]
     try:
@@ -120,8 +123,21 @@ def watch(model: nn.Module, inputs: dict[str, Tensor]) -> Seen:
     finally:
         for handle in handles:
             handle.remove()
-    mode.seen.returned = torch.utils._pytree.tree_leaves(returned)
-    return mode.seen
+    mode.trace.returned = torch.utils._pytree.tree_leaves(returned)
+    return mode.trace
+
+
+def blank_image(model: nn.Module) -> dict[str, Tensor]:
+    """One black image of the size, dtype and device that the model takes, as keyword arguments of its forward."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", config)
+    of_timm = getattr(config, "pretrained_cfg", None) or {}
+    side = getattr(config, "image_size", of_timm.get("input_size", 224))
+    height, width = (side, side) if isinstance(side, int) else tuple(side)[-2:]
+    floats = (p for p in model.parameters() if p.is_floating_point())
+    like = next(floats, torch.empty(0))
+    shape = (1, getattr(config, "num_channels", 3), height, width)
+    return {"pixel_values": torch.zeros(shape, dtype=like.dtype, device=like.device)}
 
 
 def _is_layer_norm(norm: nn.Module, call: Call) -> TypeGuard[nn.LayerNorm]:
@@ -134,11 +150,11 @@ def _is_layer_norm(norm: nn.Module, call: Call) -> TypeGuard[nn.LayerNorm]:
     return type(norm) is nn.LayerNorm or torch.equal(nn.LayerNorm.forward(norm, call.input), call.output)
 
 
-def norms_before(seen: Seen, layers: Iterable[Layer]) -> dict[str, list[Layer]]:
+def norms_before(trace: Trace, layers: Iterable[Layer]) -> dict[str, list[Layer]]:
     """The layer normalizations whose results go into some of the layers and nowhere else.
 
     Args:
-        seen: one forward pass.
+        trace: one forward pass.
         layers: those that may read the result.
 
     Returns:
@@ -147,14 +163,16 @@ def norms_before(seen: Seen, layers: Iterable[Layer]) -> dict[str, list[Layer]]:
     """
     among = {id(layer): layer for layer in layers}
     found: dict[str, list[Layer]] = {}
-    for call in seen.calls:
+    for call in trace.calls:
         norm = call.module
         if not _is_layer_norm(norm, call):
             continue
-        read = [among[id(each.module)] for each in seen.calls if each.input is call.output and id(each.module) in among]
-        elsewhere = {id(use.within) for use in seen.uses_of(call.output)} - {id(layer) for layer in read}
-        kept = any(each is call.output for each in seen.returned)
-        once = all(seen.times[id(module)] == 1 for module in (norm, *read))
+        read = [
+            among[id(each.module)] for each in trace.calls if each.input is call.output and id(each.module) in among
+        ]
+        elsewhere = {id(use.within) for use in trace.uses_of(call.output)} - {id(layer) for layer in read}
+        kept = any(each is call.output for each in trace.returned)
+        once = all(trace.times[id(module)] == 1 for module in (norm, *read))
         if read and once and not elsewhere and not kept:
             found[call.name] = read
     return found

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from proxbit.patching.sources import fed_arguments, returned, weights_read
+from proxbit.patching.static_analysis import fed_arguments, returned, weights_read
 
 
 class Feeds(nn.Module):

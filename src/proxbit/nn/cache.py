@@ -1,4 +1,4 @@
-"""What is made of tensors, and kept until one of them changes."""
+"""A cache of one value that was computed from tensors, valid until one of them changes."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from proxbit.kernels import version_of
 
-__all__ = ["Kept"]
+__all__ = ["TensorCache"]
 
 T = TypeVar("T")
-# Weak references too: a new tensor may lie where one lay that is gone.
+# A weak reference too: a new tensor may get the address of one that was freed.
 Mark = tuple[weakref.ref[Tensor], int, int | None]
 
 
-class Kept(Generic[T]):
-    """A value made of tensors, made anew when one of them was changed in place, lies elsewhere, or is another one."""
+class TensorCache(Generic[T]):
+    """A value computed from tensors; computed again when one was changed in place, was moved, or is another tensor."""
 
     def __init__(self) -> None:
         self._marks: list[Mark | None] | None = None
@@ -28,7 +28,7 @@ class Kept(Generic[T]):
         return {"_marks": None, "_value": None}
 
     def __call__(self, tensors: Iterable[Tensor | None], make: Callable[[], T]) -> T:
-        """The value that `make` gives for these tensors, without a gradient."""
+        """The value that `make` returns for these tensors, without a gradient."""
         found = list(tensors)
         known = self._marks
         if known is None or len(known) != len(found) or not all(map(_is_same, known, found)):
@@ -36,14 +36,14 @@ class Kept(Generic[T]):
                 None if tensor is None else (weakref.ref(tensor), tensor.data_ptr(), version_of(tensor))
                 for tensor in found
             ]
-            # What is made in inference mode would have no version: the kernels could not keep its layout.
+            # A tensor made in inference mode has no version: the kernels could not cache its layout.
             with torch.inference_mode(False), torch.no_grad():
                 self._value, self._marks = make(), marks
         return cast(T, self._value)
 
 
 def _is_same(mark: Mark | None, tensor: Tensor | None) -> bool:
-    """Whether a tensor is the one of the mark, as it was. Of one whose changes nobody counts that cannot be said."""
+    """Whether a tensor is the marked one, unchanged. False for tensors without a version counter."""
     if mark is None or tensor is None:
         return mark is None and tensor is None
     reference, address, version = mark

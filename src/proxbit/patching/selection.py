@@ -1,4 +1,4 @@
-"""Which modules of a model are binarized: patterns on in-memory names, and safe defaults."""
+"""Selection of the modules that are binarized: by patterns on their names in memory, else by defaults."""
 
 import difflib
 import glob
@@ -11,14 +11,13 @@ from torch.nn.parameter import is_lazy
 
 from proxbit.config import BinarizationConfig
 from proxbit.errors import PatternError
-from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear
+from proxbit.nn import LatentWeight, PackedWeight
+from proxbit.patching.defaults import CONVERTIBLE, default_reason, placed_reasons
 from proxbit.patching.report import ModuleDecision
-from proxbit.patching.sides import CONVERTIBLE, PIXEL_CHANNELS, backbone, heads, text_layers, vocabularies
-from proxbit.patching.sources import weights_read
+from proxbit.patching.static_analysis import weights_read
 
 __all__ = [
     "CONVERTIBLE",
-    "DEFAULT_SKIPS",
     "call_layers",
     "check_patterns",
     "explicit_patterns",
@@ -30,20 +29,6 @@ __all__ = [
 # Layers whose weight their owner reads unless it is told to call them, and the attribute that tells it: in timm,
 # attention that has biases beside its layer.
 SWITCHES = {"qkv": "qkv_bias_separate"}
-
-# Segments of a module's name, and why a module below such a segment stays as it is.
-DEFAULT_SKIPS: tuple[tuple[str, str], ...] = (
-    (r"embed.*|.*embeddings?|.*_embed|.*embedder|patch.*proj.*", "embedding"),
-    (r".*position.*|.*rel_pos.*|cpb_mlp|meta_mlp", "position encoding"),
-    (r"sampling_offsets|attention_weights", "where deformable attention looks"),
-    (r"(text|language)_(model|encoder|decoder|backbone|transformer)", "text side"),
-    (r"(.*_)?stem", "stem"),
-    (r"pooler|att(entio)?n_pool(ing)?", "pooler"),
-    (
-        r"(.*_)?(head|heads|classifier|fc)|(head|classifier)_.*|bbox_attention|(visual|text|mask)_projection|.+_predictor|logits",
-        "head",
-    ),
-)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -74,44 +59,6 @@ def call_layers(model: nn.Module, names: Iterable[str]) -> None:
         owner = model.get_submodule(parent)
         if hasattr(owner, SWITCHES.get(child, "")):
             setattr(owner, SWITCHES[child], True)
-
-
-def _named_reason(name: str, module: nn.Module) -> str | None:
-    """Why a module is left alone by its name."""
-    segments = name.split(".")
-    # In a pyramid, the "patch embedding" of a later stage is a downsampling convolution like any other.
-    later_stage = any(segment.isdigit() and int(segment) > 0 for segment in segments)
-    downsampling = isinstance(module, nn.Conv2d) and module.in_channels > PIXEL_CHANNELS and later_stage
-    for segment in segments:
-        for expression, reason in DEFAULT_SKIPS:
-            if re.fullmatch(expression, segment) and not (reason == "embedding" and downsampling):
-                return reason
-    return None
-
-
-def _placed_reasons(model: nn.Module) -> dict[str, str]:
-    """Why layers are left alone by where they are in the model, by their names."""
-    words = vocabularies(model)
-    found = dict.fromkeys(heads(model, words), "head")
-    if body := backbone(model):
-        layers = (name for name, module in model.named_modules() if isinstance(module, CONVERTIBLE))
-        beside = (name for name in layers if not name.startswith(f"{body}."))
-        found |= dict.fromkeys(beside, "outside the backbone: task head")
-    return found | dict.fromkeys(text_layers(model, words), "text side")
-
-
-def _default_reason(name: str, module: nn.Module, placed: Mapping[str, str]) -> str | None:
-    """Why a module is left alone by default; None if it is binarized."""
-    if reason := _named_reason(name, module) or placed.get(name):
-        return reason
-    if not module.weight.requires_grad:
-        return "frozen: it would stay at its signs"
-    if isinstance(module, nn.Conv2d):
-        if module.groups > 1 and module.groups == module.in_channels:
-            return "depthwise convolution"
-        if module.in_channels <= PIXEL_CHANNELS:
-            return "reads the pixels"
-    return None
 
 
 def check_patterns(field: str, patterns: Iterable[str], names: list[str]) -> None:
@@ -145,7 +92,7 @@ def select(model: nn.Module, config: BinarizationConfig) -> list[ModuleDecision]
     candidates = {name: module for name, module in modules.items() if isinstance(module, CONVERTIBLE)}
     check_patterns("include", config.include or (), [n for n, m in candidates.items() if type(m) in CONVERTIBLE])
     check_patterns("modules_to_not_convert", config.modules_to_not_convert or (), list(modules))
-    placed = _placed_reasons(model) if config.include is None else {}
+    placed = placed_reasons(model) if config.include is None else {}
     decisions = []
     for name, module in candidates.items():
         reason, converted = _decide(name, module, config, placed)
@@ -177,7 +124,7 @@ def _decide(name: str, module: nn.Module, config: BinarizationConfig, placed: Ma
     if config.include is not None:
         hits = [pattern for pattern in config.include if matches(name, pattern)]
         return (f"include: {hits[0]}", True) if hits else ("not in include", False)
-    reason = _default_reason(name, module, placed)
+    reason = default_reason(name, module, placed)
     return (reason, False) if reason else ("default", True)
 
 
@@ -216,6 +163,6 @@ def explicit_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
 def state_of(model: nn.Module) -> str:
     """The state of a model: "float", "latent" or "packed"."""
     kinds = [type(module) for module in model.modules()]
-    if any(issubclass(kind, PackedLinear | PackedConv2d) for kind in kinds):
+    if any(issubclass(kind, PackedWeight) for kind in kinds):
         return "packed"
     return "latent" if any(issubclass(kind, LatentWeight) for kind in kinds) else "float"

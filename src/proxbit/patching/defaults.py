@@ -1,20 +1,44 @@
-"""The parts of a model that stay floats by what they do: what lies behind a vocabulary, and what gives the answers.
+"""Which layers stay float by default, and why: by their names, by what they do, and by where they are in the model.
 
-Nothing is run, so that it can be said of a model without weights.
+Text layers and heads are found without a forward pass, so that a model needs no weights for it.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from proxbit.patching.sources import fed_arguments, returned
+from proxbit.patching.static_analysis import fed_arguments, returned
 
-__all__ = ["CONVERTIBLE", "PIXEL_CHANNELS", "backbone", "heads", "text_layers", "vocabularies"]
+__all__ = [
+    "CONVERTIBLE",
+    "DEFAULT_SKIPS",
+    "backbone",
+    "default_reason",
+    "heads",
+    "placed_reasons",
+    "text_layers",
+    "vocabularies",
+]
 
 CONVERTIBLE = (nn.Linear, nn.Conv2d)
 PIXEL_CHANNELS = 4
 # A table of so few rows is of kinds, as of segments of a text or corners of a box, and not of words.
 KINDS = 4
+
+# Segments of a module's name, and why a module below such a segment stays as it is.
+DEFAULT_SKIPS: tuple[tuple[str, str], ...] = (
+    (r"embed.*|.*embeddings?|.*_embed|.*embedder|patch.*proj.*", "embedding"),
+    (r".*position.*|.*rel_pos.*|cpb_mlp|meta_mlp", "position encoding"),
+    (r"sampling_offsets|attention_weights", "where deformable attention looks"),
+    (r"(text|language)_(model|encoder|decoder|backbone|transformer)", "text side"),
+    (r"(.*_)?stem", "stem"),
+    (r"pooler|att(entio)?n_pool(ing)?", "pooler"),
+    (
+        r"(.*_)?(head|heads|classifier|fc)|(head|classifier)_.*|bbox_attention|(visual|text|mask)_projection|.+_predictor|logits",
+        "head",
+    ),
+)
 
 
 def _within(name: str, owner: str) -> bool:
@@ -79,14 +103,14 @@ def _takes_no_tokens(module: nn.Module) -> bool:
 
 def text_layers(model: nn.Module, vocabularies: list[str]) -> set[str]:
     """The layers on the text sides of a model. A text side is the largest part around a vocabulary in which nothing
-    reads pictures. Where the layers behind a vocabulary lie beside what reads pictures, as in GIT, it is all of that
-    part but the picture sides in it.
+    reads images. Where the layers behind a vocabulary lie beside what reads images, as in GIT, it is all of that part
+    but the image sides in it.
     """
     if not vocabularies:
         return set()
     modules = dict(model.named_modules())
     starts = [name for name, m in modules.items() if not _holds(name, vocabularies) and _takes_no_tokens(m)]
-    pictures = [[start, *(o for o in _owners(start) if o and not _holds(o, vocabularies))][-1] for start in starts]
+    images = [[start, *(o for o in _owners(start) if o and not _holds(o, vocabularies))][-1] for start in starts]
     layers = [name for name, m in modules.items() if isinstance(m, CONVERTIBLE)]
     behind = [name for name in layers if name not in starts]
     found: set[str] = set()
@@ -94,7 +118,7 @@ def text_layers(model: nn.Module, vocabularies: list[str]) -> set[str]:
         owners = [name for name in _owners(vocabulary) if _holds(name, behind)]
         side = [*owners[:1], *(name for name in owners[1:] if not _holds(name, starts))]
         found |= {name for name in layers if side and _within(name, side[-1])}
-    return {name for name in found if not any(_within(name, picture) for picture in pictures)}
+    return {name for name in found if not any(_within(name, image) for image in images)}
 
 
 def backbone(model: nn.Module) -> str:
@@ -150,3 +174,41 @@ def _child(module: nn.Module, path: str) -> tuple[str, nn.Module]:
         names.append(next(reversed(children), "") if child == "*" else child)
         module = children.get(names[-1], nn.Module())
     return ".".join(names), module
+
+
+def _named_reason(name: str, module: nn.Module) -> str | None:
+    """Why a module is left alone by its name."""
+    segments = name.split(".")
+    # In a pyramid, the "patch embedding" of a later stage is a downsampling convolution like any other.
+    later_stage = any(segment.isdigit() and int(segment) > 0 for segment in segments)
+    downsampling = isinstance(module, nn.Conv2d) and module.in_channels > PIXEL_CHANNELS and later_stage
+    for segment in segments:
+        for expression, reason in DEFAULT_SKIPS:
+            if re.fullmatch(expression, segment) and not (reason == "embedding" and downsampling):
+                return reason
+    return None
+
+
+def placed_reasons(model: nn.Module) -> dict[str, str]:
+    """Why layers are left alone by where they are in the model, by their names."""
+    words = vocabularies(model)
+    found = dict.fromkeys(heads(model, words), "head")
+    if body := backbone(model):
+        layers = (name for name, module in model.named_modules() if isinstance(module, CONVERTIBLE))
+        beside = (name for name in layers if not name.startswith(f"{body}."))
+        found |= dict.fromkeys(beside, "outside the backbone: task head")
+    return found | dict.fromkeys(text_layers(model, words), "text side")
+
+
+def default_reason(name: str, module: nn.Module, placed: Mapping[str, str]) -> str | None:
+    """Why a module is left alone by default; None if it is binarized."""
+    if reason := _named_reason(name, module) or placed.get(name):
+        return reason
+    if not module.weight.requires_grad:
+        return "frozen: it would stay at its signs"
+    if isinstance(module, nn.Conv2d):
+        if module.groups > 1 and module.groups == module.in_channels:
+            return "depthwise convolution"
+        if module.in_channels <= PIXEL_CHANNELS:
+            return "reads the pixels"
+    return None
