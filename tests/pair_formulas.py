@@ -96,6 +96,11 @@ def rectified(w, mu):
     return np.where(np.abs(w) <= 1.5, inside, 0.0)
 
 
+def triangle(w, mu):
+    """Twice the slope of a parabola that is flat at |w| = sqrt(2) / mu."""
+    return max(1, 1 / mu) * np.where(np.abs(w) * mu < math.sqrt(2), mu * (math.sqrt(2) - np.abs(w) * mu), 0.0)
+
+
 def differentiable(w, mu):
     return np.where(np.abs(w) <= 1, tanh_slope(w, mu) / math.tanh(mu), 0.0)
 
@@ -157,6 +162,7 @@ ROWS = {
     "fda": (plus_minus, series_slope, None, 0, [0.0, 9.0]),
     "fda++": (series, series_slope, half_period, 0, [0.0, 9.0, 31.0]),
     "reste": (plus_minus, rectified, None, 1, [1.0, 3.0]),
+    "rbnn": (plus_minus, triangle, None, 1e-3, [0.01, 1.0, 10.0]),
     "dsq": (plus_minus, differentiable, None, 1e-3, [1.0, 7.0]),
     "biper": (square_wave, cosine, None, 1e-3, [1.0, 2.3]),
     "biper-sine": (sine, cosine, identity, 1e-3, [1.0, 2.3]),
@@ -168,6 +174,7 @@ SCALING = {
     "dorefa": ("tensor", "fixed", "none"),
     "xnor": ("none", "ls", "remove"),
     "adabin": ("std", "fixed", "restore"),
+    "rbnn": ("std", "ls", "remove"),
 }
 
 

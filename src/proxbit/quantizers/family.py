@@ -43,6 +43,7 @@ BIPER = "BiPer: Vargas, Correa, Hinojosa, Arguello, CVPR 2024, https://huggingfa
 PC = "ProxConnect: Dockhorn, Yu, Sari, Zolnouri, Partovi Nia, NeurIPS 2021"
 PROXQUANT = "ProxQuant: Bai, Wang, Liberty, ICLR 2019"
 ADABIN = "AdaBin: Tu, Chen, Ren, Wang, ECCV 2022"
+RBNN = "RBNN: Lin, Ji, Xu, Zhang, Wang, Wu, Huang, Lin, NeurIPS 2020, https://huggingface.co/papers/2009.13055"
 RESTE = "ReSTE: Wu, Zheng, Liu, Zheng, ICCV 2023"
 DSQ = "DSQ: Gong, Liu, Jiang, Li, Hu, Lin, Yu, Yan, ICCV 2019"
 XNOR = "XNOR-Net: Rastegari, Ordonez, Redmon, Farhadi, ECCV 2016"
@@ -56,6 +57,11 @@ def _reste(w: Tensor, mu: Mu) -> Tensor:
     secant = smallest ** (1 / mu) / smallest
     inner = reaches(-size, -smallest)
     return (inner * secant + (1 - inner) * power) * reaches(-size, -largest)
+
+
+def _rbnn(w: Tensor, mu: Mu) -> Tensor:
+    gain = (1 / as_tensor_like(mu, w)).clamp(min=1)
+    return gain * (math.sqrt(2) * mu - mu * (mu * w.abs())).clamp(min=0)
 
 
 def _dsq(w: Tensor, mu: Mu) -> Tensor:
@@ -117,6 +123,7 @@ def _rpc(levels: Sequence[float] = BINARY) -> QuantizerPair:
 RESTE_BACKWARD = define(
     "reste", _reste, "|w|^(1/mu - 1) / mu for 0.1 < |w| <= 1.5; below 0.1 its secant, above 1.5 zero", source=RESTE
 )
+RBNN_BACKWARD = define("rbnn", _rbnn, "k (sqrt(2) mu - mu^2 |w|)+, k = max(1/mu, 1)", source=RBNN)
 DSQ_BACKWARD = define("dsq", _dsq, "mu (1 - tanh(mu w)^2) / tanh(mu) for |w| <= 1, else 0", source=DSQ)
 SQUARE_WAVE = define("square wave", _square_wave, "sign(sin(mu w))", source=BIPER)
 
@@ -191,6 +198,18 @@ register_pair(
     "reste",
     heuristic(
         SIGN, RESTE_BACKWARD, mu_range=(1.0, math.inf), schedule=("linear", 1.0, 3.0), hard_from=0.0, source=RESTE
+    ),
+)
+register_pair(
+    "rbnn",
+    heuristic(
+        SIGN,
+        RBNN_BACKWARD,
+        mu_range=POSITIVE,
+        schedule=("log", 0.01, 10.0),
+        scaling=("std", "ls", "remove"),
+        hard_from=0.0,
+        source=f"{RBNN}, without its rotation",
     ),
 )
 register_pair(
