@@ -120,6 +120,7 @@ def test_function_of_a_function():
     """The identity and the constant need none; compositions of the table are found again."""
     assert TANH.after(IDENTITY) is TANH and IDENTITY.after(TANH) is TANH and ONE.after(TANH) is ONE
     assert FOURIER.after(PERIOD) is FUNCTIONS.get("series")
+    assert FOURIER.after(BOX).compiled is None and POLYNOMIAL.after(PERIOD).compiled is None
     w = torch.linspace(-2, 2, 9, dtype=torch.float64)
     made = TANH.after(BOX)
     assert made.compiled is None and "tanh(mu p), p(w) = clip(w, -1/mu, 1/mu)" in made.formula

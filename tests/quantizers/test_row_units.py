@@ -1,10 +1,13 @@
 """Row normalisation and row scales."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from proxbit.errors import ConfigError, LatentError
+from proxbit.quantizers import hard_rows
 from proxbit.quantizers.row_units import CENTERINGS, NORMALIZATIONS, SCALES, RowUnits, check_rows
 from proxbit.sign import sign
 
@@ -127,6 +130,15 @@ def test_constant_rows_stay_finite(normalize, center):
     rows = torch.tensor([[0.5, 0.5, 0.5], [-40.0, -40.0, -40.0]])
     centred = rows - RowUnits(center=center).offset(rows)
     assert torch.isfinite(centred / RowUnits(normalize=normalize).divisor(centred)).all()
+
+
+def test_what_a_packed_row_stores(rows):
+    """A scale of its own, and an offset, or not: as it is told of the units, so the stored rows are."""
+    for normalize, scale, center in itertools.product(NORMALIZATIONS, SCALES, CENTERINGS):
+        units = RowUnits(normalize, scale, center)
+        stored = hard_rows(rows, units)
+        assert units.scales_differ == (len(stored.scale.unique()) > 1)
+        assert units.has_offset == (stored.offset is not None)
 
 
 @pytest.mark.parametrize(
