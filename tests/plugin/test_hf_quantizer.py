@@ -17,7 +17,7 @@ from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 import proxbit
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, LatentError
-from proxbit.nn import PackedConv2d, PackedLinear, latent_layers
+from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, latent_layers
 from proxbit.patching import packed_layers
 from proxbit.plugin import ProxbitHfQuantizer
 from tiny_models import FAMILIES, SIDE, vit
@@ -191,6 +191,18 @@ def test_loading_packed_never_makes_a_float_weight(tmp_path, monkeypatch, state)
         load(tmp_path)
     assert (3, 36) in seen.shapes
     assert seen.shapes & WEIGHTS == (WEIGHTS if state == "latent" else set())
+
+
+def test_a_packed_checkpoint_makes_packed_layers_at_once(tmp_path, monkeypatch):
+    """No latent layer is made and replaced, and the report is that of `pack`."""
+    model = in_state("packed", BinarizationConfig(include=["vit.layers", PATCHES], activations="sign", rprelu=True))
+    model.save_pretrained(tmp_path)
+    made = []
+    monkeypatch.setattr(LatentWeight, "init_latent", lambda *args: made.append(args))
+    loaded = load(tmp_path)
+    assert made == [] and len(packed_layers(loaded)) == 13
+    assert str(loaded.binarization_report) == str(model.binarization_report)
+    assert loaded.binarization_report.converted == model.binarization_report.converted
 
 
 def test_dtype_changes_scales_and_leaves_bits(tmp_path, crops):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from proxbit.errors import PackedFormatError
+from proxbit.errors import ConfigError, PackedFormatError
 from proxbit.kernels import Norm, linear_kernel, linear_w1, pack_signs, unpack_weight
 from proxbit.nn.accumulators import Accumulator
 from proxbit.nn.activation_quantizer import Folded
@@ -67,6 +67,8 @@ class PackedLinear(Surroundings):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if accumulator is not None and offset:
+            raise ConfigError("center='restore' adds floats to the sums of whole numbers that an accumulator takes.")
         self.gelu = False
         self.norm: Callable[[], Norm] | None = None
         self.shared: Callable[[PackedLinear, Tensor], Tensor] | None = None

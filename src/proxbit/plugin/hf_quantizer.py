@@ -32,12 +32,13 @@ from proxbit.patching import (
     check_latents,
     check_packed_layers,
     config_of,
+    make_packed,
     matches,
     packed_layers,
+    report_packed,
     state_of,
     to_float,
     to_latent,
-    to_packed,
 )
 from proxbit.plugin.compat import loaded_folder, missing_tensors, outlines, restore_outlines, stored_config
 from proxbit.plugin.downloads import check_against_card, check_downloads
@@ -108,7 +109,7 @@ class ProxbitHfQuantizer(HfQuantizer):
             own = [rf"^{re.escape(name)}\." for name, _ in learned_modules(model)]
             model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *own]
         if state == "packed":
-            to_packed(model)
+            report_packed(model)
         if checkpoint_files is not None:  # Tensors may be in hand.
             if state == "packed":
                 check_packed_files(checkpoint_files, packed_layers(model), is_of_saved_class(model))
@@ -119,7 +120,7 @@ class ProxbitHfQuantizer(HfQuantizer):
         return model
 
     def _restore_layers(self, model: PreTrainedModel) -> None:
-        """Make the layers of a model without data latent, as its configuration says, or those of its parts do."""
+        """Make the layers of a model without data latent or packed, as its configuration or those of its parts say."""
         said = {model: self.quantization_config}
         if self.by_parts:
             inside = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
@@ -129,7 +130,8 @@ class ProxbitHfQuantizer(HfQuantizer):
             if config.state != self.quantization_config.state:
                 raise CheckpointError("config.json says that some parts of the model are latent and some packed.")
             if state_of(part) == "float":  # Not a part of the one before.
-                to_latent(part, _fit_patterns(part, config))
+                make = make_packed if config.state == "packed" else to_latent
+                make(part, _fit_patterns(part, config))
 
     def update_device_map(self, device_map: Any) -> Any:
         """What is asked before a device is given anything; see `check_trainable_places`."""
