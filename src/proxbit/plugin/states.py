@@ -23,7 +23,8 @@ from proxbit.patching import (
     to_latent,
     to_packed,
 )
-from proxbit.plugin.hf_quantizer import take_own_config, tell
+from proxbit.plugin.hf_quantizer import update_configs
+from proxbit.plugin.model_configs import copy_config
 
 __all__ = ["binarize", "dequantize", "equalize", "fuse", "pack"]
 
@@ -115,8 +116,8 @@ def binarize(model: Model, config: BinarizationConfig | None = None) -> Model:
     to_latent(model, given, partial(_check_parts, model))
     for _, part in _outermost(model):
         if state_of(part) != "float":
-            take_own_config(part)
-    tell(model)
+            copy_config(part)
+    update_configs(model)
     return model
 
 
@@ -135,7 +136,7 @@ def pack(model: Model) -> Model:
         LatentError: for NaN or infinite latents, or rows that are all zero. The model is unchanged after an error.
     """
     to_packed(model)
-    tell(model)
+    update_configs(model)
     return model
 
 
@@ -193,7 +194,7 @@ def dequantize(model: Model) -> Model:
     """
     left_out = beyond_float(model)
     to_float(model)
-    tell(model)
+    update_configs(model)
     if left_out:
         warnings.warn(f"The float model has other outputs: it is without {', '.join(left_out)}.", stacklevel=2)
     return model

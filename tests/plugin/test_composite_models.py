@@ -106,7 +106,7 @@ def test_a_whole_that_cannot_be_followed_is_refused(tmp_path):
     rewrite(tmp_path, lambda config: config["vision_config"].pop("quantization_config"))
     for architecture in ("Unheard", "AutoModel", "CLIPConfig"):
         rewrite(tmp_path, lambda config, name=architecture: config.update(architectures=[name]))
-        with pytest.raises(CheckpointError, match="of a whole, clip, .* cannot be followed here"):
+        with pytest.raises(CheckpointError, match="of a composite model, clip, .* cannot be followed here"):
             hf.CLIPVisionModel.from_pretrained(tmp_path)
 
 
