@@ -93,7 +93,7 @@ def test_a_pair_without_a_name_gets_the_title_that_is_given(tmp_path):
 def test_a_folder_is_no_picture(tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()
-    with pytest.raises(ConfigError, match=rf"{name} is a folder; name the picture in it, such as .*pair\.png"):
+    with pytest.raises(ConfigError, match=rf"{name} is a folder; name the file in it, such as .*pair\.png"):
         plot_pair("bnn++", folder)
     assert list(tmp_path.rglob("*")) == [folder]
 
@@ -112,8 +112,8 @@ def test_a_mu_out_of_range_draws_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("path", "sharpness", "words"),
     [
-        ("x.foo", None, "a picture ends in one of .*png"),
-        ("x", None, "a picture ends in one of"),
+        ("x.foo", None, "a plot is a file that ends in one of .*png"),
+        ("x", None, "a plot is a file that ends in one of"),
         ("nowhere/x.png", None, "there is no folder"),
         ("x.png", [1, 2, 3, 4, 5], "shows 1 to 4 values of mu, not 5"),
         ("x.png", [], "not 0"),

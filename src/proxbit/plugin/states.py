@@ -34,7 +34,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def _look(
     name: str, model: nn.Module, inputs: dict[str, Tensor] | None, change: Callable[[dict[str, Tensor]], None]
 ) -> None:
-    """Make a change that runs the model once: on `inputs`, or on a blank picture."""
+    """Make a change that runs the model once: on `inputs`, or on a blank image."""
     try:
         change(blank_picture(model) if inputs is None else inputs)
     except ProxbitError:
@@ -43,7 +43,7 @@ def _look(
         if inputs is not None:
             raise
         hint = f"say what it takes, {name}(model, inputs={{...}})"
-        raise ModelStateError(f"{type(model).__name__} takes no picture alone ({error}): {hint}.") from error
+        raise ModelStateError(f"{type(model).__name__} takes no image alone ({error}): {hint}.") from error
 
 
 def _given(config: BinarizationConfig | None) -> BinarizationConfig | None:
@@ -73,14 +73,14 @@ def equalize(model: Model, inputs: dict[str, Tensor] | None = None, config: Bina
 
     Args:
         model: a float or latent model, from `binarize` or `from_pretrained`; changed in place. `calibrate` comes after.
-        inputs: keyword arguments of one forward pass, from which it is seen what reads what; a blank picture if None.
+        inputs: keyword arguments of one forward pass, from which it is seen what reads what; a blank image if None.
         config: for a float model, what `binarize` will be called with; the default is `BinarizationConfig()`.
 
     Returns:
         The same model.
 
     Raises:
-        ModelStateError: if the model is packed, or does not take a blank picture.
+        ModelStateError: if the model is packed, or does not take a blank image.
         ConfigError: if the model is latent, which says itself what is binarized, and there is a configuration; or if
             it is something else than a BinarizationConfig.
         PatternError: for a float model, as by `binarize`.
@@ -165,13 +165,13 @@ def fuse(model: Model, inputs: dict[str, Tensor] | None = None) -> Model:
     Args:
         model: a packed model; changed in place. It is saved, loaded and dequantized as before; a reloaded model is
             fused again by another call.
-        inputs: keyword arguments of one forward pass, from which it is seen what follows what; a blank picture if None.
+        inputs: keyword arguments of one forward pass, from which it is seen what follows what; a blank image if None.
 
     Returns:
         The same model.
 
     Raises:
-        ModelStateError: if the model is not packed, or does not take a blank picture.
+        ModelStateError: if the model is not packed, or does not take a blank image.
     """
     _look("fuse", model, inputs, partial(fuse_layers, model))
     return model

@@ -84,4 +84,4 @@ def test_the_hard_part_begins_at_the_first_hard_log(log):
 
 
 def test_small_pictures_show_their_pixels(log):
-    assert [one["small"] for one in contents.pictures(log)["pictures"]] == [True, False]
+    assert [one["small"] for one in contents.images(log)["pictures"]] == [True, False]
