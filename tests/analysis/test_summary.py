@@ -77,18 +77,6 @@ def saved_bytes(model, folder):
 
 # Of them, those whose checkpoints have other names than their modules, weights that are stored as one, or convolutions.
 STORED = ["vit", "swin", "dinov2", "dinov3", "clip", "siglip", "convnext", "mobilevit", "detr", "dpt depth"]
-    "vit",
-    "swin",
-    "dinov2",
-    "dinov3",
-    "dinov3 convnext",
-    "clip",
-    "siglip",
-    "convnext",
-    "mobilevit",
-    "detr",
-    "dpt depth",
-]
 
 
 @pytest.mark.parametrize("family", STORED)
