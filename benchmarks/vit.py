@@ -25,7 +25,7 @@ from transformers.utils import logging
 from proxbit import BinarizationConfig
 from proxbit.analysis.environment import environment
 from proxbit.analysis.timing import Timings, operator_shares, time_rounds, torch_threads
-from proxbit.analysis.variants import forward_calls, packed_copy, variants
+from proxbit.analysis.variants import forward_calls, fused_copy, variants
 from proxbit.kernels import FORMATS
 
 SIZES = {"ViT-B": (768, 12), "ViT-S": (384, 6), "ViT-T": (192, 3)}
@@ -111,7 +111,7 @@ def time_loads(rounds: int) -> dict[str, Timings]:
         folders = {name: Path(temporary, name) for name in (FLOAT, "packed")}
         model = model_of("ViT-B")
         model.save_pretrained(folders[FLOAT])
-        packed_copy(model).save_pretrained(folders["packed"])
+        fused_copy(model).save_pretrained(folders["packed"])
         del model
         warm: dict[str, Callable[[], object]] = {name: lambda f=f: load(f) for name, f in folders.items()}
         found = {"warm": time_rounds(warm, rounds)}

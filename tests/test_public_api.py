@@ -74,3 +74,13 @@ def test_what_the_readme_says_of_the_pairs():
     session = doctest.DocTestParser().get_doctest(code, {"proxbit": proxbit}, "README", None, None)
     assert len(session.examples) == 2
     assert doctest.DocTestRunner().run(session).failed == 0
+
+
+def test_what_moved_out_of_hub_is_found_there_with_a_warning():
+    for name in ("binarize", "dequantize", "equalize", "fuse", "pack"):
+        with pytest.warns(DeprecationWarning, match=rf"proxbit\.hub\.{name} is now proxbit\.{name}"):
+            assert getattr(proxbit.hub, name) is getattr(proxbit, name)
+    with pytest.warns(DeprecationWarning, match=r"is now proxbit\.plugin\.ProxbitHfQuantizer"):
+        assert proxbit.hub.ProxbitHfQuantizer is proxbit.plugin.ProxbitHfQuantizer
+    with pytest.raises(AttributeError, match="module 'proxbit.hub' has no attribute 'nothing'"):
+        proxbit.hub.nothing  # noqa: B018

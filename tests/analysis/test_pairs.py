@@ -25,17 +25,17 @@ def test_verdicts_come_with_a_reason_and_the_interval(rows):
     assert rows["bnn"].reason == "B changes while P stands still: B is no function of P. First on [-3, -0.0003]."
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("fp", "is never quantized"),
-        ("bc", "reaches its levels"),
-        ("parq", "reaches its levels for |w| >= 0.01 row means"),
-        ("biper-sine", "stays off its levels: end with a hard part"),
-    ],
-)
-def test_what_becomes_of_the_forward(rows, name, words):
-    assert rows[name].hardens == words
+HARDENS = [
+    ("fp", "is never quantized"),
+    ("bc", "reaches its levels"),
+    ("parq", "reaches its levels for |w| >= 0.01 row means"),
+    ("biper-sine", "stays off its levels: end with a hard part"),
+]
+
+
+def test_what_becomes_of_the_forward(rows):
+    for name, words in HARDENS:
+        assert rows[name].hardens == words
 
 
 def test_a_registered_pair_is_judged_like_the_others(monkeypatch):

@@ -16,49 +16,48 @@ def test_what_is_not_said_is_null():
     assert json.loads(json.dumps(record)) == record
 
 
-@pytest.mark.parametrize(
-    ("run", "message"),
-    [
-        ({"epoch": 3}, r"'epoch' is no field.* Fields: model_id, base_model, "),
-        ({"epochs": "3"}, "epochs must be number or null, not '3'"),
-        ({"metrics": {"binary": {"accuracy": 0.5}}}, f"'binary' is no variant; valid: {', '.join(VARIANTS)}"),
-        ({"latency": {"milliseconds": 3}}, "latency must be latency or null"),
-    ],
-    ids=["unknown field", "wrong kind", "unknown variant", "latency"],
-)
-def test_refusals(run, message):
-    with pytest.raises(CardError, match=message):
-        check_run(run)
+REFUSED = [
+    ({"epoch": 3}, r"'epoch' is no field.* Fields: model_id, base_model, "),
+    ({"epochs": "3"}, "epochs must be number or null, not '3'"),
+    ({"metrics": {"binary": {"accuracy": 0.5}}}, f"'binary' is no variant; valid: {', '.join(VARIANTS)}"),
+    ({"latency": {"milliseconds": 3}}, "latency must be latency or null"),
+]
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("/home/me/patients", "patients"),
-        ("/home/me/my patients/", "my patients"),
-        ("~/patients", "patients"),
-        ("../patients", "patients"),
-        ("C:\\Users\\me\\patients", "patients"),
-        ("\\\\server\\me\\patients", "patients"),
-        ("/", "data"),
-        ("train --data /home/me/patients --teacher=/srv/me/vit", "train --data patients --teacher=vit"),
-        ("me/vit", "me/vit"),
-        ("https://example.org/a/b", "https://example.org/a/b"),
-        ("Xeon @ 2.5 GHz, and/or 4 / s", "Xeon @ 2.5 GHz, and/or 4 / s"),
-    ],
-)
-def test_a_record_tells_no_places(text, told):
+def test_refusals():
+    for run, message in REFUSED:
+        with pytest.raises(CardError, match=message):
+            check_run(run)
+
+
+PLACES = [
+    ("/home/me/patients", "patients"),
+    ("/home/me/my patients/", "my patients"),
+    ("~/patients", "patients"),
+    ("../patients", "patients"),
+    ("C:\\Users\\me\\patients", "patients"),
+    ("\\\\server\\me\\patients", "patients"),
+    ("/", "data"),
+    ("train --data /home/me/patients --teacher=/srv/me/vit", "train --data patients --teacher=vit"),
+    ("me/vit", "me/vit"),
+    ("https://example.org/a/b", "https://example.org/a/b"),
+    ("Xeon @ 2.5 GHz, and/or 4 / s", "Xeon @ 2.5 GHz, and/or 4 / s"),
+]
+
+
+def test_a_record_tells_no_places():
     """In any field, at any depth."""
-    run = {
-        "dataset": text,
-        "teacher": text,
-        "base_model": text,
-        "arguments": {"a": [{"b": text}]},
-        "environment": {"c": text},
-    }
-    found = check_run(run)
-    assert [found["dataset"], found["teacher"], found["base_model"], found["environment"]["c"]] == [told] * 4
-    assert found["arguments"]["a"][0]["b"] == told
+    for text, told in PLACES:
+        run = {
+            "dataset": text,
+            "teacher": text,
+            "base_model": text,
+            "arguments": {"a": [{"b": text}]},
+            "environment": {"c": text},
+        }
+        found = check_run(run)
+        assert [found["dataset"], found["teacher"], found["base_model"], found["environment"]["c"]] == [told] * 4
+        assert found["arguments"]["a"][0]["b"] == told
 
 
 def test_a_folder_that_is_there_is_called_by_its_name(tmp_path, monkeypatch):

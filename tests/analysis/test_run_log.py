@@ -88,22 +88,21 @@ def test_so_is_what_is_none_inside_of_lists(tmp_path):
     assert found == [[0.5, None], {"a": None}, [[1.0, None]], 2.0]
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "does not begin with the line of a run"),
-        ('{"event":"log","step":1}\n', "does not begin with the line of a run"),
-        ('{"event":"run","format":2,"step":0}\n', "has format 2; this version of proxbit reads 1"),
-        ('{"event":"run","format":1,"step":0}\nhello\n', "line 2: not JSON"),
-        ('{"event":"run","format":1,"step":0}\n[]\n', "line 2: an event has"),
-        ('{"event":"run","format":1,"step":0}\n{"event":"log","step":"1"}\n', "line 2: an event has"),
-    ],
-    ids=["empty", "headless", "newer", "not json", "no object", "no step"],
-)
-def test_a_damaged_file_is_refused(tmp_path, text, words):
-    (tmp_path / RUN_LOG).write_text(text)
-    with pytest.raises(CheckpointError, match=words):
-        read_log(tmp_path)
+DAMAGED = [
+    ("", "does not begin with the line of a run"),
+    ('{"event":"log","step":1}\n', "does not begin with the line of a run"),
+    ('{"event":"run","format":2,"step":0}\n', "has format 2; this version of proxbit reads 1"),
+    ('{"event":"run","format":1,"step":0}\nhello\n', "line 2: not JSON"),
+    ('{"event":"run","format":1,"step":0}\n[]\n', "line 2: an event has"),
+    ('{"event":"run","format":1,"step":0}\n{"event":"log","step":"1"}\n', "line 2: an event has"),
+]
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    for text, words in DAMAGED:
+        (tmp_path / RUN_LOG).write_text(text)
+        with pytest.raises(CheckpointError, match=words):
+            read_log(tmp_path)
 
 
 def test_what_is_no_text_is_refused(tmp_path):

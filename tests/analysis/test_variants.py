@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import proxbit
-from proxbit.analysis.variants import forward_calls, packed_copy, pictures, variants
+from proxbit.analysis.variants import forward_calls, fused_copy, images, variants
 from proxbit.errors import ModelStateError
 from proxbit.patching import state_of
 from tiny_models import FAMILIES, SIDE
@@ -66,12 +66,12 @@ def test_what_is_learned_around_layers_is_not_in_the_float_copies(model, state):
 
 
 def test_a_packed_copy_leaves_the_model_alone(model):
-    assert state_of(packed_copy(model)) == "packed"
+    assert state_of(fused_copy(model)) == "packed"
     assert state_of(model) == "float"
 
 
 def test_pictures_have_the_size_of_the_model(model):
-    assert pictures(model, 3)["pixel_values"].shape == (3, 3, SIDE, SIDE)
+    assert images(model, 3)["pixel_values"].shape == (3, 3, SIDE, SIDE)
 
 
 def test_every_variant_takes_the_pictures(model):
@@ -84,5 +84,5 @@ def test_every_variant_takes_the_pictures(model):
 
 
 def test_a_model_that_takes_no_picture_is_refused():
-    with pytest.raises(ModelStateError, match="Bilinear takes no picture alone"):
+    with pytest.raises(ModelStateError, match="Bilinear takes no image alone"):
         forward_calls({"float": nn.Bilinear(2, 2, 2)}, 1)

@@ -82,55 +82,56 @@ def test_an_undamaged_checkpoint_loads(folder):
         assert len(packed_layers(load(folder, ignore))) == 12
 
 
-@pytest.mark.parametrize("kept", [0.99, 0.5, 0.01, 0.0])
-def test_a_truncated_file(folder, kept):
+def refuse_each(folder, damages):
+    """Each change of the tensors is refused, by itself, with its error and message."""
     file = folder / "model.safetensors"
     content = file.read_bytes()
-    file.write_bytes(content[: int(kept * len(content))])
-    refused(folder, CheckpointError, r"model\.safetensors is truncated or damaged .*\. Download or copy it again")
+    for change, error, message in damages:
+        file.write_bytes(content)
+        edit(folder, change)
+        refused(folder, error, message)
 
 
-@pytest.mark.parametrize(
-    ("key", "make", "message"),
-    [
-        (
-            QUERY,
-            lambda bits: bits[:, 1:],
-            r"do not fit the model: expected \{\(3\d, \d\): 1\}.*found \{\(3\d, \d\): 1\}",
-        ),
-        (QUERY, lambda bits: bits[1:], rf"{QUERY}: expected packed bits, U8 \[32, \.\.\.\].*found U8 \[31, 4\]"),
-        (QUERY, lambda bits: bits.flatten(), rf"{QUERY}: expected packed bits.*found U8 \[128\]"),
-        (QUERY, lambda bits: bits.float(), rf"{QUERY}: expected packed bits.*found F32"),
-        (QUERY, lambda bits: bits.to(torch.int8), rf"{QUERY}: expected packed bits.*found I8"),
-        (FC2 + "_scale", lambda scale: scale[1:], rf"{FC2}: expected packed bits, U8 \[31, \.\.\.\]"),
-        (FC2 + "_scale", lambda scale: scale[:, None], rf"{FC2}: expected packed bits"),
-    ],
-    ids=["narrow", "short", "flat", "float bits", "signed bits", "short scales", "scales of two axes"],
-)
-def test_tensors_of_a_wrong_shape_or_dtype(folder, key, make, message):
-    edit(folder, put(key, make))
-    refused(folder, CheckpointError, message)
+def test_a_truncated_file(folder):
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    for kept in (0.99, 0.5, 0.01, 0.0):
+        file.write_bytes(content[: int(kept * len(content))])
+        refused(folder, CheckpointError, r"model\.safetensors is truncated or damaged .*\. Download or copy it again")
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ([QUERY], f"{QUERY}: expected packed bits, .* found missing"),
-        ([QUERY + "_scale"], r"do not fit the model: expected .* Layers concerned: vit\.layers\.0\.attention\.q_proj"),
-        ([QUERY, QUERY + "_scale"], r"do not fit the model.* Layers concerned: vit\.layers\.0\.attention\.q_proj"),
-    ],
-    ids=["bits", "scales", "both"],
-)
-def test_missing_tensors(folder, keys, message):
-    edit(folder, lambda tensors: [tensors.pop(key) for key in keys])
-    refused(folder, CheckpointError, message)
+def test_tensors_of_a_wrong_shape_or_dtype(folder):
+    narrow = r"do not fit the model: expected \{\(3\d, \d\): 1\}.*found \{\(3\d, \d\): 1\}"
+    short = rf"{QUERY}: expected packed bits, U8 \[32, \.\.\.\].*found U8 \[31, 4\]"
+    damages = [
+        (put(QUERY, lambda bits: bits[:, 1:]), narrow),
+        (put(QUERY, lambda bits: bits[1:]), short),
+        (put(QUERY, lambda bits: bits.flatten()), rf"{QUERY}: expected packed bits.*found U8 \[128\]"),
+        (put(QUERY, lambda bits: bits.float()), rf"{QUERY}: expected packed bits.*found F32"),
+        (put(QUERY, lambda bits: bits.to(torch.int8)), rf"{QUERY}: expected packed bits.*found I8"),
+        (put(FC2 + "_scale", lambda scale: scale[1:]), rf"{FC2}: expected packed bits, U8 \[31, \.\.\.\]"),
+        (put(FC2 + "_scale", lambda scale: scale[:, None]), rf"{FC2}: expected packed bits"),
+    ]
+    refuse_each(folder, [(change, CheckpointError, message) for change, message in damages])
 
 
-@pytest.mark.parametrize("name", ["body.weight", QUERY.replace("layer.0", "layer.2")], ids=["foreign", "next layer"])
-def test_tensors_under_another_name(folder, name):
+def test_missing_tensors(folder):
+    unfit = r"do not fit the model.* Layers concerned: vit\.layers\.0\.attention\.q_proj"
+    cases = {(QUERY,): f"{QUERY}: expected packed bits, .* found missing", (QUERY + "_scale",): unfit}
+    cases |= {(QUERY, QUERY + "_scale"): unfit}
+
+    def without(keys):
+        return lambda tensors: [tensors.pop(key) for key in keys]
+
+    refuse_each(folder, [(without(keys), CheckpointError, message) for keys, message in cases.items()])
+
+
+def test_tensors_under_another_name(folder):
     """Number and shapes of the tensors are right, and yet a layer gets none: its bits would be arbitrary."""
-    edit(folder, rename(QUERY, name))
-    refused(folder, CheckpointError, r"vit\.layers\.0\.attention\.q_proj")
+    others = ("body.weight", QUERY.replace("layer.0", "layer.2"))
+    refuse_each(
+        folder, [(rename(QUERY, name), CheckpointError, r"vit\.layers\.0\.attention\.q_proj") for name in others]
+    )
 
 
 def test_tensors_in_the_place_of_others(folder):
@@ -141,24 +142,29 @@ def test_tensors_in_the_place_of_others(folder):
         load(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool], ids=str)
-def test_scales_that_are_no_floating_point_numbers(folder, dtype):
-    edit(folder, put(FC1 + "_scale", lambda scale: scale.to(dtype)))
-    refused(folder, ProxbitError, "scale")
+def test_scales_that_are_no_finite_floating_point_numbers(folder):
+    def cast(dtype):
+        return put(FC1 + "_scale", lambda scale: scale.to(dtype))
+
+    def spoiled(value):
+        return lambda tensors: tensors[FC1 + "_scale"].__setitem__(5, value)
+
+    message = r"vit\.layers\.1\.mlp\.fc1: weight_scale must be finite, row 5 is"
+    damages = [(cast(dtype), ProxbitError, "scale") for dtype in (torch.int32, torch.uint8, torch.bool)]
+    for value in (float("nan"), float("inf"), -float("inf")):
+        damages.append((spoiled(value), PackedFormatError, f"{message} {value}"))
+    refuse_each(folder, damages)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-def test_scales_that_are_not_finite(folder, value):
-    edit(folder, lambda tensors: tensors[FC1 + "_scale"].__setitem__(5, value))
-    refused(folder, PackedFormatError, rf"vit\.layers\.1\.mlp\.fc1: weight_scale must be finite, row 5 is {value}")
-
-
-@pytest.mark.parametrize("bit", [4, 7])
-def test_padding_bits_that_are_set(tmp_path, bit):
+def test_padding_bits_that_are_set(tmp_path):
     """36 columns are four bytes and four bits."""
     proxbit.pack(proxbit.binarize(hf.ViTForImageClassification(vit()))).save_pretrained(tmp_path)
-    edit(tmp_path, lambda tensors: tensors[QUERY][7, 4].bitwise_or_(1 << bit))
-    refused(tmp_path, PackedFormatError, r"vit\.layers\.0\.attention\.q_proj: the 4 padding bits .* row 7 has others")
+    message = r"vit\.layers\.0\.attention\.q_proj: the 4 padding bits .* row 7 has others"
+
+    def set_bit(bit):
+        return lambda tensors: tensors[QUERY][7, 4].bitwise_or_(1 << bit)
+
+    refuse_each(tmp_path, [(set_bit(bit), PackedFormatError, message) for bit in (4, 7)])
 
 
 def test_a_bit_that_is_no_padding_is_data(tmp_path):
@@ -284,37 +290,29 @@ def test_weights_that_are_written_as_one(tmp_path, gated, crops):
         assert torch.equal(load(tmp_path).eval()(crops(2, SIDE)).logits, gated(crops(2, SIDE)).logits)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda tensors, name: tensors.update({name: tensors[name][:-1]}),
-        lambda tensors, name: tensors.update({name: tensors[name][:, :-1]}),
-        lambda tensors, name: tensors.pop(name),
-        lambda tensors, name: tensors.pop(name.replace("weights_in.weight", "up_proj.weight_scale")),
-        lambda tensors, name: tensors.update({f"{name}_scale": torch.ones(len(tensors[name]))}),
-    ],
-    ids=["a row less", "a byte less", "none", "a scale less", "scales of its own"],
-)
-def test_weights_that_are_written_as_one_and_do_not_fit(tmp_path, gated, change):
+def test_weights_that_are_written_as_one_and_do_not_fit(tmp_path, gated):
+    """A row less, a byte less, none, a scale less, scales of its own."""
     gated.save_pretrained(tmp_path)
-    edit(tmp_path, lambda tensors: change(tensors, "dinov2.encoder.layer.1.mlp.weights_in.weight"))
-    refused(tmp_path, CheckpointError, "packed")
+    name = "dinov2.encoder.layer.1.mlp.weights_in.weight"
+    changes = [
+        lambda tensors: tensors.update({name: tensors[name][:-1]}),
+        lambda tensors: tensors.update({name: tensors[name][:, :-1]}),
+        lambda tensors: tensors.pop(name),
+        lambda tensors: tensors.pop(name.replace("weights_in.weight", "up_proj.weight_scale")),
+        lambda tensors: tensors.update({f"{name}_scale": torch.ones(len(tensors[name]))}),
+    ]
+    refuse_each(tmp_path, [(change, CheckpointError, "packed") for change in changes])
 
 
-@pytest.mark.parametrize(
-    ("key", "dtype", "message"),
-    [
-        ("running_mean", torch.int32, "running_mean is torch.int32 in the checkpoint; it must be one of torch.float32"),
-        ("running_var", torch.uint8, "running_var is torch.uint8"),
-        ("running_var", torch.bool, "running_var is torch.bool"),
-    ],
-)
-def test_buffers_are_checked_like_parameters(tmp_path, key, dtype, message):
+def test_buffers_are_checked_like_parameters(tmp_path):
     """Such as the statistics of a batch normalization."""
     model = proxbit.pack(proxbit.binarize(FAMILIES["resnet"]()))
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    name = next(name for name in tensors if name.endswith(key))
-    save_file(tensors | {name: tensors[name].to(dtype)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=message):
-        type(model).from_pretrained(tmp_path)
+    for key, dtype in {"running_mean": torch.int32, "running_var": torch.uint8}.items():
+        name = next(name for name in tensors if name.endswith(key))
+        save_file(tensors | {name: tensors[name].to(dtype)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(
+            CheckpointError, match=rf"{key} is {dtype} in the checkpoint; it must be one of torch.float32"
+        ):
+            type(model).from_pretrained(tmp_path)

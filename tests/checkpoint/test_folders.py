@@ -44,46 +44,39 @@ def test_both_are_as_in_transformers(plain, shards):
     assert names(shards) == ["model.safetensors"]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda index: index.pop("weight_map"), "must hold `metadata` and a `weight_map`"),
-        (lambda index: index.pop("metadata"), "must hold `metadata` and a `weight_map`"),
-        (lambda index: index.update(weight_map={}), "must hold `metadata` and a `weight_map`"),
-        (lambda index: index.update(weight_map=["model.safetensors"]), "must hold `metadata` and a `weight_map`"),
-        (
-            lambda index: index["weight_map"].update(a="../model.safetensors"),
-            "not the name of a file in the same folder",
-        ),
-        (lambda index: index["weight_map"].update(a="/model.safetensors"), "not the name of a file in the same folder"),
-        (lambda index: index["weight_map"].update(a="..\\model.safetensors"), "not the name of a file in the same"),
-        (lambda index: index["weight_map"].update(a=""), "not the name of a file in the same folder"),
-        (
-            lambda index: index["weight_map"].update(a=["model.safetensors"]),
-            "not the name of a file in the same folder",
-        ),
-        (
-            lambda index: index["weight_map"].update(a="a.bin"),
-            r"'a\.bin': weights are safetensors files; nothing is unp",
-        ),
-        (lambda index: index["weight_map"].update(a="a" * 9999 + ".safetensors"), "not the name of a file in the same"),
-        (lambda index: index["weight_map"].update(a="b.safetensors"), r"b\.safetensors is missing"),
-    ],
-)
-def test_a_damaged_index(shards, change, message):
+IN_THE_FOLDER, TABLE = "not the name of a file in the same folder", "must hold `metadata` and a `weight_map`"
+# Changes of the index, or of its weight_map where one has the key "a", and what is said of them.
+DAMAGES = [
+    ({"weight_map": None}, TABLE),
+    ({"metadata": None}, TABLE),
+    ({"weight_map": {}}, TABLE),
+    ({"weight_map": ["model.safetensors"]}, TABLE),
+    ({"a": "../model.safetensors"}, IN_THE_FOLDER),
+    ({"a": "/model.safetensors"}, IN_THE_FOLDER),
+    ({"a": "..\\model.safetensors"}, IN_THE_FOLDER),
+    ({"a": ""}, IN_THE_FOLDER),
+    ({"a": ["model.safetensors"]}, IN_THE_FOLDER),
+    ({"a": "a" * 9999 + ".safetensors"}, IN_THE_FOLDER),
+    ({"a": "a.bin"}, r"'a\.bin': weights are safetensors files; nothing is unp"),
+    ({"a": "b.safetensors"}, r"b\.safetensors is missing"),
+]
+
+
+def test_a_damaged_index(shards):
     file = shards / "model.safetensors.index.json"
     index = json.loads(file.read_text())
-    change(index)
-    file.write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=message):
-        names(shards)
+    for change, message in DAMAGES:
+        changed = index | ({"weight_map": index["weight_map"] | change} if "a" in change else change)
+        file.write_text(json.dumps({key: value for key, value in changed.items() if value is not None}))
+        with pytest.raises(CheckpointError, match=message):
+            names(shards)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "null", "{", "[" * 10**5, '{"a": ' + "9" * 5000 + "}", "\xff"])
-def test_an_index_that_is_no_table(shards, text):
-    (shards / "model.safetensors.index.json").write_text(text, encoding="latin-1")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json (is damaged|cannot be read)"):
-        names(shards)
+def test_an_index_that_is_no_table(shards):
+    for text in ("", "[]", "3", "null", "{", "[" * 10**5, '{"a": ' + "9" * 5000 + "}", "\xff"):
+        (shards / "model.safetensors.index.json").write_text(text, encoding="latin-1")
+        with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json (is damaged|cannot be read)"):
+            names(shards)
 
 
 def test_the_name_that_a_configuration_gives(plain):
@@ -98,21 +91,26 @@ def test_what_is_there_instead_is_named(plain):
         names(plain)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"num_hidden_layers": 31}, "num_hidden_layers is 31, but the weight files hold 30 tensors"),
-        ({"vision_config": {"depths": [1, 31]}}, "depths is 31, but"),
-        ({"a": {"b": [{"width": 2**24 + 8001}]}}, "width is 16785217, but the weight files hold 1,000 bytes"),
-        ({"width": -(10**400)}, r"width is beyond 10\^20"),
-        ({"hidden_size": -28}, "hidden_size is -28; it must be positive"),
-        ({"vision_config": {"num_attention_heads": 0}}, "num_attention_heads is 0; it must be positive"),
-        ({"patch_size": [4, 0]}, "patch_size is 0; it must be positive"),
-    ],
-)
-def test_sizes_that_no_file_can_fill(values, message):
-    with pytest.raises(CheckpointError, match=message):
-        check_sizes(values, tensors=30, stored=1000)
+TOO_MUCH = [
+    ({"num_hidden_layers": 31}, "num_hidden_layers is 31, but the weight files hold 30 tensors"),
+    ({"vision_config": {"depths": [1, 31]}}, "depths is 31, but"),
+    ({"a": {"b": [{"width": 2**24 + 8001}]}}, "width is 16785217, but the weight files hold 1,000 bytes"),
+    ({"width": -(10**400)}, r"width is beyond 10\^20"),
+    ({"hidden_size": -28}, "hidden_size is -28; it must be positive"),
+    ({"vision_config": {"num_attention_heads": 0}}, "num_attention_heads is 0; it must be positive"),
+    ({"patch_size": [4, 0]}, "patch_size is 0; it must be positive"),
+    ({"depths": [1] * 10_000}, "depths has 10,000 entries, but the weight files hold 30 tensors"),
+    ({"hidden_sizes": [12] * 10_000}, "hidden_sizes has 10,000 entries"),
+    ({"vision_config": {"names": ["x"] * 65}}, "names has 65 entries"),
+    ({"depths": [1] * 31}, "depths is 31, but the weight files hold 30 tensors"),
+    ({"num_layers": [16, 15]}, "num_layers is 31"),
+]
+
+
+def test_sizes_and_lists_that_no_file_can_fill():
+    for values, message in TOO_MUCH:
+        with pytest.raises(CheckpointError, match=message):
+            check_sizes(values, tensors=30, stored=1000)
 
 
 def test_sizes_that_may_be():
@@ -149,35 +147,20 @@ def test_of_a_float_checkpoint_nothing_is_asked(tmp_path):
     assert type(model).from_pretrained(tmp_path).config.num_hidden_layers == 2
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"depths": [1] * 10_000}, "depths has 10,000 entries, but the weight files hold 30 tensors"),
-        ({"hidden_sizes": [12] * 10_000}, "hidden_sizes has 10,000 entries"),
-        ({"vision_config": {"names": ["x"] * 65}}, "names has 65 entries"),
-        ({"depths": [1] * 31}, "depths is 31, but the weight files hold 30 tensors"),
-        ({"num_layers": [16, 15]}, "num_layers is 31"),
-    ],
-)
-def test_lists_that_no_file_can_fill(values, message):
-    with pytest.raises(CheckpointError, match=message):
-        check_sizes(values, tensors=30, stored=1000)
-
-
 def test_lists_that_may_be():
     check_sizes(
         {"depths": [15, 15], "feature_layers": [20, 25, 30], "image_mean": [0.5] * 64, "num_heads": [30] * 9}, 30, 1000
     )
 
 
-@pytest.mark.parametrize("field", ["include", "modules_to_not_convert", "learned_attention", "overrides"])
-@pytest.mark.parametrize(
-    ("count", "message"), [(100_000, "has 100,000 patterns; there may be"), (99, "has 99 patterns, but the w")]
-)
-def test_no_more_patterns_than_tensors(plain, field, count, message):
+def test_no_more_patterns_than_tensors(plain):
     config = json.loads((plain / "config.json").read_text())
-    patterns = [f"{i}" for i in range(count)]
-    config["quantization_config"][field] = dict.fromkeys(patterns, {}) if field == "overrides" else patterns
-    (plain / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ProxbitError, match=f"{field} {message}"):
-        ViTForImageClassification.from_pretrained(plain)
+    cases = [(99, field) for field in ("include", "modules_to_not_convert", "learned_attention", "overrides")]
+    for count, field in [*cases, (100_000, "include"), (10_001, "overrides")]:
+        patterns = [f"{i}" for i in range(count)]
+        values = {field: dict.fromkeys(patterns, {}) if field == "overrides" else patterns}
+        changed = config | {"quantization_config": config["quantization_config"] | values}
+        (plain / "config.json").write_text(json.dumps(changed))
+        told = "has 99 patterns, but the w" if count == 99 else f"has {count:,} patterns; there may be"
+        with pytest.raises(ProxbitError, match=f"{field} {told}"):
+            ViTForImageClassification.from_pretrained(plain)

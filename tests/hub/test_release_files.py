@@ -87,33 +87,36 @@ def test_an_upload_without_the_code_is_refused(tinynet, tmp_path, name):
     refused(folder, rf"{name} is not in .*could not be loaded")
 
 
-@pytest.mark.parametrize(
-    ("auto_map", "found"),
-    [
-        ({"AutoModel": "a.B", "AutoConfig": "a.C", "AutoTokenizer": ["b.C", None]}, {"a.py", "b.py"}),
-        ({"AutoModel": "other/repo--a.B"}, set()),
-        ({"AutoModel": 3, "AutoConfig": {"a": "b"}}, set()),
-        (["a.B"], set()),
-        ({"AutoModel": "../secret.B"}, None),
-        ({"AutoModel": "/etc/passwd"}, None),
-        ({"AutoModel": ""}, None),
-    ],
-)
-def test_what_a_map_names(tmp_path, auto_map, found):
-    (tmp_path / "config.json").write_text(json.dumps({"vision_config": [{"auto_map": auto_map}]}))
-    if found is None:
-        with pytest.raises(CheckpointError, match=r"config.json names '.*' \(auto_map\), which is no class"):
+MAPS = [
+    ({"AutoModel": "a.B", "AutoConfig": "a.C", "AutoTokenizer": ["b.C", None]}, {"a.py", "b.py"}),
+    ({"AutoModel": "other/repo--a.B"}, set()),
+    ({"AutoModel": 3, "AutoConfig": {"a": "b"}}, set()),
+    (["a.B"], set()),
+    ({"AutoModel": "../secret.B"}, None),
+    ({"AutoModel": "/etc/passwd"}, None),
+    ({"AutoModel": ""}, None),
+]
+
+
+def test_what_a_map_names(tmp_path):
+    for auto_map, found in MAPS:
+        (tmp_path / "config.json").write_text(json.dumps({"vision_config": [{"auto_map": auto_map}]}))
+        if found is None:
+            with pytest.raises(CheckpointError, match=r"config.json names '.*' \(auto_map\), which is no class"):
+                code_files(tmp_path)
+        else:
+            assert code_files(tmp_path).keys() == found
+
+
+NO_CODE = ["from .a import", "\0", "(" * 10**5]
+
+
+def test_code_that_is_none(tmp_path):
+    for text in NO_CODE:
+        (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "a.B"}}))
+        (tmp_path / "a.py").write_text(text)
+        with pytest.raises(CheckpointError, match="a.py cannot be read as Python"):
             code_files(tmp_path)
-    else:
-        assert code_files(tmp_path).keys() == found
-
-
-@pytest.mark.parametrize("text", ["from .a import", "\0", "(" * 10**5], ids=["cut", "null", "deep"])
-def test_code_that_is_none(tmp_path, text):
-    (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "a.B"}}))
-    (tmp_path / "a.py").write_text(text)
-    with pytest.raises(CheckpointError, match="a.py cannot be read as Python"):
-        code_files(tmp_path)
 
 
 def test_what_tokenizers_and_processors_write_belongs_to_a_release(tmp_path):

@@ -238,7 +238,7 @@ def test_what_is_refused():
     x = {"x": torch.randn(5, D)}
     with pytest.raises(ConfigError, match="latent model has its configuration already: call equalize without one"):
         proxbit.equalize(model, x, proxbit.BinarizationConfig())
-    with pytest.raises(ModelStateError, match=r"Normed takes no picture alone .*equalize\(model, inputs="):
+    with pytest.raises(ModelStateError, match=r"Normed takes no image alone .*equalize\(model, inputs="):
         proxbit.equalize(model)
     with pytest.raises(ModelStateError, match="float or latent model, this one is packed: call it before pack"):
         proxbit.equalize(proxbit.pack(model), x)

@@ -197,7 +197,7 @@ def test_only_packed_models():
 
 def test_a_model_that_takes_no_picture_alone_needs_inputs():
     model = packed(Block(nn.GELU()))
-    with pytest.raises(ModelStateError, match=r"Block takes no picture alone .*fuse\(model, inputs="):
+    with pytest.raises(ModelStateError, match=r"Block takes no image alone .*fuse\(model, inputs="):
         proxbit.fuse(model)
 
 

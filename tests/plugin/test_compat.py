@@ -6,15 +6,15 @@ from transformers import ViTForImageClassification
 
 import proxbit
 from proxbit.errors import CheckpointError
-from proxbit.plugin.compat import download_arguments, is_lost_process, outlines, restore_outlines
+from proxbit.plugin.compat import download_arguments, is_lost_process, restore_specs, tensor_specs
 from tiny_models import vit
 
 
 def test_floats_get_the_dtype_that_was_asked_for():
     model = proxbit.pack(proxbit.binarize(ViTForImageClassification(vit())))
-    wanted = {name: (shape, torch.bfloat16) for name, (shape, _) in outlines(model).items()}
+    wanted = {name: (shape, torch.bfloat16) for name, (shape, _) in tensor_specs(model).items()}
     bits = {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.dtype == torch.uint8}
-    restore_outlines(model, wanted)
+    restore_specs(model, wanted)
     found = model.state_dict()
     assert bits and all(torch.equal(found[name], tensor) for name, tensor in bits.items())
     assert {tensor.dtype for name, tensor in found.items() if name not in bits} == {torch.bfloat16}
@@ -22,10 +22,10 @@ def test_floats_get_the_dtype_that_was_asked_for():
 
 def test_other_shapes_are_refused():
     model = ViTForImageClassification(vit())
-    wanted = outlines(model)
+    wanted = tensor_specs(model)
     model.classifier = torch.nn.Linear(36, 7)
     with pytest.raises(CheckpointError, match=r"classifier\.weight is \[7, 36\] in the checkpoint, and .* \[3, 36\]"):
-        restore_outlines(model, wanted)
+        restore_specs(model, wanted)
 
 
 def test_what_from_pretrained_downloads_with_is_seen_from_inside(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 import proxbit
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, LatentError
-from proxbit.nn import PackedConv2d, PackedLinear, latent_layers
+from proxbit.nn import LatentWeight, PackedConv2d, PackedLinear, latent_layers
 from proxbit.patching import packed_layers
 from proxbit.plugin import ProxbitHfQuantizer
 from tiny_models import FAMILIES, SIDE, vit
@@ -114,8 +114,11 @@ def test_a_float_checkpoint_cannot_be_loaded_as_packed(tmp_path):
         load(tmp_path, quantization_config=BinarizationConfig(state="packed"))
 
 
-@pytest.mark.parametrize(("value", "message"), [(0.0, "all zero"), (float("nan"), "NaN")], ids=["zero row", "nan"])
-@pytest.mark.parametrize("state", ["float", "latent"])
+@pytest.mark.parametrize(
+    ("state", "value", "message"),
+    [("float", float("nan"), "NaN"), ("latent", 0.0, "all zero")],
+    ids=["nan", "zero row"],
+)
 def test_weights_that_cannot_be_binarized_are_found_on_load(tmp_path, state, value, message):
     model = make() if state == "float" else in_state("latent")
     with torch.no_grad():
@@ -126,7 +129,7 @@ def test_weights_that_cannot_be_binarized_are_found_on_load(tmp_path, state, val
         load(tmp_path, **arguments)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", [CONFIGS["chosen"], CONFIGS["adabin"]], ids=["chosen", "adabin"])
 def test_latent_reload_is_exact(tmp_path, crops, config):
     """Every tensor, the logits, and what the forward depends on beside the tensors."""
     model = in_state("latent", config)
@@ -193,6 +196,18 @@ def test_loading_packed_never_makes_a_float_weight(tmp_path, monkeypatch, state)
     assert seen.shapes & WEIGHTS == (WEIGHTS if state == "latent" else set())
 
 
+def test_a_packed_checkpoint_makes_packed_layers_at_once(tmp_path, monkeypatch):
+    """No latent layer is made and replaced, and the report is that of `pack`."""
+    model = in_state("packed", BinarizationConfig(include=["vit.layers", PATCHES], activations="sign", rprelu=True))
+    model.save_pretrained(tmp_path)
+    made = []
+    monkeypatch.setattr(LatentWeight, "init_latent", lambda *args: made.append(args))
+    loaded = load(tmp_path)
+    assert made == [] and len(packed_layers(loaded)) == 13
+    assert str(loaded.binarization_report) == str(model.binarization_report)
+    assert loaded.binarization_report.converted == model.binarization_report.converted
+
+
 def test_dtype_changes_scales_and_leaves_bits(tmp_path, crops):
     model = in_state("packed", BinarizationConfig(include=["vit.layers", PATCHES]))
     model.save_pretrained(tmp_path)
@@ -205,8 +220,7 @@ def test_dtype_changes_scales_and_leaves_bits(tmp_path, crops):
     torch.testing.assert_close(logits(again, pictures).float(), logits(model, pictures), rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("state", ["latent", "packed"])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(("config", "state"), list(zip(CONFIGS.values(), ["packed", "latent"] * 2)), ids=CONFIGS)
 def test_saving_again_gives_the_same_bytes(tmp_path, state, config):
     first, second = tmp_path / "first", tmp_path / "second"
     in_state(state, config).save_pretrained(first)

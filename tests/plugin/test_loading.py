@@ -67,11 +67,6 @@ LOADING = {
     ],
     "unpack": ["unpack {packed} out"],
 }
-# With all kinds of code; the other lines with those that end where the configuration is read.
-FIRST = [lines[0] for lines in LOADING.values()]
-QUICK = ("configuration", "backbone")
-# With all kinds of code; the other lines with those that end where the configuration is read.
-FIRST = [lines[0] for lines in LOADING.values()]
 QUICK = ("configuration", "backbone")
 LOADING_NONE = {"demo", "env", "pairs", "plot", "recipes", "report"}
 
@@ -122,16 +117,25 @@ def test_every_command_is_looked_at():
     assert LOADING.keys() | LOADING_NONE == COMMANDS.keys()
 
 
-CASES = [(line, kind) for lines in LOADING.values() for line in lines for kind in KINDS]
+# Every line with code of the configuration and of a backbone, which end early, and one kind that goes further; the
+# commands that prepare images with code of the processor; one command with all kinds.
+LATE = [kind for kind in KINDS if kind not in QUICK]
+CASES = [(line, [*QUICK, LATE[i % len(LATE)]]) for i, lines in enumerate(LOADING.values()) for line in lines]
+PROCESSOR = ["processor", "processor in the configuration"]
+CASES += [(LOADING[name][-1], PROCESSOR) for name in ("binarize", "evaluate", "train", "push")]
+CASES += [("summary {float}", list(KINDS))]
 
 
-@pytest.mark.parametrize(("line", "kind"), [case for case in CASES if case[1] in QUICK or case[0] in FIRST])
-def test_no_command_runs_it_or_asks(originals, tmp_path, mark, hub, kind, line):
+@pytest.mark.parametrize(("line", "kinds"), CASES)
+def test_no_command_runs_it_or_asks(originals, tmp_path, mark, hub, monkeypatch, line, kinds):
     """Even with somebody there who says yes to whatever is asked."""
-    folders = spoil(originals, tmp_path, mark, kind)
-    done = CliRunner().invoke(app, line.format(**folders).split(), input="y\n" * 9)
-    assert not mark.exists() and "[y/N]" not in done.output
-    assert done.exit_code == 0 or isinstance(done.exception, ProxbitError), repr(done.exception)
+    for kind in kinds:
+        (place := tmp_path / kind).mkdir()
+        monkeypatch.chdir(place)
+        folders = spoil(originals, place, mark, kind)
+        done = CliRunner().invoke(app, line.format(**folders).split(), input="y\n" * 9)
+        assert not mark.exists() and "[y/N]" not in done.output, kind
+        assert done.exit_code == 0 or isinstance(done.exception, ProxbitError), repr(done.exception)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,14 +157,21 @@ def test_the_code_would_run(originals, tmp_path, mark):
     assert mark.exists()
 
 
-@pytest.mark.parametrize(
-    "names", [["ViTConfig"], True, "ViTForImageClassification", [3], {"a": 1}, ["AutoModel"], ["\x1b[2J"] * 2, ["no.X"]]
-)
-def test_the_class_that_a_configuration_names(originals, tmp_path, monkeypatch, names):
+def test_the_class_that_a_configuration_names(originals, tmp_path):
     """Something else than a class of a model is refused, and a class that nobody knows is none."""
-    config = json.loads((originals / "float" / "config.json").read_text()) | {"architectures": names}
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    done = CliRunner().invoke(app, ["summary", str(tmp_path / "m")])
-    assert isinstance(done.exception, ProxbitError) and str(done.exception).isprintable()
+    config = json.loads((originals / "float" / "config.json").read_text())
+    strange = (
+        ["ViTConfig"],
+        ["AutoModel"],
+        ["no.X"],
+        ["\x1b[2J"] * 2,
+        [3],
+        {"a": 1},
+        True,
+        "ViTForImageClassification",
+    )
+    for names in strange:
+        (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": names}))
+        done = CliRunner().invoke(app, ["summary", str(tmp_path)])
+        assert isinstance(done.exception, ProxbitError) and str(done.exception).isprintable(), names
     assert class_of(vit(architectures=["NobodysViT"]), "m") is None

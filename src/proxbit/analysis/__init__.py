@@ -1,1 +1,1 @@
-"""Reading models and runs: summaries and pictures."""
+"""What models and runs are: summaries, quantization cards, plots, the page of a run, timing."""

@@ -16,7 +16,7 @@ def measure_latency(model: nn.Module, *, batch: int = 1, rounds: int = 11) -> di
 
     Args:
         model: latent or packed; a float one is packed with the default configuration.
-        batch: pictures in a forward pass.
+        batch: images in a forward pass.
         rounds: each variant is timed once in every round.
 
     Returns:
@@ -24,7 +24,7 @@ def measure_latency(model: nn.Module, *, batch: int = 1, rounds: int = 11) -> di
         quartiles as a fraction of the median) by variant, and the machine.
 
     Raises:
-        ModelStateError: if the model does not take a picture alone.
+        ModelStateError: if the model does not take an image alone.
     """
     timings = time_rounds(forward_calls(variants(model), batch), rounds)
     here = environment()

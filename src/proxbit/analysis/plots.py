@@ -1,4 +1,4 @@
-"""Pictures: the curves of a training run, and the F and B of quantizer pairs."""
+"""Plots: the curves of a training run, and the F and B of quantizer pairs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +48,7 @@ def plot_training(history: Sequence[dict[str, Any]], path: str | Path) -> Path:
 
     Args:
         history: `trainer.state.log_history`.
-        path: of the picture; the ending decides the format.
+        path: of the file; the ending decides the format.
 
     Returns:
         The path.
@@ -56,7 +56,7 @@ def plot_training(history: Sequence[dict[str, Any]], path: str | Path) -> Path:
     panels: tuple[tuple[str, bool, tuple[tuple[str, str], ...]], ...] = (
         ("Loss", False, (("loss", "training"), ("eval_loss", "test, hard"))),
         (
-            "Accuracy on the test pictures",
+            "Accuracy on the test images",
             False,
             (
                 ("eval_accuracy", "hard (ships)"),
@@ -89,7 +89,7 @@ def plot_pairs(names: Sequence[str], path: str | Path, sharpness: Sequence[float
 
     Args:
         names: of registered pairs, one column each.
-        path: of the picture; the ending decides the format.
+        path: of the file; the ending decides the format.
         sharpness: values of mu; those out of the range of a pair are left out.
 
     Returns:
@@ -124,10 +124,10 @@ def default_sharpness(pair: QuantizerPair, count: int = 3) -> list[float]:
 
 def _check_path(figure: Figure, path: Path) -> None:
     if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name the picture in it, such as {path / 'pair.png'}.")
+        raise ConfigError(f"{path} is a folder; name the file in it, such as {path / 'pair.png'}.")
     formats = figure.canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
-        raise ConfigError(f"{path}: a picture ends in one of {', '.join(sorted(formats))}.")
+        raise ConfigError(f"{path}: a plot is a file that ends in one of {', '.join(sorted(formats))}.")
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.parent}.")
 
@@ -158,7 +158,7 @@ def plot_pair(
 
     Args:
         pair: a pair, or the name of one.
-        path: of the picture; the ending decides the format. An SVG is the same, byte for byte, for the same pair.
+        path: of the file; the ending decides the format. An SVG is the same, byte for byte, for the same pair.
         sharpness: values of mu, up to four. None: start, middle and end of the default schedule.
         title: what to write over it, beside the verdict; the name of the pair if it is empty.
 
@@ -166,7 +166,7 @@ def plot_pair(
         The path.
 
     Raises:
-        ConfigError: for more values of mu than it can show, or a path that cannot hold a picture.
+        ConfigError: for more values of mu than it can show, or a path that cannot hold a plot.
         MuRangeError: for a mu out of the range of the pair.
         UnknownNameError: for an unknown name.
     """
@@ -174,7 +174,7 @@ def plot_pair(
     pair = get_pair(pair)
     values = [pair.check_mu(mu) for mu in (default_sharpness(pair) if sharpness is None else sharpness)]
     if not 1 <= len(values) <= len(COLORS):
-        raise ConfigError(f"A picture shows 1 to {len(COLORS)} values of mu, not {len(values)}.")
+        raise ConfigError(f"A plot shows 1 to {len(COLORS)} values of mu, not {len(values)}.")
     figure = Figure(figsize=(15, 3.4))
     _check_path(figure, Path(path))
     panels = dict(zip(PANELS, figure.subplots(1, len(PANELS)), strict=True))

@@ -26,7 +26,7 @@ class RunLog:
         run: its first line: the model, its latent layers, the settings.
         logs: what the Trainer logged, in order: losses, mu, flip ratio, hardening gap, metrics; `step` and `epoch`.
         layers: snapshots of the latent layers, in order: `step`, `epoch`, and by layer `flip_ratio` and `latents`.
-        predictions: the pictures of the last evaluation that were kept; None without one.
+        predictions: the images of the last evaluation that were kept; None without one.
     """
 
     run: dict[str, Any]

@@ -190,7 +190,7 @@ def problems(fields: Sequence[Field], values: Mapping[str, Any], *, complete: bo
 
 
 def line(text: str, most: int = LINE) -> str:
-    """Text as a line of Markdown (GFM): no tag, link, picture, code, formula or emphasis comes of a name.
+    """Text as a line of Markdown (GFM): no tag, link, image, code, formula or emphasis comes of a name.
 
     Args:
         text: of others.

@@ -53,7 +53,7 @@ class LayerSummary:
         bytes: of the layer's tensors in a checkpoint, as it is now.
         packed_bytes: of the layer's tensors once it is packed.
         float32_bytes: of the layer's tensors in the same model in fp32.
-        macs: multiply-accumulates for one picture; None if not counted.
+        macs: multiply-accumulates for one image; None if not counted.
         kernel: what computes a latent or packed layer.
         error: the mean relative error of the layer's output, before and after its weight was fitted to data; None
             where it was not, or nobody knows.
@@ -83,7 +83,7 @@ class ModelSummary:
         layers: the lines of the table.
         header_bytes: of the header of a checkpoint, which holds names and shapes.
         packed_header_bytes: the same once the model is packed, with the names of the scales.
-        total_macs: multiply-accumulates for one picture, attention included; None if not counted.
+        total_macs: multiply-accumulates for one image, attention included; None if not counted.
         note: what the multiply-accumulates stand for, or why they were not counted.
     """
 
@@ -134,7 +134,7 @@ class ModelSummary:
 
     @property
     def binary_macs(self) -> int | None:
-        """Multiply-accumulates with a 1-bit weight, for one picture; None if not counted."""
+        """Multiply-accumulates with a 1-bit weight, for one image; None if not counted."""
         if self.total_macs is None:
             return None
         return sum(layer.macs or 0 for layer in self.layers if layer.state != "float")
@@ -254,8 +254,8 @@ def summary(model: nn.Module, inputs: dict[str, Tensor] | None = None, *, count_
 
     Args:
         model: any module, in any state.
-        inputs: keyword arguments of one forward pass with one picture, to count multiply-accumulates with. None: a
-            blank picture of the size in the model's configuration (224 x 224 if it has none).
+        inputs: keyword arguments of one forward pass with one image, to count multiply-accumulates with. None: a
+            blank image of the size in the model's configuration (224 x 224 if it has none).
         count_macs: False: do not run the model, and count none.
 
     Returns:
@@ -389,7 +389,7 @@ def _count_macs(model: nn.Module, inputs: dict[str, Tensor] | None) -> tuple[dic
             model(**inputs)
     except IMAGE_ERRORS as error:
         reason = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
-        return None, None, f"the model did not take a blank picture ({reason}); pass inputs={{...}}"
+        return None, None, f"the model did not take a blank image ({reason}); pass inputs={{...}}"
     root = f"{type(model).__name__}."
     counts = {name.removeprefix(root): sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
     own = {
@@ -397,4 +397,4 @@ def _count_macs(model: nn.Module, inputs: dict[str, Tensor] | None) -> tuple[dic
         for name, module in model.named_modules()
     }
     shape = " x ".join(str(size) for size in next(iter(inputs.values())).shape[1:])
-    return own, counter.get_total_flops() // 2, f"one picture of {shape}"
+    return own, counter.get_total_flops() // 2, f"one image of {shape}"

@@ -14,7 +14,7 @@ from proxbit.nn import BinaryLayer
 from proxbit.patching import IMAGE_ERRORS, blank_image, packed_layers, state_of
 from proxbit.plugin import binarize, dequantize, fuse, pack
 
-__all__ = ["forward_calls", "packed_copy", "pictures", "variants"]
+__all__ = ["forward_calls", "fused_copy", "images", "variants"]
 
 
 def int8_dynamic(model: nn.Module) -> nn.Module:
@@ -26,7 +26,7 @@ def int8_dynamic(model: nn.Module) -> nn.Module:
     return converted
 
 
-def packed_copy(model: nn.Module, config: BinarizationConfig | None = None) -> nn.Module:
+def fused_copy(model: nn.Module, config: BinarizationConfig | None = None) -> nn.Module:
     """A packed copy of a model, fused as far as it goes.
 
     Args:
@@ -52,10 +52,10 @@ def variants(model: nn.Module, configs: Sequence[BinarizationConfig] = ()) -> di
     """
     model = copy.deepcopy(model).eval()
     if state_of(model) == "float":
-        packed = [packed_copy(model, config) for config in configs or [BinarizationConfig()]]
+        packed = [fused_copy(model, config) for config in configs or [BinarizationConfig()]]
         plain = model
     else:
-        packed = [packed_copy(model)]
+        packed = [fused_copy(model)]
         plain = _plain(copy.deepcopy(model))
     plain = plain.float()
     made = {"float": plain, "bf16": copy.deepcopy(plain).bfloat16()}
@@ -79,26 +79,24 @@ def _activations(model: nn.Module) -> str:
     return next((getattr(layer, "activations", "float") for _, layer in packed_layers(model)), "float")
 
 
-def pictures(model: nn.Module, batch: int) -> dict[str, Tensor]:
-    """Random pictures of the size in the model's configuration, as keyword arguments of a forward pass."""
+def images(model: nn.Module, batch: int) -> dict[str, Tensor]:
+    """Random images of the size in the model's configuration, as keyword arguments of a forward pass."""
     return {name: torch.randn(batch, *blank.shape[1:]) for name, blank in blank_image(model).items()}
 
 
 def forward_calls(models: dict[str, nn.Module], batch: int) -> dict[str, Callable[[], object]]:
-    """Forward passes of models on the same pictures, each in the model's own precision.
+    """Forward passes of models on the same images, each in the model's own precision.
 
     Raises:
-        ModelStateError: if a model does not take a picture alone.
+        ModelStateError: if a model does not take an image alone.
     """
-    made = pictures(next(iter(models.values())), batch)
+    made = images(next(iter(models.values())), batch)
     calls = {name: _forward_call(model, made) for name, model in models.items()}
     try:
         next(iter(calls.values()))()
     except IMAGE_ERRORS as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ModelStateError(
-            f"{type(next(iter(models.values()))).__name__} takes no picture alone: {reason}"
-        ) from error
+        raise ModelStateError(f"{type(next(iter(models.values()))).__name__} takes no image alone: {reason}") from error
     return calls
 
 

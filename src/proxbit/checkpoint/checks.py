@@ -125,7 +125,7 @@ def _check_number(value: int, tensors: int, stored: int, where: str) -> None:
         raise CheckpointError(f"config.json: {where} is {number}, but the weight files hold {stored:,} bytes.")
 
 
-def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedWeight]], whole: bool = True) -> None:
+def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedWeight]], complete: bool = True) -> None:
     """Check that the files hold a packed weight and a scale, of the right shapes, for every packed layer.
 
     Names on disk differ from those in memory, so layers and tensors are compared by shape and number. A layer that the
@@ -134,7 +134,7 @@ def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedW
     Args:
         files: the safetensors files of the checkpoint.
         layers: names and packed layers of the model about to be filled.
-        whole: whether it is of the class that was saved; the files may hold more than a part of that needs.
+        complete: whether the model is of the class that was saved; the files may hold more than a part of it needs.
 
     Raises:
         CheckpointError: naming the file or the tensors, and what was expected.
@@ -164,14 +164,14 @@ def check_packed_files(files: Sequence[str], layers: Sequence[tuple[str, PackedW
             found[shape] += 1
     offsets = sum(key.endswith(".weight_offset") for key in tensors)
     wanted = sum(layer.weight_offset is not None for _, layer in layers)
-    if whole and offsets > wanted:
+    if complete and offsets > wanted:
         raise CheckpointError(
             f"This checkpoint holds {offsets} tensors weight_offset, but its configuration asks for {wanted}."
         )
     shapes = {name: (len(layer.weight_scale), packed_columns(layer.columns)) for name, layer in layers}
     expected: Counter[tuple[int, ...]] = Counter(shapes.values())
     missing, extra = expected - found, found - expected
-    if (whole and extra) or not _are_joined(missing, apart, joined.values()):
+    if (complete and extra) or not _are_joined(missing, apart, joined.values()):
         names = [name for name, shape in shapes.items() if shape in missing]
         raise CheckpointError(
             "The packed weights of this checkpoint do not fit the model: "

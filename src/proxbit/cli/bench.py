@@ -13,7 +13,7 @@ from torch import nn
 
 from proxbit.analysis.environment import environment
 from proxbit.analysis.timing import Timings, operator_shares, time_rounds, torch_threads
-from proxbit.analysis.variants import forward_calls, packed_copy, variants
+from proxbit.analysis.variants import forward_calls, fused_copy, variants
 from proxbit.cli.checkpoints import architecture, load_model
 from proxbit.config import QUANT_METHOD, BinarizationConfig, stored_kind
 from proxbit.errors import CheckpointError, ProxbitError
@@ -48,7 +48,7 @@ def _random(name: str, config: transformers.PreTrainedConfig, model_class: Any |
         raise
     except UNREADABLE as error:
         raise CheckpointError(f"No model can be made of the config.json of {name!r}: {first_line(error)}.") from error
-    return packed_copy(model, BinarizationConfig(**stored)) if kind == QUANT_METHOD else model
+    return fused_copy(model, BinarizationConfig(**stored)) if kind == QUANT_METHOD else model
 
 
 def table_of(timings: Timings, shares: dict[str, dict[str, float]]) -> Table:

@@ -28,7 +28,7 @@ MADE = "made with proxbit (ProxConnect++)"
 _ELSEWHERE = {"model_id", "calibration_samples", "metrics", "latency", "std", "split", "eval_samples"}
 _LABELLED = {"image-classification", "object-detection", "image-segmentation"}
 
-# Pipelines that take a picture alone, and the classes that they run.
+# Pipelines that take an image alone, and the classes that they run.
 _PIPELINES = {
     "image-classification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "object-detection": auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
@@ -61,7 +61,7 @@ with torch.inference_mode():
 
 
 def pipeline_tag(model: PreTrainedModel) -> str | None:
-    """The pipeline of transformers that runs a model on a picture; None if there is none."""
+    """The pipeline of transformers that runs a model on an image; None if there is none."""
     if model.main_input_name != "pixel_values":
         return None
     for tag, classes in _PIPELINES.items():
@@ -233,7 +233,7 @@ def _snippet(model: PreTrainedModel, card: QuantizationCard, tag: str | None, pr
     if tag is not None and processor is not None:
         return _PIPELINE_SNIPPET.format(tag=tag, model=name, attention=setter and f"model.model.{setter}")
     call = "print(model)"
-    if card.peak_activation_bytes is not None:  # It takes a picture alone.
+    if card.peak_activation_bytes is not None:  # It takes an image alone.
         call = _CALL.format(shape=", ".join(map(str, blank_image(model)["pixel_values"].shape)))
     return _MODEL_SNIPPET.format(
         torch="import torch\n" if "torch." in call else "",

@@ -89,10 +89,16 @@ class PackedWeight(BinaryLayer):
         self.bias = nn.Parameter(torch.zeros(rows, device=device, dtype=dtype)) if bias else None
 
     @classmethod
+    def like(cls, layer: nn.Module, offset: bool, **options: Any) -> Self:
+        """A packed layer without data (on the meta device), of the shape and the dtype of another layer."""
+        assert isinstance(layer.weight, Tensor)
+        kind: dict[str, Any] = {"device": "meta", "dtype": layer.weight.dtype, "bias": layer.bias is not None}
+        return cls(offset=offset, **geometry_of(layer, cls.float_class), **kind, **options)
+
+    @classmethod
     def from_latent(cls, layer: LatentWeight) -> Self:
         """Pack a latent layer; bias, input quantizer and epilogue are shared with it."""
-        kind: dict[str, Any] = {"device": "meta", "dtype": layer.weight.dtype, "bias": layer.bias is not None}
-        new = cls(offset=layer.units.has_offset, **geometry_of(layer, cls.float_class), **kind)
+        new = cls.like(layer, layer.units.has_offset)
         if not layer.weight.is_meta:
             values, new.weight_scale, new.weight_offset = layer.hard_rows()
             new._buffers["weight"] = pack_signs(values)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from proxbit.errors import PackedFormatError
+from proxbit.errors import ConfigError, PackedFormatError
 from proxbit.kernels import Norm, linear_kernel, linear_w1
 from proxbit.nn.activation_quantizer import Folded
 from proxbit.nn.cache import TensorCache
@@ -56,6 +56,8 @@ class PackedLinear(PackedWeight):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if epilogue is not None and epilogue.accumulator is not None and offset:
+            raise ConfigError("center='restore' adds floats to the sums of whole numbers that an accumulator takes.")
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(out_features, in_features, bias, offset, **kind)
         self.gelu = False

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,9 @@ __all__ = [
     "beyond_float",
     "check_latents",
     "check_packed_layers",
+    "make_packed",
     "packed_layers",
+    "report_packed",
     "to_float",
     "to_latent",
     "to_packed",
@@ -87,26 +90,44 @@ def to_latent(
             f"This model is {state_of(model)} already; binarize takes a float model. "
             "To start again from plus and minus the scales: proxbit.dequantize(model) first, or `proxbit unpack`."
         )
+    return _place(model, config, _latent, check, "binarized")
+
+
+def make_packed(model: nn.Module, config: BinarizationConfig) -> None:
+    """Put packed layers in the place of the selected layers of a float model without data (the meta device), which is
+    about to be filled from a checkpoint.
+
+    Args:
+        model: float; as it was before it was binarized and packed.
+        config: as the checkpoint has it.
+
+    Raises:
+        PatternError: see `selection.select`.
+        ConfigError: for a layer that cannot be as the configuration says.
+    """
+    _place(model, config, _without_bits, None, "packed")
+
+
+def _place(
+    model: nn.Module,
+    config: BinarizationConfig,
+    make: Callable[[nn.Module, BinarizationConfig, dict[str, Any]], LatentWeight | PackedWeight],
+    check: Callable[[list[str]], None] | None,
+    action: str,
+) -> tuple[BinarizationReport, BinarizationConfig]:
+    """Put what is made of each selected layer in its place; see `to_latent`."""
     decisions = select(model, config)
-    pair = config.quantizer_pair()
     options, overrides = layer_options(model, decisions, config)
     attentions, learned = learned_attentions(model, config)
-    replacements: dict[str, BinaryLinear | BinaryConv2d] = {}
-    for decision in decisions:
-        if not decision.converted:
-            continue
-        layer = model.get_submodule(decision.name)
-        latent: BinaryLinear | BinaryConv2d
+    replacements: dict[str, LatentWeight | PackedWeight] = {}
+    for name in (decision.name for decision in decisions if decision.converted):
         try:
-            if isinstance(layer, nn.Linear):
-                latent = BinaryLinear.from_float(layer, pair, config.units, **options[decision.name])
-            else:
-                latent = BinaryConv2d.from_float(layer, pair, config.units)
+            layer = make(model.get_submodule(name), config, options.get(name, {}))
         except ConfigError as error:
-            raise ConfigError(f"{decision.name}: {error}") from error
-        if not latent.weight.is_meta:
-            latent.check_latent(decision.name)
-        replacements[decision.name] = latent
+            raise ConfigError(f"{name}: {error}") from error
+        if isinstance(layer, LatentWeight) and not layer.weight.is_meta:
+            layer.check_latent(name)
+        replacements[name] = layer
     if check is not None:
         check(list(replacements))
     swap(model, replacements)
@@ -114,14 +135,37 @@ def to_latent(
     learn_scales(model, attentions)
     if config.state == "latent":
         keep_single(model)
-    report = BinarizationReport("binarized", tuple(decisions))
+    report = BinarizationReport(action, tuple(decisions))
     report.attach(model)
     include = explicit_patterns(replacements, report.left)
     changes = {"include": include, "modules_to_not_convert": None, "overrides": overrides, "learned_attention": learned}
     resolved = config.replace(**changes)
-    for name, latent in replacements.items():
-        leave_origin(latent, Origin(resolved, name))
+    for name, layer in replacements.items():
+        leave_origin(layer, Origin(resolved, name))
     return report, resolved
+
+
+def _latent(layer: nn.Module, config: BinarizationConfig, options: dict[str, Any]) -> LatentWeight:
+    """The latent layer that owns the parameters of a float one."""
+    kind = BinaryLinear if isinstance(layer, nn.Linear) else BinaryConv2d
+    return kind.from_float(layer, config.quantizer_pair(), config.units, **options)
+
+
+def _without_bits(layer: nn.Module, config: BinarizationConfig, options: dict[str, Any]) -> PackedWeight:
+    """A packed layer of the shape of a float one, without data."""
+    options = {name: value for name, value in options.items() if name != "activation_pair"}
+    kind = PackedLinear if isinstance(layer, nn.Linear) else PackedConv2d
+    return kind.like(layer, config.units.has_offset, **options).train(layer.training)
+
+
+def report_packed(model: nn.Module) -> None:
+    """Leave the report on a model that was made packed, as `to_packed` does."""
+    decisions = []
+    for name, module in model.named_modules():
+        if (packed := isinstance(module, PackedWeight)) or type(module) in CONVERTIBLE:
+            reason = "packed" if packed else "float"
+            decisions.append(ModuleDecision(name, type(module).__name__, _weights(module), packed, reason))
+    BinarizationReport("packed", tuple(decisions)).attach(model)
 
 
 def _convert(model: nn.Module, action: str, convert: Callable[[nn.Module], nn.Module | None]) -> None:

@@ -18,39 +18,45 @@ from transformers.utils import CONFIG_NAME, cached_file
 from proxbit.errors import CheckpointError
 
 __all__ = [
-    "ask_before_loading",
-    "ask_before_saving",
     "download_arguments",
     "is_lost_process",
     "loaded_folder",
     "missing_tensors",
-    "outlines",
-    "restore_outlines",
+    "restore_specs",
     "stored_config",
+    "tensor_specs",
+    "wrap_loading",
+    "wrap_saving",
 ]
 
 
+def _running(name: str) -> Any:
+    """A variable of the innermost `from_pretrained` of a model that is running; None if there is none.
+
+    transformers (5.15 to 5.23 at least) computes these in `from_pretrained` and passes them to no method of a
+    quantizer, whose interface goes back to https://github.com/huggingface/transformers/pull/26610: the base model that
+    an adapter's folder leads to, the commit that a revision was resolved to, the configuration in hand, and the keys
+    that were missing. The arguments of the call are other values, so that wrapping it, as saving is wrapped below,
+    would not give them. To be deleted once a quantizer is told.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "from_pretrained" and "download_kwargs" in frame.f_locals:
+            return frame.f_locals.get(name)
+        frame = frame.f_back
+    return None
+
+
 def download_arguments() -> dict[str, Any]:
-    """What the `from_pretrained` that is running downloads with: token, revision, cache_dir and the like.
-
-    transformers (5.15 to 5.23 at least) gives a quantizer the files of the checkpoint, and nothing to fetch another
-    file of the same repository with. To be deleted once it does.
-
-    Returns:
-        Keyword arguments of `cached_file`; none where no `from_pretrained` is running.
+    """Keyword arguments of `cached_file` (token, revision, cache_dir and the like) with which the running
+    `from_pretrained` downloads; none where there is no such call.
     """
     return dict(_running("download_kwargs") or {})
 
 
 def loaded_folder() -> tuple[Path, Any, str | None] | None:
-    """The folder on this machine that the `from_pretrained` that is running loads, its configuration, and the variant.
-
-    A quantizer of transformers (5.15 to 5.23 at least) is asked before the weights are opened, but not told where they
-    are; what it is told comes after an index, and where `config.json` has no dtype a weight file, was read. To be
-    deleted once it is told.
-
-    Returns:
-        None where no `from_pretrained` is running, or it loads no folder.
+    """The folder on this machine that the running `from_pretrained` loads, its configuration, and the variant; None
+    where there is no such call, or it loads no folder.
     """
     folder, config = _running("pretrained_model_name_or_path"), _running("config")
     if folder is None or config is None or _running("gguf_file") or not Path(folder).is_dir():
@@ -59,65 +65,18 @@ def loaded_folder() -> tuple[Path, Any, str | None] | None:
 
 
 def missing_tensors() -> list[str]:
-    """The names of the tensors that the `from_pretrained` that is running did not find in the files.
-
-    transformers (5.15 to 5.23 at least) fills them at random and warns; a quantizer is asked afterwards, and not told.
-    To be deleted once it is told.
-    """
+    """The names of the tensors that the running `from_pretrained` filled at random, because the files lack them."""
     return sorted(getattr(_running("loading_info"), "missing_keys", ()))
 
 
-def ask_before_saving(ask: Callable[[PreTrainedModel, dict[str, Any] | None], AbstractContextManager[None]]) -> None:
-    """Have something asked before `save_pretrained` writes anything, of every model.
-
-    transformers (5.15 to 5.23 at least) asks a quantizer only where there is one, which a model around a binarized part
-    has not, and forgets the argument `state_dict` there. To be deleted once it asks.
-
-    Args:
-        ask: given the model and `state_dict`, a context to save in.
-    """
-    original = PreTrainedModel.save_pretrained
-
-    @functools.wraps(original)
-    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(original).bind(self, *args, **kwargs).arguments
-        with ask(self, given.get("state_dict")):
-            return original(self, *args, **kwargs)
-
-    PreTrainedModel.save_pretrained = save_pretrained
-
-
-def ask_before_loading(ask: Callable[[PreTrainedConfig], bool]) -> None:
-    """Have something asked before `from_pretrained` looks for a quantizer, of every configuration.
-
-    transformers (5.15 to 5.23 at least) looks at one place of a configuration alone. To be deleted once a plug-in can
-    look by itself.
-
-    Args:
-        ask: given the configuration, which it may change; what it returns becomes `by_parts` of the quantizer.
-    """
-    original = modeling_utils.get_hf_quantizer
-
-    @functools.wraps(original)
-    def get_hf_quantizer(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
-        by_parts = ask(config)
-        found = original(config, *args, **kwargs)
-        if by_parts:
-            found[0].by_parts = True
-        return found
-
-    modeling_utils.get_hf_quantizer = get_hf_quantizer
-
-
 def stored_config() -> dict[str, Any] | None:
-    """What `config.json` of the checkpoint that the `from_pretrained` that is running loads holds; None if it has none.
-
-    It has been fetched before. transformers (5.15 to 5.23 at least) tells a quantizer of the configuration in hand,
-    which is of a part of it, or another one that was given. To be deleted once it tells.
+    """What `config.json` of the checkpoint holds that the running `from_pretrained` loads; None if it has none. The
+    configuration in hand is that of a part of it, or another one that was given.
     """
     name = _running("pretrained_model_name_or_path")
     if name is None or _running("gguf_file"):
         return None
+    # It has been fetched before.
     arguments = download_arguments() | {"local_files_only": True, "force_download": False}
     try:
         file = cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **arguments)
@@ -127,18 +86,50 @@ def stored_config() -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _running(name: str) -> Any:
-    """A variable of the innermost `from_pretrained` of a model that is running; None if there is none."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "from_pretrained" and "download_kwargs" in frame.f_locals:
-            return frame.f_locals.get(name)
-        frame = frame.f_back
-    return None
+def wrap_saving(context: Callable[[PreTrainedModel, dict[str, Any] | None], AbstractContextManager[None]]) -> None:
+    """Have `save_pretrained` of every model run in a context.
+
+    transformers (5.15 to 5.23 at least) asks only a model's own quantizer, which a model around a binarized part does
+    not have, and drops the argument `state_dict` where there is one. To be deleted once it does neither.
+
+    Args:
+        context: given the model and `state_dict`.
+    """
+    original = PreTrainedModel.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        with context(self, given.get("state_dict")):
+            return original(self, *args, **kwargs)
+
+    PreTrainedModel.save_pretrained = save_pretrained
 
 
-def outlines(model: PreTrainedModel) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of every parameter and buffer, for `restore_outlines`.
+def wrap_loading(complete: Callable[[PreTrainedConfig], bool]) -> None:
+    """Have every configuration completed before `from_pretrained` looks for a quantizer in it.
+
+    transformers (5.15 to 5.23 at least) looks only at the top level of a configuration. To be deleted once a plug-in
+    can look by itself.
+
+    Args:
+        complete: given the configuration, which it may change; what it returns becomes `by_parts` of the quantizer.
+    """
+    original = modeling_utils.get_hf_quantizer
+
+    @functools.wraps(original)
+    def get_hf_quantizer(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
+        by_parts = complete(config)
+        found = original(config, *args, **kwargs)
+        if by_parts:
+            found[0].by_parts = True
+        return found
+
+    modeling_utils.get_hf_quantizer = get_hf_quantizer
+
+
+def tensor_specs(model: PreTrainedModel) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every parameter and buffer, for `restore_specs`.
 
     Args:
         model: before its weights are loaded, while the default dtype is the one that it is loaded in. What it keeps in
@@ -153,7 +144,7 @@ def outlines(model: PreTrainedModel) -> dict[str, tuple[torch.Size, torch.dtype]
     return found
 
 
-def restore_outlines(model: nn.Module, wanted: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
+def restore_specs(model: nn.Module, wanted: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
     """Give floats that were loaded the dtype that was asked for, and refuse other shapes.
 
     transformers 5.15 and 5.16 take both from the file where there is a quantizer; later ones take them from the model,
@@ -161,7 +152,7 @@ def restore_outlines(model: nn.Module, wanted: dict[str, tuple[torch.Size, torch
 
     Args:
         model: after loading; changed in place.
-        wanted: its `outlines` before loading.
+        wanted: its `tensor_specs` before loading.
 
     Raises:
         CheckpointError: naming the tensor.

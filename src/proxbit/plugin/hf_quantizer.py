@@ -1,15 +1,15 @@
 """The plug-in: how `from_pretrained` and `save_pretrained` meet latent and packed models."""
 
-import copy
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from proxbit.checkpoint.checks import (
@@ -32,18 +32,28 @@ from proxbit.patching import (
     check_latents,
     check_packed_layers,
     config_of,
+    make_packed,
     matches,
     packed_layers,
+    report_packed,
     state_of,
     to_float,
     to_latent,
-    to_packed,
 )
-from proxbit.plugin.compat import loaded_folder, missing_tensors, outlines, restore_outlines, stored_config
+from proxbit.plugin.compat import (
+    loaded_folder,
+    missing_tensors,
+    restore_specs,
+    stored_config,
+    tensor_specs,
+    wrap_loading,
+    wrap_saving,
+)
 from proxbit.plugin.downloads import check_against_card, check_downloads
+from proxbit.plugin.model_configs import part_configs, restore_config, stored_quantization, to_config, true_configs
 from proxbit.plugin.placement import check_not_split, check_trainable_places
 
-__all__ = ["METHODS", "ProxbitHfQuantizer", "as_config", "claim_of", "claims", "take_own_config", "tell"]
+__all__ = ["METHODS", "ProxbitHfQuantizer", "update_configs"]
 
 # What latent and packed models have in the place of methods of transformers, by name; whoever imports this adds to it.
 METHODS: dict[str, Callable[..., Any]] = {}
@@ -108,28 +118,29 @@ class ProxbitHfQuantizer(HfQuantizer):
             own = [rf"^{re.escape(name)}\." for name, _ in learned_modules(model)]
             model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *own]
         if state == "packed":
-            to_packed(model)
+            report_packed(model)
         if checkpoint_files is not None:  # Tensors may be in hand.
             if state == "packed":
                 check_packed_files(checkpoint_files, packed_layers(model), is_of_saved_class(model))
             if self.pre_quantized:
                 check_size(checkpoint_files, model)
         self.quantization_config = config_of(model) or self.quantization_config
-        self._outlines = outlines(model)
+        self._specs = tensor_specs(model)
         return model
 
     def _restore_layers(self, model: PreTrainedModel) -> None:
-        """Make the layers of a model without data latent, as its configuration says, or those of its parts do."""
+        """Make the layers of a model without data latent or packed, as its configuration or those of its parts say."""
         said = {model: self.quantization_config}
         if self.by_parts:
             inside = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-            read = {part: claim_of(part.config) for part in inside if part.config is not model.config}
-            said = {part: as_config(claim) for part, claim in read.items() if claim is not None}
+            read = {part: stored_quantization(part.config) for part in inside if part.config is not model.config}
+            said = {part: to_config(stored) for part, stored in read.items() if stored is not None}
         for part, config in said.items():
             if config.state != self.quantization_config.state:
                 raise CheckpointError("config.json says that some parts of the model are latent and some packed.")
             if state_of(part) == "float":  # Not a part of the one before.
-                to_latent(part, _fit_patterns(part, config))
+                make = make_packed if config.state == "packed" else to_latent
+                make(part, _fit_patterns(part, config))
 
     def update_device_map(self, device_map: Any) -> Any:
         """What is asked before a device is given anything; see `check_trainable_places`."""
@@ -141,23 +152,23 @@ class ProxbitHfQuantizer(HfQuantizer):
         check_not_split(model)
         if self.quantization_config.state == "latent":
             check_trainable_places(getattr(model, "hf_device_map", None))
-        restore_outlines(model, self._outlines)
+        restore_specs(model, self._specs)
         check_loaded(packed_layers(model))
         if self.pre_quantized:
             check_learned(model)
             if missing := missing_tensors():
                 check_complete(model, missing, stored_config())
-            check_dtypes(model, self._outlines)
+            check_dtypes(model, self._specs)
         else:
             reset_learned(model)
         check_latents(model)
         check_packed_layers(model)
-        tell(model)
+        update_configs(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         to_float(model)
-        tell(model)
+        update_configs(model)
         return model if dtype is None else model.to(dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -193,7 +204,7 @@ def _fit_patterns(model: PreTrainedModel, config: BinarizationConfig) -> Binariz
     config = config.replace(learned_attention=config.learned_attention or [])
     if config.include is None:
         return config
-    whole = is_of_saved_class(model)
+    is_saved_class = is_of_saved_class(model)
     prefix = f"{model.base_model_prefix}."
     names = [name for name, _ in model.named_modules()]
 
@@ -203,7 +214,7 @@ def _fit_patterns(model: PreTrainedModel, config: BinarizationConfig) -> Binariz
         for pattern in patterns:
             spellings = (pattern, pattern.removeprefix(prefix), prefix + pattern)
             here = next((s for s in spellings if any(matches(name, s) for name in names)), None)
-            if here is not None or whole:
+            if here is not None or is_saved_class:
                 found[pattern] = here or pattern
         return found
 
@@ -215,13 +226,13 @@ def _fit_patterns(model: PreTrainedModel, config: BinarizationConfig) -> Binariz
     )
 
 
-def tell(model: nn.Module) -> None:
+def update_configs(model: nn.Module) -> None:
     """Make the transformers models in a module say how their layers are binarized, in their configurations, and treat
     them as `from_pretrained` would have; those that are float say nothing.
 
     Of models that have one configuration together it tells of the outermost.
     """
-    for part, config in list(claims(model)):
+    for part, config in list(part_configs(model)):
         quantizer = vars(part).get("hf_quantizer")
         if config is not None:
             part.config.quantization_config = config
@@ -233,62 +244,55 @@ def tell(model: nn.Module) -> None:
             quantizer.remove_quantization_config(part)
             for name in METHODS:
                 vars(part).pop(name, None)
-        elif claim_of(part.config) is not None:
+        elif stored_quantization(part.config) is not None:
             del part.config.quantization_config
 
 
-def claims(model: nn.Module, strict: bool = False) -> Iterator[tuple[PreTrainedModel, BinarizationConfig | None]]:
-    """The transformers models in a module, and what their configurations should say; None for float ones.
+@contextmanager
+def saving(model: PreTrainedModel, state_dict: dict[str, Any] | None) -> Iterator[None]:
+    """A context to save a model in, which writes these tensors, and a configuration that is true.
 
     Args:
         model: any.
-        strict: raise ModelStateError where one configuration cannot say it; else it says nothing.
+        state_dict: as `save_pretrained` takes it; None: the model's own.
+
+    Raises:
+        ModelStateError: as by `true_configs`, or if the tensors are not those of a model in this state.
     """
-    known: dict[int, BinarizationConfig | None] = {}
-    for part in model.modules():
-        if not isinstance(part, PreTrainedModel):
-            continue
-        key = id(part.config)
-        if key not in known:
-            try:
-                config = config_of(part)
-            except ModelStateError:
-                if strict:
-                    raise
-                config = None
-            said = getattr(claim_of(part.config), "calibration", None)
-            known[key] = config.replace(calibration=said) if config is not None and said else config
-        yield part, known[key]
-
-
-def claim_of(config: Any) -> BinarizationConfig | dict[str, Any] | None:
-    """What a configuration of a model, read from a file or not, says of proxbit; None if it says nothing, or is of
-    another quantizer.
-    """
-    key = "quantization_config"
-    said = config.get(key) if isinstance(config, dict) else getattr(config, key, None)
-    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
-    return said if method == QUANT_METHOD else None
-
-
-def as_config(claim: BinarizationConfig | dict[str, Any]) -> BinarizationConfig:
-    """A claim, read from a file or not."""
-    config = BinarizationConfig.from_dict(claim) if isinstance(claim, dict) else claim
-    assert isinstance(config, BinarizationConfig)
-    return config
-
-
-def take_own_config(model: PreTrainedModel) -> None:
-    """Give a float model a copy of its configuration, for all its modules: others may be made of the same object, which
-    are not binarized as this one will be.
-
-    A base model keeps the one it shares with the task model around it, unless that says already how another was.
-    """
-    if model.base_model is model and getattr(model.config, "quantization_config", None) is None:
+    if getattr(model, "_hf_peft_config_loaded", False):  # Adapters are saved, and no configuration.
+        yield
         return
-    copies: dict[int, Any] = {}
-    copy.deepcopy(model.config, copies)
-    for module in model.modules():
-        for key, value in vars(module).items():
-            if isinstance(value, PreTrainedConfig) and id(value) in copies:
-                vars(module)[key] = copies[id(value)]
+    quantizer = vars(model).get("hf_quantizer")
+    given = state_dict if isinstance(quantizer, ProxbitHfQuantizer) else None
+    if given is not None:
+        _check_state(model, given)
+    with true_configs(model), _writing(quantizer, given):
+        yield
+
+
+@contextmanager
+def _writing(quantizer: Any, state_dict: dict[str, Any] | None) -> Iterator[None]:
+    """Within the context, a quantizer gives these tensors to `save_pretrained`; None: whatever it gives."""
+    if state_dict is None:
+        yield
+        return
+    before, quantizer.gathered_state = quantizer.gathered_state, state_dict
+    try:
+        yield
+    finally:
+        quantizer.gathered_state = before
+
+
+def _check_state(model: PreTrainedModel, given: dict[str, Any]) -> None:
+    """Check that tensors are those of a model in this state. Of a sharded model one process has all of them."""
+    for name, tensor in model.state_dict().items():
+        other = given.get(name)
+        if isinstance(other, Tensor) and (other.dtype == torch.uint8) != (tensor.dtype == torch.uint8):
+            raise ModelStateError(
+                f"state_dict: {name} is {other.dtype}, and that of this model is {tensor.dtype}: they are not in the "
+                "same state. Load the tensors into a latent model, load_state_dict, and pack that."
+            )
+
+
+wrap_saving(saving)
+wrap_loading(restore_config)

@@ -92,7 +92,7 @@ def class_of(config: PreTrainedConfig, where: str | Path) -> type[PreTrainedMode
 
 def load_pretrained(kind: Any, name: str | Path, **arguments: Any) -> Any:
     """What a class of transformers reads from a folder or a repository: a model, a configuration, or what prepares
-    pictures for one.
+    images for one.
 
     Args:
         kind: the class, or one of the Auto classes.

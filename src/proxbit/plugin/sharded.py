@@ -14,7 +14,7 @@ from proxbit.errors import ModelStateError
 from proxbit.nn import LatentWeight, latent_layers
 from proxbit.packing import pack_signs
 from proxbit.patching import state_of, to_latent, to_packed
-from proxbit.plugin.hf_quantizer import tell
+from proxbit.plugin.hf_quantizer import update_configs
 from proxbit.shards import gathered
 
 __all__ = ["full_latents", "full_weights", "is_sharded", "packed_copy"]
@@ -78,7 +78,7 @@ def packed_copy(model: PreTrainedModel) -> PreTrainedModel:
         copy = kind(deepcopy(model.config))
     to_latent(copy, config)
     to_packed(copy)
-    tell(copy)
+    update_configs(copy)
     modules = {f"{name}.".replace(_WRAPPER, "").removesuffix("."): module for name, module in model.named_modules()}
     if other := modules.keys() ^ dict(copy.named_modules()).keys():
         raise ModelStateError(

@@ -23,7 +23,8 @@ from proxbit.patching import (
     to_latent,
     to_packed,
 )
-from proxbit.plugin.hf_quantizer import take_own_config, tell
+from proxbit.plugin.hf_quantizer import update_configs
+from proxbit.plugin.model_configs import copy_config
 
 __all__ = ["binarize", "dequantize", "equalize", "fuse", "pack"]
 
@@ -33,7 +34,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def _look(
     name: str, model: nn.Module, inputs: dict[str, Tensor] | None, change: Callable[[dict[str, Tensor]], None]
 ) -> None:
-    """Make a change that runs the model once: on `inputs`, or on a blank picture."""
+    """Make a change that runs the model once: on `inputs`, or on a blank image."""
     try:
         change(blank_image(model) if inputs is None else inputs)
     except ProxbitError:
@@ -42,7 +43,7 @@ def _look(
         if inputs is not None:
             raise
         hint = f"say what it takes, {name}(model, inputs={{...}})"
-        raise ModelStateError(f"{type(model).__name__} takes no picture alone ({error}): {hint}.") from error
+        raise ModelStateError(f"{type(model).__name__} takes no image alone ({error}): {hint}.") from error
 
 
 def _given(config: BinarizationConfig | None) -> BinarizationConfig | None:
@@ -72,14 +73,14 @@ def equalize(model: Model, inputs: dict[str, Tensor] | None = None, config: Bina
 
     Args:
         model: a float or latent model, from `binarize` or `from_pretrained`; changed in place. `calibrate` comes after.
-        inputs: keyword arguments of one forward pass, from which it is seen what reads what; a blank picture if None.
+        inputs: keyword arguments of one forward pass, from which it is seen what reads what; a blank image if None.
         config: for a float model, what `binarize` will be called with; the default is `BinarizationConfig()`.
 
     Returns:
         The same model.
 
     Raises:
-        ModelStateError: if the model is packed, or does not take a blank picture.
+        ModelStateError: if the model is packed, or does not take a blank image.
         ConfigError: if the model is latent, which says itself what is binarized, and there is a configuration; or if
             it is something else than a BinarizationConfig.
         PatternError: for a float model, as by `binarize`.
@@ -115,8 +116,8 @@ def binarize(model: Model, config: BinarizationConfig | None = None) -> Model:
     to_latent(model, given, partial(_check_parts, model))
     for _, part in _outermost(model):
         if state_of(part) != "float":
-            take_own_config(part)
-    tell(model)
+            copy_config(part)
+    update_configs(model)
     return model
 
 
@@ -135,7 +136,7 @@ def pack(model: Model) -> Model:
         LatentError: for NaN or infinite latents, or rows that are all zero. The model is unchanged after an error.
     """
     to_packed(model)
-    tell(model)
+    update_configs(model)
     return model
 
 
@@ -164,13 +165,13 @@ def fuse(model: Model, inputs: dict[str, Tensor] | None = None) -> Model:
     Args:
         model: a packed model; changed in place. It is saved, loaded and dequantized as before; a reloaded model is
             fused again by another call.
-        inputs: keyword arguments of one forward pass, from which it is seen what follows what; a blank picture if None.
+        inputs: keyword arguments of one forward pass, from which it is seen what follows what; a blank image if None.
 
     Returns:
         The same model.
 
     Raises:
-        ModelStateError: if the model is not packed, or does not take a blank picture.
+        ModelStateError: if the model is not packed, or does not take a blank image.
     """
     _look("fuse", model, inputs, partial(fuse_layers, model))
     return model
@@ -193,7 +194,7 @@ def dequantize(model: Model) -> Model:
     """
     left_out = beyond_float(model)
     to_float(model)
-    tell(model)
+    update_configs(model)
     if left_out:
         warnings.warn(f"The float model has other outputs: it is without {', '.join(left_out)}.", stacklevel=2)
     return model

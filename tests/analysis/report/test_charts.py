@@ -23,21 +23,21 @@ def between(value, low, high):
     return low - 1e-6 <= value <= high + 1e-6
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (0.0, "0"),
-        (1.0, "1"),
-        (0.12345, "0.1235"),
-        (-2.5, "-2.5"),
-        (12345.6, "12346"),
-        (3e-5, "3e-5"),
-        (1.25e7, "1.2e7"),
-    ],
-)
-def test_numbers_are_short(value, text):
-    assert short(value) == text
+SHORT = [
+    (0, "0"),
+    (0.0, "0"),
+    (1.0, "1"),
+    (0.12345, "0.1235"),
+    (-2.5, "-2.5"),
+    (12345.6, "12346"),
+    (3e-5, "3e-5"),
+    (1.25e7, "1.2e7"),
+]
+
+
+def test_numbers_are_short():
+    for value, text in SHORT:
+        assert short(value) == text
 
 
 def test_points_lie_where_their_values_are():
@@ -76,17 +76,23 @@ def test_a_logarithmic_axis_takes_equal_steps_for_equal_ratios():
     assert [label for _, label in chart.yticks] == ["0.1", "1", "10", "100"]
 
 
-@pytest.mark.parametrize("values", [(0.0, 100.0), (1.0, 2.0)], ids=["zero", "narrow"])
-def test_a_logarithmic_axis_is_linear_where_it_says_nothing(values):
-    curve = Curve("a", ((0.0, values[0]), (1.0, values[1])))
-    assert line_chart("x", [curve], end=1.0, log=True) == line_chart("x", [curve], end=1.0)
+NARROW = [(0.0, 100.0), (1.0, 2.0)]
 
 
-@pytest.mark.parametrize("value", [0.0, 5.0, -3.0])
-def test_a_single_point_and_a_constant_are_drawn(value):
-    chart = line_chart("x", [Curve("a", ((1.0, value),)), Curve("b", ((0.0, value), (1.0, value)))], end=1.0)
-    assert chart.curves[0][2].endswith("m-4 0h8")
-    assert all(between(y, TOP, BOTTOM) for curve in (0, 1) for _, y, *_ in points_of(chart, curve))
+def test_a_logarithmic_axis_is_linear_where_it_says_nothing():
+    for values in NARROW:
+        curve = Curve("a", ((0.0, values[0]), (1.0, values[1])))
+        assert line_chart("x", [curve], end=1.0, log=True) == line_chart("x", [curve], end=1.0)
+
+
+CONSTANTS = [0.0, 5.0, -3.0]
+
+
+def test_a_single_point_and_a_constant_are_drawn():
+    for value in CONSTANTS:
+        chart = line_chart("x", [Curve("a", ((1.0, value),)), Curve("b", ((0.0, value), (1.0, value)))], end=1.0)
+        assert chart.curves[0][2].endswith("m-4 0h8")
+        assert all(between(y, TOP, BOTTOM) for curve in (0, 1) for _, y, *_ in points_of(chart, curve))
 
 
 def test_percent_and_words():

@@ -21,26 +21,27 @@ def opacity(png):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))))[..., 1] / 255
 
 
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1 kB"),
-        (13_260, "13.3 kB"),
-        (343_000_000, "343 MB"),
-        (2_500_000_000, "2.5 GB"),
-    ],
-)
-def test_bytes(count, text):
-    assert contents.bytes_text(count) == text
+BYTES = [
+    (0, "0 B"),
+    (999, "999 B"),
+    (1000, "1 kB"),
+    (13_260, "13.3 kB"),
+    (343_000_000, "343 MB"),
+    (2_500_000_000, "2.5 GB"),
+]
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.0, "0 %"), (0.000325, "0.033 %"), (0.0217, "2.2 %"), (0.9639, "96.4 %")]
-)
-def test_percentages(value, text):
-    assert contents.percent_text(value) == text
+def test_bytes():
+    for count, text in BYTES:
+        assert contents.bytes_text(count) == text
+
+
+PERCENTAGES = [(0.0, "0 %"), (0.000325, "0.033 %"), (0.0217, "2.2 %"), (0.9639, "96.4 %")]
+
+
+def test_percentages():
+    for value, text in PERCENTAGES:
+        assert contents.percent_text(value) == text
 
 
 def test_layers_are_those_of_the_snapshots(log):
@@ -84,4 +85,4 @@ def test_the_hard_part_begins_at_the_first_hard_log(log):
 
 
 def test_small_pictures_show_their_pixels(log):
-    assert [one["small"] for one in contents.pictures(log)["pictures"]] == [True, False]
+    assert [one["small"] for one in contents.images(log)["pictures"]] == [True, False]

@@ -196,13 +196,16 @@ def test_a_damaged_log_is_one_line(tmp_path, damage):
     assert [path.name for path in tmp_path.iterdir()] == [RUN_LOG]
 
 
-@pytest.mark.parametrize("text", ["[" * 10**5, "9" * 5000, '{"a":' * 10**5], ids=["deep", "digits", "deep tables"])
-def test_lines_that_are_no_json(tmp_path, text):
-    write_run(tmp_path)
-    with (tmp_path / RUN_LOG).open("a") as file:
-        file.write(text + "\n")
-    with pytest.raises(CheckpointError, match="not JSON"):
-        write_report(tmp_path)
+NO_JSON = ["[" * 10**5, "9" * 5000, '{"a":' * 10**5]
+
+
+def test_lines_that_are_no_json(tmp_path):
+    for text in NO_JSON:
+        write_run(tmp_path)
+        with (tmp_path / RUN_LOG).open("a") as file:
+            file.write(text + "\n")
+        with pytest.raises(CheckpointError, match="not JSON"):
+            write_report(tmp_path)
 
 
 def test_half_of_a_pair_of_surrogates_is_written_as_text(tmp_path):

@@ -1,4 +1,4 @@
-"""Line charts as data for an SVG, and tables of numbers as pictures: what the template of the report draws."""
+"""Line charts as data for an SVG, and tables of numbers as images: what the template of the report draws."""
 
 import base64
 import io
@@ -177,8 +177,8 @@ def heat_map(values: np.ndarray) -> str:
         values: `[rows, columns]`; the first row is the top one.
     """
     opacity = (np.clip(values, 0, 1) * 255).round().astype(np.uint8)
-    # The page gives the colour: the picture is a mask.
-    picture = Image.merge("LA", (Image.new("L", opacity.shape[::-1], 0), Image.fromarray(opacity)))
+    # The page gives the colour: the image is a mask.
+    image = Image.merge("LA", (Image.new("L", opacity.shape[::-1], 0), Image.fromarray(opacity)))
     stream = io.BytesIO()
-    picture.save(stream, "PNG", optimize=True)
+    image.save(stream, "PNG", optimize=True)
     return base64.b64encode(stream.getvalue()).decode()

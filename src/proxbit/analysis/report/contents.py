@@ -1,4 +1,4 @@
-"""What the page of a run shows, computed from its log: charts, facts, warnings, layers, pictures."""
+"""What the page of a run shows, computed from its log: charts, facts, warnings, layers, images."""
 
 import base64
 import io
@@ -11,7 +11,7 @@ from PIL import Image
 from proxbit.analysis.report.charts import Chart, Curve, heat_map, line_chart, outline, outline_ticks, short
 from proxbit.analysis.run_log import RunLog
 
-__all__ = ["bytes_text", "charts", "check_sizes", "facts", "layers", "percent_text", "pictures", "together", "warnings"]
+__all__ = ["bytes_text", "charts", "check_sizes", "facts", "images", "layers", "percent_text", "together", "warnings"]
 
 MOST_BINS = 1000
 # Styles of curves: hard and soft look alike wherever they are.
@@ -220,14 +220,14 @@ def layers(log: RunLog) -> list[dict[str, Any]]:
     return rows
 
 
-def pictures(log: RunLog) -> dict[str, Any] | None:
-    """The pictures, and whether they are so small that a screen should show their pixels."""
+def images(log: RunLog) -> dict[str, Any] | None:
+    """The images, and whether they are so small that a screen should show their pixels."""
     if log.predictions is None:
         return None
     found = []
     for one in log.predictions["pictures"]:
-        with Image.open(io.BytesIO(base64.b64decode(one["png"], validate=True)), formats=["PNG"]) as picture:
-            found.append({**one, "small": max(picture.size) <= 32})
+        with Image.open(io.BytesIO(base64.b64decode(one["png"], validate=True)), formats=["PNG"]) as image:
+            found.append({**one, "small": max(image.size) <= 32})
     return log.predictions | {"pictures": found}
 
 

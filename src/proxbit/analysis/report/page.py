@@ -25,7 +25,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(run: str | Path, path: str | Path | None = None) -> Path:
-    """Write a page about a run: curves, latents and flips by layer, pictures, the quantization card.
+    """Write a page about a run: curves, latents and flips by layer, images, the quantization card.
 
     Args:
         run: output folder of a `ProxConnectTrainer`, which may still be training.
@@ -92,7 +92,7 @@ def _render(name: str, log: RunLog, card: dict[str, Any] | None) -> str:
         warnings=contents.warnings(log),
         layers=contents.layers(log),
         together=contents.together(log),
-        predictions=contents.pictures(log),
+        predictions=contents.images(log),
         card=card,
         last=log.logs[-1] if log.logs else None,
         version=version("proxbit"),

@@ -21,7 +21,6 @@ STATES = {
     "packed": lambda model: proxbit.pack(proxbit.binarize(model)),
     "float": lambda model: proxbit.dequantize(proxbit.pack(proxbit.binarize(model))),
 }
-composite = pytest.mark.parametrize("name", WHOLES)
 
 
 @pytest.fixture
@@ -56,9 +55,12 @@ def check_folder(folder, model, ask, state):
     return again
 
 
-@composite
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("of", ["whole", "part", "part before"])
+# Each model in each state, and binarized in each of the ways.
+WAYS = ["whole", "part", "part before"]
+CASES = [(name, list(STATES)[(i + j) % 3], WAYS[j]) for i, name in enumerate(WHOLES) for j in range(3)]
+
+
+@pytest.mark.parametrize(("name", "state", "of"), CASES)
 def test_what_is_saved_is_loaded(tmp_path, pictures, name, state, of):
     """Binarized as a whole, a part in it, or a part that was given to it; saved and loaded, and saved again."""
     whole = WHOLES[name]
@@ -85,8 +87,10 @@ def test_what_is_saved_is_loaded(tmp_path, pictures, name, state, of):
             assert torch.equal(ask_part(tower), ask_part(part))
 
 
-@pytest.mark.parametrize("state", ["latent", "packed"])
-@pytest.mark.parametrize("kind", ["CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPTextModel"])
+@pytest.mark.parametrize(
+    ("kind", "state"),
+    [("CLIPVisionModel", "packed"), ("CLIPVisionModelWithProjection", "latent"), ("CLIPTextModel", "packed")],
+)
 def test_towers_of_files_in_which_the_whole_alone_says_it(tmp_path, pictures, state, kind):
     """As proxbit wrote them before parts said it too."""
     model = STATES[state](WHOLES["CLIP"].make()).eval()
@@ -106,7 +110,7 @@ def test_a_whole_that_cannot_be_followed_is_refused(tmp_path):
     rewrite(tmp_path, lambda config: config["vision_config"].pop("quantization_config"))
     for architecture in ("Unheard", "AutoModel", "CLIPConfig"):
         rewrite(tmp_path, lambda config, name=architecture: config.update(architectures=[name]))
-        with pytest.raises(CheckpointError, match="of a whole, clip, .* cannot be followed here"):
+        with pytest.raises(CheckpointError, match="of a composite model, clip, .* cannot be followed here"):
             hf.CLIPVisionModel.from_pretrained(tmp_path)
 
 
@@ -191,10 +195,9 @@ def test_a_float_model_of_a_configuration_that_says_packed_is_saved_as_what_it_i
     assert packed.config.quantization_config.state == tower.config.quantization_config.state == "packed"
 
 
-@pytest.mark.parametrize("kind", [hf.ViTModel, hf.ViTForImageClassification])
-def test_models_made_from_one_configuration_are_saved_as_what_they_are(tmp_path, pictures, kind):
+def test_models_made_from_one_configuration_are_saved_as_what_they_are(tmp_path, pictures):
     config = vit()
-    first, second = kind(config).eval(), kind(config).eval()
+    first, second = (hf.ViTForImageClassification(config).eval() for _ in range(2))
     proxbit.binarize(first)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -204,8 +207,10 @@ def test_models_made_from_one_configuration_are_saved_as_what_they_are(tmp_path,
     check_folder(tmp_path / "latent", first, lambda model: model(pictures)[0], "latent")
 
 
-@pytest.mark.parametrize("state", ["latent", "packed"])
-@pytest.mark.parametrize("given", ["its own", "of before it was packed", "that of a float model"])
+@pytest.mark.parametrize(
+    ("given", "state"),
+    [("its own", "latent"), ("of before it was packed", "packed"), ("that of a float model", "packed")],
+)
 def test_a_configuration_that_is_given_makes_what_the_folder_holds(tmp_path, pictures, state, given):
     model = STATES[state](hf.ViTForImageClassification(vit())).eval()
     model.save_pretrained(tmp_path)
