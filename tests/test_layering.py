@@ -124,15 +124,3 @@ def test_files_and_functions_stay_small(file):
             assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
             inner = [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)]
             assert not inner, f"{node.name} imports inside the function"
-
-
-def test_tests_mirror_the_source():
-    """Every source file with code of its own has a test file at the same place."""
-    tests = Path(__file__).parent
-    missing = [
-        str(file.relative_to(SOURCE))
-        for file in FILES
-        if file.name not in ("__init__.py", "errors.py")
-        and not (tests / file.relative_to(SOURCE).parent / f"test_{file.name}").exists()
-    ]
-    assert missing == []

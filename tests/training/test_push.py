@@ -124,7 +124,7 @@ def test_latent_checkpoints_are_not_published(hub, prepare, strategy):
 def test_of_a_model_that_is_spread_over_processes_only_bits_are_gathered(hub, prepare, monkeypatch):
     """That it is spread is played here; `tests/training/test_distributed.py` packs one that is."""
     trainer = prepare()
-    monkeypatch.setattr("proxbit.training.push.is_spread", lambda model: True)
+    monkeypatch.setattr("proxbit.training.upload.is_spread", lambda model: True)
     with pytest.raises(ConfigError, match=r"No process holds the float weights.*trainer.save_model.*latent=True"):
         trainer.push_to_hub(latent=True)
     trainer.push_to_hub()

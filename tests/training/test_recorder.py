@@ -19,7 +19,7 @@ from proxbit.config import BinarizationConfig
 from proxbit.nn import latent_layers
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer
 from proxbit.training.metrics import classification_metrics
-from proxbit.training.recorder import begin
+from proxbit.training.recorder import start_file
 from tiny_models import LABELS, SIDE, vit
 
 
@@ -263,12 +263,12 @@ def test_a_damaged_file_is_put_aside_and_training_resumes(tmp_path, damage):
     DAMAGES[damage](path)
     before = tree(path)
     kept = set() if damage == "zeros" else {f"{RUN_LOG}.damaged-1"}  # without its end a last line is nobody's
-    begin(str(tmp_path), {"model": "Vit"}, 2)
+    start_file(str(tmp_path), {"model": "Vit"}, 2)
     assert {each.name for each in tmp_path.iterdir()} == {RUN_LOG} | kept
     assert all(tree(tmp_path / name) == before for name in kept)
     assert [row["step"] for row in read_log(tmp_path).logs] == ([1, 2] if damage == "zeros" else [])
     path.write_bytes(b"\0\n")
-    begin(str(tmp_path), {"model": "Vit"}, 2)
+    start_file(str(tmp_path), {"model": "Vit"}, 2)
     assert (tmp_path / f"{RUN_LOG}.damaged-{len(kept) + 1}").read_bytes() == b"\0\n"
 
 

@@ -19,7 +19,6 @@ from proxbit.errors import CheckpointError, LossError
 from proxbit.hub.lock import locked
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer
 from proxbit.training.checkpoints import MANIFEST, STAGING, check_checkpoint
-from proxbit.training.push import PushingTrainer
 from proxbit.training.saving import LOCK
 from tiny_models import LABELS, SIDE, vit
 
@@ -98,11 +97,11 @@ def test_what_is_pushed_is_complete(tmp_path, make, monkeypatch):
     pushed = []
     trainer = make(max_steps=4)
 
-    def push(self, folder):
-        check_checkpoint(tmp_path / "out" / folder.rpartition("/")[2])
-        pushed.append(folder)
+    def upload(trainer):
+        check_checkpoint(Path(trainer._complete))
+        pushed.append(trainer._complete)
 
-    monkeypatch.setattr(PushingTrainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr("proxbit.training.trainer.upload_at_save", upload)
     trainer.args.push_to_hub = True
     trainer.train()
     assert pushed == [str(tmp_path / "out" / f"checkpoint-{step}") for step in (2, 4)]

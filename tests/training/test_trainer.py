@@ -23,7 +23,7 @@ import proxbit
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, LatentError, ModelStateError, MuRangeError
 from proxbit.nn import latent_layers, set_mu
-from proxbit.training import DistillationArguments, MuCallback, ProxConnectArguments, ProxConnectTrainer
+from proxbit.training import DistillationArguments, ProxConnectArguments, ProxConnectCallback, ProxConnectTrainer
 from proxbit.training.checkpoints import MANIFEST
 from proxbit.training.metrics import classification_metrics
 from tiny_models import LABELS, SIDE, vit
@@ -235,7 +235,7 @@ def test_model_init_makes_a_model_for_each_training(tmp_path, crops, recipe):
     assert all(torch.equal(ends[0][1][name], weight) for name, weight in ends[1][1].items())
     assert ends[0][2] == ends[1][2] > 0
     assert recorder.mu[:4] == recorder.mu[4:] and recorder.hard == [False, False, False, True] * 2
-    assert sum(isinstance(each, MuCallback) for each in trainer.callback_handler.callbacks) == 1
+    assert sum(isinstance(each, ProxConnectCallback) for each in trainer.callback_handler.callbacks) == 1
 
 
 def test_a_search_of_hyperparameters_trains_each_trial_anew(tmp_path, crops, monkeypatch):

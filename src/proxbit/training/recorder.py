@@ -1,13 +1,13 @@
-"""The callback that keeps what `proxbit report` shows and the Trainer's own log does not."""
+"""The recorder of what `proxbit report` shows and the Trainer's own log does not hold."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from proxbit.analysis.environment import environment
@@ -21,7 +21,7 @@ from proxbit.quantizers import pair_key
 from proxbit.training.gallery import Gallery
 from proxbit.training.monitor import LATENT_EDGES, FlipCounter, latent_histogram
 
-__all__ = ["RunRecorder", "begin"]
+__all__ = ["RunRecorder", "start_file"]
 
 # Snapshots of the layers in a run, about: with 48 layers 15 kB each, 1 MB in all.
 SNAPSHOTS = 60
@@ -45,7 +45,7 @@ FAILURES = (OSError, ValueError, TypeError, OverflowError, RecursionError, Memor
 logger = logging.getLogger(__name__)
 
 
-class RunRecorder(TrainerCallback):
+class RunRecorder:
     """Writes `proxbit_run.jsonl` into the output folder: every log, and the layers at up to 60 logs and at the end.
 
     Every process counts, for each may hold a part of the weights; the first one writes.
@@ -57,44 +57,46 @@ class RunRecorder(TrainerCallback):
 
     Args:
         model: the latent model.
-        flips: returns the counter of flips that the logs use.
+
+    Attributes:
+        writes: whether this process writes the file.
+        training: whether a training is under way.
     """
 
-    def __init__(self, model: nn.Module, flips: Callable[[], FlipCounter]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.flips = flips
-        self.about = _about(model)  # now, while this process has the whole model
+        self.about = _about(model)  # now, while this process has the full model
         self.active = self.writes = self.training = self.warned = False
         self.snapshots = self.taken = -1
         self.found: Gallery | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    def begin(
+        self, args: TrainingArguments, state: TrainerState, settings: Mapping[str, Any], flips: FlipCounter
     ) -> None:
-        """Begin the file, or go on in it."""
-        self.active = args.logging_strategy != IntervalStrategy.NO
+        """Begin the file, or go on in it.
+
+        Args:
+            args, state: of the Trainer.
+            settings: of the step, beside those of `args`.
+            flips: the counter that the logs use.
+        """
+        self.active, self.flips = args.logging_strategy != IntervalStrategy.NO, flips
         self.writes = self.active and state.is_world_process_zero
         if not self.active:
             return
         self.training, self.found, self.warned = True, None, False
         self.snapshots = self.taken = -1
         if self.writes:
-            self.writes = self._attempt(begin, args.output_dir, self._run(args, state), state.global_step)
+            run = self._run(args, state, settings)
+            self.writes = self._attempt(start_file, args.output_dir, run, state.global_step)
         if state.global_step == 0:
             self._add_layers(args, state, counted=False)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def log(self, args: TrainingArguments, state: TrainerState, logs: Mapping[str, Any]) -> None:
         """Add a log, and a snapshot of the layers if one is due."""
         if not self.active:
             return
-        event = {"event": "log", "step": state.global_step, "epoch": state.epoch, **(logs or {})}
+        event = {"event": "log", "step": state.global_step, "epoch": state.epoch, **logs}
         if "loss" not in event:
             self._write(args, event)
             return
@@ -105,30 +107,26 @@ class RunRecorder(TrainerCallback):
             self.snapshots = due
             self._add_layers(args, state, counted=True)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def end_epoch(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """Add a snapshot of the end, where no log does; once training has ended, the best model may be in its place."""
         ends = control.should_training_stop or state.global_step >= state.max_steps
         if self.active and ends and not control.should_log and self.taken < state.global_step:
-            self.flips().flip_ratio()
+            self.flips.flip_ratio()
             self._add_layers(args, state, counted=True)
 
-    def evaluated(self, found: Gallery | None) -> None:
-        """Keep what `choose` found, until the training has ended."""
+    def keep(self, found: Gallery | None) -> None:
+        """Keep the images of an evaluation until the training has ended."""
         self.found = found
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the pictures of an evaluation after the training."""
+    def evaluated(self, args: TrainingArguments, state: TrainerState, processor: Any) -> None:
+        """Add the images of an evaluation after the training."""
         if not self.training:
-            self._add_predictions(args, state, kwargs.get("processing_class"))
+            self._add_predictions(args, state, processor)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Add the pictures of the last evaluation."""
+    def end(self, args: TrainingArguments, state: TrainerState, processor: Any) -> None:
+        """Add the images of the last evaluation."""
         self.training = False
-        self._add_predictions(args, state, kwargs.get("processing_class"))
+        self._add_predictions(args, state, processor)
 
     def _add_predictions(self, args: TrainingArguments, state: TrainerState, processor: Any) -> None:
         pictures = self.found.to_dict(processor) if self.writes and self.found is not None else {}
@@ -139,7 +137,7 @@ class RunRecorder(TrainerCallback):
 
     def _add_layers(self, args: TrainingArguments, state: TrainerState, counted: bool) -> None:
         counts = {name: latent_histogram(layer).tolist() for name, layer in whole_latents(self.model)}
-        ratios = self.flips().ratios
+        ratios = self.flips.ratios
         event = {
             "event": "layers",
             "step": state.global_step,
@@ -170,16 +168,17 @@ class RunRecorder(TrainerCallback):
         """Whether the file is still there: once the training has ended, its folder may go."""
         return self.training or (Path(args.output_dir) / RUN_LOG).exists()
 
-    def _run(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+    def _run(self, args: TrainingArguments, state: TrainerState, settings: Mapping[str, Any]) -> dict[str, Any]:
+        settings = args.to_dict() | dict(settings)
         return self.about | {
             "steps": state.max_steps,
             "epochs": state.num_train_epochs,
-            "settings": {name: value for name, value in args.to_dict().items() if name in SETTINGS},
+            "settings": {name: value for name, value in settings.items() if name in SETTINGS},
             "environment": str(environment()),
         }
 
 
-def begin(folder: str, run: dict[str, Any], step: int) -> None:
+def start_file(folder: str, run: dict[str, Any], step: int) -> None:
     """Begin the file of a run, or go on in it; one that is damaged is put aside first."""
     path = Path(folder) / RUN_LOG
     if path.is_dir() or step and path.exists():

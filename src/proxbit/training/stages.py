@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from proxbit.errors import ConfigError
 from proxbit.nn import LatentWeight, latent_layers
 from proxbit.registry import Registry
 from proxbit.training.sensitivity import taylor_sensitivity
 
-__all__ = ["PROGRESSIONS", "TOGETHER", "Progression", "Stage", "stages"]
+__all__ = ["PROGRESSIONS", "TOGETHER", "LayerScores", "Progression", "Stage", "stages", "stored_scores"]
 
 TOGETHER = "together"
 # Layers join in the first part of what is left, so that the last of them still have time to harden.
@@ -102,3 +104,31 @@ def stages(
     window = int((steps - first) * _JOINING)
     joined = [index * window // len(layers) for index in range(len(layers))]
     return [Stage(layer, first + join, join) for (_, layer), join in zip(layers, joined, strict=True)]
+
+
+class LayerScores(TrainerCallback, ExportableState):
+    """Keeps what layers are ordered by in the state of the Trainer, so that a resumed run has the order it began with.
+
+    Attributes:
+        scores: of the latent layers, by name.
+    """
+
+    def __init__(self, scores: dict[str, float] | None = None) -> None:
+        self.scores = scores or {}
+
+    def state(self) -> dict[str, Any]:
+        """What checkpoints hold."""
+        return {"args": {"scores": self.scores}, "attributes": {}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Read the scores of a run that resumes: the Trainer restores callbacks only where it is asked to."""
+        if state.global_step:
+            self.scores = stored_scores(state)
+
+
+def stored_scores(state: TrainerState) -> dict[str, float]:
+    """What layers are ordered by, as the state of a Trainer keeps it."""
+    stored: Any = (state.stateful_callbacks or {}).get(LayerScores.__name__)
+    return stored["args"]["scores"] if stored else {}
