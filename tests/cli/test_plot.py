@@ -36,7 +36,7 @@ def test_a_folder_in_the_place_of_the_picture(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert re.fullmatch(r"Error: .* is a folder; name the picture in it, such as .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"Error: .* is a folder; name the image in it, such as .*\n", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
 

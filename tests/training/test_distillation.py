@@ -31,7 +31,7 @@ from tiny_models import FAMILIES, LABELS, SIDE, vit
 
 
 def examples(crops, count):
-    return [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(count, SIDE))]
+    return [{"pixel_values": image, "labels": i % LABELS} for i, image in enumerate(crops(count, SIDE))]
 
 
 def batch(crops, count=6):
@@ -168,7 +168,7 @@ def test_pixels_are_no_classes(tmp_path):
 
 @pytest.mark.parametrize("field", ["distillation_weight", "distillation_tokens", "distillation_gram"])
 def test_only_what_both_give_is_compared(tmp_path, crops, field):
-    """A model of masked pictures gives hidden states, and no logits; this teacher gives neither."""
+    """A model of masked images gives hidden states, and no logits; this teacher gives neither."""
 
     class Silent(nn.Module):
         def forward(self, **inputs):
@@ -257,18 +257,18 @@ def test_arguments_of_transformers_are_refused(tmp_path):
 @pytest.mark.parametrize("binary", [False, True], ids=["float", "latent"])
 def test_a_student_comes_nearer_to_its_teacher(tmp_path, crops, binary):
     """With all weight on the teacher, labels do not matter; predictions follow the teacher's."""
-    pictures = crops(8, SIDE)
+    images = crops(8, SIDE)
     model, teacher = sharp(1), sharp(2)
     if binary:
         proxbit.binarize(model, BinarizationConfig())
-    data = [{"pixel_values": picture, "labels": 0} for picture in pictures]
+    data = [{"pixel_values": image, "labels": 0} for image in images]
     args = arguments(
         tmp_path, distillation_weight=1.0, max_steps=15, per_device_train_batch_size=8, lr_scheduler_type="constant"
     )
 
     def distance():
         with torch.no_grad():
-            student, target = (m(pictures).logits.double().numpy() for m in (model.train(), teacher))
+            student, target = (m(images).logits.double().numpy() for m in (model.train(), teacher))
         return divergence(student, target, 1.0, 8)
 
     before = distance()
@@ -287,7 +287,7 @@ def test_without_a_teacher_it_is_the_plain_trainer(tmp_path, crops):
 
 @pytest.mark.parametrize("distil", [False, True], ids=["alone", "with teacher"])
 def test_eight_small_batches_are_one_of_eight(tmp_path, crops, distil):
-    """Twelve pictures in batches of eight: the last step of an epoch has fewer, and still is their mean. Gradients are
+    """Twelve images in batches of eight: the last step of an epoch has fewer, and still is their mean. Gradients are
     not clipped, which would hide a wrong factor.
     """
     data = [{**item, "pixel_values": item["pixel_values"].double()} for item in examples(crops, 12)]

@@ -25,7 +25,7 @@ def prepare(hub, tmp_path, crops):
 
     def make(**changes):
         fixed = dict(report_to="none", disable_tqdm=True, use_cpu=True, logging_strategy="no", max_steps=2)
-        examples = [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(4, SIDE))]
+        examples = [{"pixel_values": image, "labels": i % LABELS} for i, image in enumerate(crops(4, SIDE))]
         return ProxConnectTrainer(
             model=proxbit.binarize(ViTForImageClassification(vit())),
             args=ProxConnectArguments(str(tmp_path / "vit-1bit"), **fixed | changes),

@@ -30,7 +30,7 @@ def make(pair="bnn++", **changes):
 
 
 def examples(crops, count):
-    return [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(count, SIDE))]
+    return [{"pixel_values": image, "labels": i % LABELS} for i, image in enumerate(crops(count, SIDE))]
 
 
 def prepare(folder, crops, model=None, callbacks=None, **changes):
@@ -334,7 +334,7 @@ def test_a_disk_that_fills_up_costs_lines_and_not_the_training(tmp_path, crops, 
 
 @pytest.mark.parametrize("action", ["damaged", "gone"])
 def test_a_file_that_breaks_in_the_middle_does_not_end_the_training(tmp_path, crops, caplog, action):
-    """At its end pictures are added, for which all lines are read."""
+    """At its end images are added, for which all lines are read."""
     path = tmp_path / "out" / RUN_LOG
 
     def act():

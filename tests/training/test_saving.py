@@ -34,7 +34,7 @@ def make(tmp_path, crops):
         torch.manual_seed(0)
         fixed = dict(report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="steps", save_steps=2)
         training = dict(max_steps=6, per_device_train_batch_size=2, logging_steps=1, learning_rate=1e-2)
-        data = [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(4, SIDE))]
+        data = [{"pixel_values": image, "labels": i % LABELS} for i, image in enumerate(crops(4, SIDE))]
         return ProxConnectTrainer(
             model=proxbit.binarize(ViTForImageClassification(vit())),
             args=ProxConnectArguments(str(tmp_path / "out"), **fixed | training | changes),

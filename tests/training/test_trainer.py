@@ -37,7 +37,7 @@ def make(pair="bnn++", seed=1, **changes):
 
 
 def examples(crops, count):
-    return [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(count, SIDE))]
+    return [{"pixel_values": image, "labels": i % LABELS} for i, image in enumerate(crops(count, SIDE))]
 
 
 def arguments(folder, **changes):
@@ -442,11 +442,11 @@ def measured(logits, labels):
 @pytest.mark.parametrize("prefix", ["eval", "test"], ids=["evaluate", "predict"])
 def test_evaluation_is_of_what_ships(tmp_path, crops, prefix, hardened):
     """Soft values are those of training mode (this model has no dropout), and those of F_mu once training is hard."""
-    model, pictures, labels = make(), crops(12, SIDE), torch.arange(12) % LABELS
+    model, images, labels = make(), crops(12, SIDE), torch.arange(12) % LABELS
     set_mu(model, 0.3)
     with torch.no_grad():
-        soft = measured(model.train()(pictures).logits, labels)
-        hard = measured(proxbit.pack(copy.deepcopy(model)).eval()(pictures).logits, labels)
+        soft = measured(model.train()(images).logits, labels)
+        hard = measured(proxbit.pack(copy.deepcopy(model)).eval()(images).logits, labels)
     set_mu(model, 0.3, hard=hardened)
     trainer = prepare(tmp_path, model, crops)
     found = trainer.evaluate() if prefix == "eval" else trainer.predict(examples(crops, 12)).metrics

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation that a report shows: some that were right, and the surest mistakes."""
+"""The images of an evaluation that a report shows: some that were right, and the surest mistakes."""
 
 import base64
 import io
@@ -16,8 +16,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 __all__ = ["Gallery", "choose"]
 
-# Pictures of each kind, and the longest side that is kept, in pixels: about 500 kB at most.
-PICTURES = 12
+# Images of each kind, and the longest side that is kept, in pixels: about 500 kB at most.
+IMAGES = 12
 SIDE = 96
 
 
@@ -40,7 +40,7 @@ class Gallery:
     right: int
 
     def to_dict(self, processor: Any) -> dict[str, Any]:
-        """The answers, each with its picture as base64 of PNG; JSON types. Nothing where examples hold no pictures.
+        """The answers, each with its image as base64 of PNG; JSON types. Nothing where examples hold no images.
 
         Args:
             processor: knows how pixels were normalized, if it is an image processor.
@@ -51,8 +51,8 @@ class Gallery:
         pixels = batch.get("pixel_values")
         if not isinstance(pixels, Tensor) or pixels.ndim != 4:
             return {}
-        pictures = [{"png": png, **answer} for png, answer in zip(_png(pixels, processor), self.answers, strict=True)]
-        return {"total": self.total, "right": self.right, "pictures": pictures}
+        images = [{"png": png, **answer} for png, answer in zip(_png(pixels, processor), self.answers, strict=True)]
+        return {"total": self.total, "right": self.right, "pictures": images}
 
 
 def choose(dataloader: DataLoader[Any], output: EvalLoopOutput, names: dict[int, str]) -> Gallery | None:
@@ -79,8 +79,8 @@ def choose(dataloader: DataLoader[Any], output: EvalLoopOutput, names: dict[int,
     size = logits.logsumexp(1)
     right = (prediction == target).numpy()
     wrong, others = np.flatnonzero(~right), np.flatnonzero(right)
-    surest = wrong[np.argsort((size - best).numpy()[wrong], kind="stable")][:PICTURES]
-    spread = others[np.linspace(0, len(others) - 1, min(PICTURES, len(others))).astype(int)]
+    surest = wrong[np.argsort((size - best).numpy()[wrong], kind="stable")][:IMAGES]
+    spread = others[np.linspace(0, len(others) - 1, min(IMAGES, len(others))).astype(int)]
     indices = [int(index) for index in (*surest, *spread)]
 
     def answer(index: int) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def choose(dataloader: DataLoader[Any], output: EvalLoopOutput, names: dict[int,
 
 
 def _png(pixels: Tensor, processor: Any) -> list[str]:
-    """Pictures as base64 of PNG: as they were before normalization, or else from their darkest to their brightest."""
+    """Images as base64 of PNG: as they were before normalization, or else from their darkest to their brightest."""
     pixels = pixels.detach().float().cpu()[:, : 3 if pixels.shape[1] >= 3 else 1]
     normalization = processor.to_dict() if isinstance(processor, BaseImageProcessor) else {}
     if normalization.get("do_normalize") and len(normalization["image_mean"]) in (1, pixels.shape[1]):
@@ -108,9 +108,9 @@ def _png(pixels: Tensor, processor: Any) -> list[str]:
         pixels = (pixels - low) / (high - low).clamp(min=1e-12)
     encoded = []
     for array in (pixels * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy():
-        picture = Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
-        picture.thumbnail((SIDE, SIDE))
+        image = Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
+        image.thumbnail((SIDE, SIDE))
         stream = io.BytesIO()
-        picture.save(stream, "PNG", optimize=True)
+        image.save(stream, "PNG", optimize=True)
         encoded.append(base64.b64encode(stream.getvalue()).decode())
     return encoded

@@ -55,7 +55,7 @@ def _heads(model: PreTrainedModel) -> list[str]:
     if kinds or not found:
         raise CheckpointError(
             f"{type(model).__name__} cannot be given a new head: it is {kinds or 'not found'}, and only nn.Linear is "
-            "replaced. Name the classes of the pictures as its labels, or give it a head in a script of your own."
+            "replaced. Name the classes of the images as its labels, or give it a head in a script of your own."
         )
     return found
 

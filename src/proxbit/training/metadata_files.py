@@ -1,4 +1,4 @@
-"""Labels of pictures from a metadata file, as the `datasets` library documents it: one row a picture."""
+"""Labels of images from a metadata file, as the `datasets` library documents it: one row an image."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ FILE, LABELS = "file_name", ("label", "labels")
 
 
 def read_labels(file: Path) -> list[tuple[str, Label]]:
-    """The name of each picture, and its label: numbers if all are, else text.
+    """The name of each image, and its label: numbers if all are, else text.
 
     Raises:
         DataError: if it cannot be read, or has no such columns; its text goes on after the name of the file.

@@ -52,7 +52,7 @@ class RunRecorder:
 
     It begins with the training, and not at all with `logging_strategy="no"`. A training that resumes goes on in the
     same file; one that is damaged is put aside, with a warning. What cannot be written is a warning too: it is the
-    report that lacks it, and the training goes on. When it has ended, pictures of the last evaluation are added; those
+    report that lacks it, and the training goes on. When it has ended, images of the last evaluation are added; those
     of an evaluation after it take their place.
 
     Args:
@@ -129,11 +129,11 @@ class RunRecorder:
         self._add_predictions(args, state, processor)
 
     def _add_predictions(self, args: TrainingArguments, state: TrainerState, processor: Any) -> None:
-        pictures = self.found.to_dict(processor) if self.writes and self.found is not None else {}
+        images = self.found.to_dict(processor) if self.writes and self.found is not None else {}
         self.found = None
-        if pictures and self._kept(args):
+        if images and self._kept(args):
             when = {"event": "predictions", "step": state.global_step, "epoch": state.epoch}
-            self._attempt(replace_event, args.output_dir, when | pictures)
+            self._attempt(replace_event, args.output_dir, when | images)
 
     def _add_layers(self, args: TrainingArguments, state: TrainerState, counted: bool) -> None:
         counts = {name: latent_histogram(layer).tolist() for name, layer in whole_latents(self.model)}
