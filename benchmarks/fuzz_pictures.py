@@ -37,8 +37,7 @@ from proxbit.analysis.environment import environment
 from proxbit.cli.images import read_split, tell_images
 from proxbit.errors import DataError, ProxbitError
 from proxbit.training.image_folders import load_splits, read_images, unlabelled
-from proxbit.training.layouts import LITTER
-from proxbit.training.metadata_files import METADATA
+from proxbit.training.layouts import LITTER, METADATA
 from proxbit.training.pixels import extensions
 
 RESULTS = Path(__file__).parent / "results" / "fuzz_pictures.md"

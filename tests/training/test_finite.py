@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from proxbit.errors import LossError
-from proxbit.training.anomalies import FiniteWatch
+from proxbit.training.monitor import FiniteWatch
 
 BAD = [float("nan"), float("inf"), -float("inf")]
 

@@ -16,13 +16,12 @@ from proxbit.training.image_folders import (
     check_classes,
     class_names,
     load_splits,
-    match_labels,
-    numbers_of_labels,
     pick_split,
     read_images,
     relabel,
     unlabelled,
 )
+from proxbit.training.labels import match_labels, numbers_of_labels
 
 LABEL2ID = {"flower": 0, "other": 1, "temple": 2}
 

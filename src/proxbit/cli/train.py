@@ -27,20 +27,8 @@ from proxbit.hub import pack
 from proxbit.patching import state_of
 from proxbit.training.arguments import ProxConnectArguments
 from proxbit.training.checkpoints import check_start
-from proxbit.training.heads import give_labels
-from proxbit.training.image_folders import (
-    IMAGE,
-    LABEL,
-    Images,
-    Splits,
-    class_names,
-    load_splits,
-    match_labels,
-    numbers_of_labels,
-    pick_split,
-    relabel,
-    some,
-)
+from proxbit.training.image_folders import IMAGE, LABEL, Images, Splits, class_names, load_splits, pick_split, relabel
+from proxbit.training.labels import give_labels, match_labels, numbers_of_labels, some
 from proxbit.training.metrics import classification_metrics
 from proxbit.training.recipes import DEFAULT_RECIPE
 from proxbit.training.trainer import ProxConnectTrainer

@@ -4,17 +4,16 @@ from importlib import import_module
 from typing import Any
 from warnings import warn
 
-from proxbit.training.anomalies import watch_activations
 from proxbit.training.arguments import DistillationArguments, ProxConnectArguments
 from proxbit.training.calibration import calibrate
 from proxbit.training.callback import ProxConnectCallback
 from proxbit.training.distillation import DistillationTrainer
 from proxbit.training.losses import DistillationLoss, distillation_loss, gram_loss, token_loss
-from proxbit.training.monitor import FlipCounter, hardening_gap, overflow_penalty, overflow_shares
+from proxbit.training.monitor import FlipCounter, hardening_gap, overflow_penalty, overflow_shares, watch_activations
 from proxbit.training.optimizer import parameter_groups
 from proxbit.training.recipes import RECIPES, Recipe, get_recipe, register_recipe
+from proxbit.training.schedule import PROGRESSIONS, LayerScores, Progression, Stage, stages
 from proxbit.training.sensitivity import taylor_sensitivity
-from proxbit.training.stages import PROGRESSIONS, LayerScores, Progression, Stage, stages
 from proxbit.training.trainer import ProxConnectTrainer
 
 __all__ = [

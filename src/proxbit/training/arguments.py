@@ -11,7 +11,7 @@ from proxbit.errors import ConfigError
 from proxbit.quantizers import SCHEDULES
 from proxbit.training.checkpoints import resume_from
 from proxbit.training.recipes import DEFAULT_RECIPE, FROM_CALIBRATION, Recipe, get_recipe
-from proxbit.training.stages import PROGRESSIONS
+from proxbit.training.schedule import PROGRESSIONS
 
 __all__ = [
     "DISTILLATION",

@@ -19,17 +19,15 @@ from proxbit.nn import (
 )
 from proxbit.patching import check_latents, state_of
 from proxbit.quantizers import MuSchedule
-from proxbit.training.anomalies import FiniteWatch, watch_activations
 from proxbit.training.arguments import check_step
 from proxbit.training.calibration import was_calibrated
 from proxbit.training.checkpoints import load_renamed, read_resumed
 from proxbit.training.lookahead import start_quantizers_from
-from proxbit.training.monitor import FlipCounter, hardening_gap, overflow_shares
+from proxbit.training.monitor import FiniteWatch, FlipCounter, hardening_gap, overflow_shares, watch_activations
 from proxbit.training.optimizer import learning_rates
 from proxbit.training.recipes import DEFAULT_RECIPE, FROM_CALIBRATION, get_recipe
 from proxbit.training.recorder import RunRecorder
-from proxbit.training.schedule import hardening_advice, mu_schedule, rest_of
-from proxbit.training.stages import Stage, stages, stored_scores
+from proxbit.training.schedule import Stage, hardening_advice, mu_schedule, rest_of, stages, stored_scores
 
 __all__ = ["MuCallback", "ProxConnectCallback", "bring_to_single", "check_latent"]
 

@@ -11,15 +11,8 @@ from transformers import ImageClassificationPipeline, PreTrainedModel
 
 from proxbit.analysis.timing import time_rounds
 from proxbit.analysis.variants import forward_calls
-from proxbit.training.image_folders import (
-    IMAGE,
-    LABEL,
-    Images,
-    LeftOut,
-    match_labels,
-    numbers_of_labels,
-    relabel,
-)
+from proxbit.training.image_folders import IMAGE, LABEL, Images, LeftOut, relabel
+from proxbit.training.labels import match_labels, numbers_of_labels
 from proxbit.training.metrics import Accuracy, BalancedAccuracy
 
 __all__ = ["Evaluation", "evaluate_images"]

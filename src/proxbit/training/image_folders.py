@@ -14,7 +14,8 @@ from PIL import Image
 from proxbit.errors import DataError
 from proxbit.foreign import printable
 from proxbit.hub.client import first_line
-from proxbit.training.layouts import LAYOUT, Filed, LeftOut, layout_of, nfc, unlabelled_files
+from proxbit.training.labels import some
+from proxbit.training.layouts import LAYOUT, Filed, LeftOut, layout_of, unlabelled_files
 from proxbit.training.pixels import read_image
 from proxbit.training.sources import why_nowhere
 
@@ -24,14 +25,10 @@ __all__ = [
     "Splits",
     "check_classes",
     "class_names",
-    "labels_meant",
     "load_splits",
-    "match_labels",
-    "numbers_of_labels",
     "pick_split",
     "read_images",
     "relabel",
-    "some",
     "unlabelled",
 ]
 
@@ -288,61 +285,6 @@ def _why_unreadable(stored: Mapping[str, Any]) -> str | None:
     return None
 
 
-def numbers_of_labels(config: Any) -> dict[str, int]:
-    """The number of each label of a classifier, by name; from `id2label` where its configuration has no more."""
-    found: dict[str, int] = config.label2id or {label: number for number, label in (config.id2label or {}).items()}
-    return found
-
-
-def labels_meant(names: Iterable[str], label2id: Iterable[str]) -> dict[str, list[str]]:
-    """The labels that each class may be: that very one, else those that are the same in Unicode NFC, else those that
-    differ in upper and lower case, "_", "-" and spaces only."""
-    spelled: list[tuple[Callable[[str], str], dict[str, list[str]]]] = [(alike, {}) for alike in (str, nfc, _plain)]
-    for label in label2id:
-        for alike, found in spelled:
-            found.setdefault(alike(label), []).append(label)
-    return {name: next((found[alike(name)] for alike, found in spelled if alike(name) in found), []) for name in names}
-
-
-def match_labels(names: Sequence[str] | None, label2id: Mapping[str, int], what: str) -> dict[int, int]:
-    """The model's number of each class of a dataset.
-
-    Args:
-        names: the dataset's classes, in the order of its numbers; None: its numbers are the model's.
-        label2id: of the model's configuration; a class is the label that `labels_meant` names.
-        what: the model, for the message.
-
-    Raises:
-        DataError: if a class is none of the model's labels, or may be several, or two classes are the same one.
-    """
-    if names is None:
-        return {i: i for i in label2id.values()}
-    if [nfc(name) for name in names] == [nfc(name) for name in sorted(label2id, key=lambda name: label2id[name])]:
-        return {i: i for i in range(len(names))}
-    meant = labels_meant(names, label2id)
-    strange = [name for name, labels in meant.items() if not labels]
-    if strange:
-        raise DataError(
-            f"These classes of the images are no labels of {what}: {some(strange)}. Its labels are: "
-            f"{some(list(label2id))}. Name the folders as the labels, or set label2id in its config.json."
-        )
-    taken: dict[str, str] = {}
-    for name, labels in meant.items():
-        if len(labels) > 1:
-            raise DataError(
-                f"The class {some([name])} of the images may be any of these labels of {what}: {some(labels)}. "
-                "Name its folder exactly as one of them."
-            )
-        if labels[0] in taken:
-            raise DataError(
-                f"The classes {some([taken[labels[0]]])} and {some([name])} of the images are both the label "
-                f"{some(labels)} of {what}. Put their images into one folder, or name one exactly as another of its "
-                f"labels: {some(list(label2id))}."
-            )
-        taken[labels[0]] = name
-    return {i: label2id[meant[name][0]] for i, name in enumerate(names)}
-
-
 def relabel(images: Images, numbers: Mapping[int, int], what: str) -> datasets.Dataset:
     """The images with the model's numbers as labels.
 
@@ -354,13 +296,3 @@ def relabel(images: Images, numbers: Mapping[int, int], what: str) -> datasets.D
     if strange:
         raise DataError(f"Images with the labels {strange[:10]}: those of {what} are 0 to {max(numbers.values())}.")
     return _with_labels(images.dataset.remove_columns(LABEL), [numbers[label] for label in labels])
-
-
-def _plain(name: str) -> str:
-    return nfc(name).casefold().replace("_", " ").replace("-", " ").strip()
-
-
-def some(names: Sequence[str], most: int = 10) -> str:
-    """Names for a message: the first ones, fit to print, and how many there are."""
-    rest = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(repr(printable(name)) for name in names[:most]) + rest

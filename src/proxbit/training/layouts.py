@@ -16,30 +16,39 @@ Hidden files and those of operating systems are counted only. Every other file i
 """
 
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+from typing import TypeAlias
+
+import pyarrow as pa
+from pyarrow import csv, json, parquet
 
 from proxbit.errors import DataError
 from proxbit.foreign import printable
-from proxbit.training.metadata_files import METADATA, Label, read_labels
 from proxbit.training.pixels import HEIC, extensions
 
 __all__ = [
     "LAYOUT",
+    "METADATA",
     "Filed",
     "Layout",
     "LeftOut",
     "Tree",
     "layout_of",
     "nfc",
+    "read_labels",
     "split_folders",
     "unlabelled_files",
     "walk",
 ]
 
+Label: TypeAlias = str | int | None
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+FILE, LABELS = "file_name", ("label", "labels")
 LAYOUT = "Images lie in a folder for each class, such as DATA/cat/1.jpg, or DATA/train/cat/1.jpg for parts of a set."
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -291,3 +300,43 @@ def unlabelled_files(data: Path) -> tuple[list[Path], list[LeftOut]]:
     inside = tree.below(prefix)
     images = sorted(data / path for path, why in inside.items() if why is None)
     return images, [LeftOut(str(data / path), why) for path, why in inside.items() if why is not None]
+
+
+def read_labels(file: Path) -> list[tuple[str, Label]]:
+    """The name of each image, and its label: numbers if all are, else text.
+
+    Raises:
+        DataError: if it cannot be read, or has no such columns; its text goes on after the name of the file.
+    """
+    try:
+        table = _table(file)
+        column = next((name for name in LABELS if table.column_names.count(name) == 1), None)
+        if column is None or table.column_names.count(FILE) != 1:
+            raise DataError(f"has no columns {FILE!r} and {LABELS[0]!r}")
+        names, labels = table[FILE].to_pylist(), table[column].to_pylist()
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"cannot be read ({printable(error).rstrip('.')})") from error
+    kinds = {type(each) for each in labels if each is not None}
+    if {type(each) for each in names} - {str} or not (kinds <= {str} or kinds <= {int}):
+        raise DataError(f"has columns {FILE!r} and {column!r} that are not text, or numbers of classes")
+    if file.suffix == ".csv":
+        labels = [each or None for each in labels]
+        if all(each is None or re.fullmatch(r"-?[0-9]{1,9}", each) for each in labels):
+            labels = [None if each is None else int(each) for each in labels]
+    return list(zip(names, labels, strict=True))
+
+
+def _table(file: Path) -> pa.Table:
+    if file.suffix == ".jsonl":
+        return json.read_json(file)
+    if file.suffix == ".parquet":
+        return parquet.ParquetFile(file).read()
+    # Text, whatever it looks like: a class may be called "true".
+    text = dict.fromkeys((FILE, *LABELS), pa.string())
+    return csv.read_csv(
+        file,
+        parse_options=csv.ParseOptions(newlines_in_values=True),
+        convert_options=csv.ConvertOptions(column_types=text, strings_can_be_null=False),
+    )

@@ -22,7 +22,6 @@ from proxbit.errors import CheckpointError, ProcessLostError
 from proxbit.hub.client import first_line
 from proxbit.hub.compat import is_lost_process
 from proxbit.hub.lock import locked
-from proxbit.training.anomalies import FiniteWatch
 from proxbit.training.checkpoints import (
     check_place,
     checkpoint_to_resume,
@@ -33,6 +32,7 @@ from proxbit.training.checkpoints import (
     rotate,
 )
 from proxbit.training.distillation import DistillationTrainer
+from proxbit.training.monitor import FiniteWatch
 
 __all__ = ["LOCK", "SaveAtSigterm", "SavingTrainer"]
 

@@ -21,15 +21,15 @@ from proxbit.training.arguments import ProxConnectArguments
 from proxbit.training.calibration import calibrate, was_calibrated
 from proxbit.training.callback import ProxConnectCallback, bring_to_single, check_latent
 from proxbit.training.distillation import check_arguments
-from proxbit.training.gallery import choose
 from proxbit.training.lookahead import BATCHES, Lookahead, first_batches_of, is_used_up, layer_scores
 from proxbit.training.losses import check_teacher
 from proxbit.training.monitor import overflow_penalty
 from proxbit.training.optimizer import decayed_names, separate_latents
 from proxbit.training.recipes import get_recipe
+from proxbit.training.recorder import choose
 from proxbit.training.run_record import run_record
 from proxbit.training.saving import SavingTrainer
-from proxbit.training.stages import PROGRESSIONS, LayerScores
+from proxbit.training.schedule import PROGRESSIONS, LayerScores
 from proxbit.training.upload import upload, upload_at_save, write_model_card
 
 __all__ = ["ProxConnectTrainer"]

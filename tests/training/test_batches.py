@@ -11,7 +11,7 @@ from transformers import ViTImageProcessorPil
 
 from families import TABLE
 from proxbit.errors import ConfigError, DataError
-from proxbit.training.shown import CHUNK, batches_of, chunks_of, length, main_input
+from proxbit.training.batches import CHUNK, batches_of, chunks_of, length, main_input
 from tiny_models import FAMILIES, SIDE
 
 

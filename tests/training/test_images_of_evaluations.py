@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import ViTImageProcessor, default_data_collator
 from transformers.trainer_utils import EvalLoopOutput
 
-from proxbit.training.gallery import IMAGES, SIDE, choose
+from proxbit.training.recorder import IMAGES, SIDE, choose
 
 COUNT = 60
 
