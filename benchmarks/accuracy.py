@@ -105,7 +105,7 @@ class TorchaoTrainer(DistillationTrainer):
         return self.optimizer
 
 
-class Pictures(Dataset):
+class Images(Dataset):
     """Pictures and labels in memory, handed out by the batch."""
 
     def __init__(self, pixels: Tensor, labels: Tensor) -> None:
@@ -126,7 +126,7 @@ def digits(fold: int) -> tuple[Dataset, Dataset]:
     x = torch.from_numpy(data.images.astype(np.float32))[:, None] / 8 - 1
     y = torch.from_numpy(data.target)
     train, test = solar.split(data.target, fold)
-    return Pictures(x[train], y[train]), Pictures(x[test], y[test])
+    return Images(x[train], y[train]), Images(x[test], y[test])
 
 
 def digits_model(width: int) -> nn.Module:

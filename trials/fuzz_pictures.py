@@ -34,11 +34,10 @@ from PIL import Image
 from rich.console import Console
 
 from proxbit.analysis.environment import environment
-from proxbit.cli.pictures import read_split, tell_pictures
+from proxbit.cli.images import read_split, tell_images
 from proxbit.errors import DataError, ProxbitError
-from proxbit.training.image_folders import load_splits, read_pictures, unlabelled
-from proxbit.training.layouts import LITTER
-from proxbit.training.metadata_files import METADATA
+from proxbit.training.image_folders import load_splits, read_images, unlabelled
+from proxbit.training.layouts import LITTER, METADATA
 from proxbit.training.pixels import extensions
 
 RESULTS = Path(__file__).parent / "results" / "fuzz_pictures.md"
@@ -251,7 +250,7 @@ def commands(data: Path) -> int:
     for name, split in splits.items():
         told |= {each["path"] for each in split.cast_column("image", datasets.Image(decode=False))["image"]}
         try:
-            pictures = read_pictures(split)
+            pictures = read_images(split)
         except DataError as error:  # None can be read.
             assert str(error).isprintable()
             continue
@@ -259,7 +258,7 @@ def commands(data: Path) -> int:
             raise Lost(f"{len(split)} files, {len(pictures.dataset)} taken, {len(pictures.left_out)} listed")
         taken += sum(each.mode == "RGB" for each in pictures.dataset["image"])
         output = io.StringIO()
-        tell_pictures(Console(file=output, width=80), splits, [name], {name: pictures})
+        tell_images(Console(file=output, width=80), splits, [name], {name: pictures})
         assert output.getvalue().replace("\n", "").isprintable(), "control characters on the terminal"
     missing = files_of(data) - {each.encode("utf-8", "backslashreplace").decode() for each in told}
     if missing:
@@ -325,7 +324,7 @@ TEXT = """\
 Folders of tiny pictures: classes and splits, with names that look like those of others, in NFC and NFD, with control
 characters, and not UTF-8; pictures of {modes} modes in {forms} formats, whole, damaged, and of 177 million pixels in
 some kB; EPS, archives, pipes, devices, and links to nowhere, back, and to themselves; metadata files of all kinds.
-`load_splits`, `read_pictures`, `unlabelled`, `read_split` and what the commands print read each of them. "Read" are
+`load_splits`, `read_images`, `unlabelled`, `read_split` and what the commands print read each of them. "Read" are
 folders that can be trained with; the others are refused for their layout, or for a class without a picture that can be
 read. Of every folder whose layout is not refused, each file is taken or listed, or else lost. More than
 {seconds:.0f} s are a hang.

@@ -39,7 +39,7 @@ ROWS = 10
 THREADS = 8
 
 
-class Pictures(Dataset):
+class Images(Dataset):
     """Random pictures, each made from its number when it is asked for, as a data set that reads files does."""
 
     def __len__(self) -> int:
@@ -108,7 +108,7 @@ def make_trainer(
     return ProxConnectTrainer(
         model=proxbit.binarize(make()),
         args=ProxConnectArguments(str(folder), max_steps=steps, **args | changes),
-        train_dataset=Pictures(),
+        train_dataset=Images(),
         callbacks=[*callbacks],
     )
 

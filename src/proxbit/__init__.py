@@ -20,6 +20,7 @@ __version__ = version("proxbit")
 # Loaded at first use: they import much that inference does not need, or what is optional.
 _LAZY = {
     "ProxConnectArguments": "proxbit.training.arguments",
+    "ProxConnectCallback": "proxbit.training.callback",
     "ProxConnectTrainer": "proxbit.training.trainer",
     "calibrate": "proxbit.training.calibration",
     "export_onnx": "proxbit.export",
@@ -36,6 +37,7 @@ __all__ = [
     "BinarizationConfig",
     "ProxConnect",
     "ProxConnectArguments",
+    "ProxConnectCallback",
     "ProxConnectTrainer",
     "ProxbitError",
     "QuantizerPair",

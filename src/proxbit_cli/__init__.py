@@ -25,9 +25,9 @@ COMMANDS = {
     "bench": "Time a model, float and packed, and show where its time goes.",
     "binarize": "Make a float model 1-bit from images, or latent for training.",
     "card": "Show the quantization card of a model, or compare two.",
-    "demo": "Make a small model 1-bit, and classify pictures with it.",
+    "demo": "Make a small model 1-bit, and classify images with it.",
     "env": "Show versions, the processor, and which kernels run.",
-    "evaluate": "Measure accuracy, latency and throughput on pictures.",
+    "evaluate": "Measure accuracy, latency and throughput on images.",
     "pack": "Make a latent model packed: one bit a weight.",
     "pairs": "List the quantizer pairs: F, B, sound or not and why, source.",
     "plot": "Draw F, B, P, T and the regularizer of a quantizer pair.",
@@ -35,7 +35,7 @@ COMMANDS = {
     "recipes": "List the recipes: what each makes, and what it sets.",
     "report": "Write a page about a training run.",
     "summary": "Show what a model is made of: states, bits, bytes, kernels.",
-    "train": "Train a 1-bit classifier on pictures, evaluate, pack and save it.",
+    "train": "Train a 1-bit classifier on images, evaluate, pack and save it.",
     "unpack": "Make a packed model float, for people without proxbit.",
 }
 # `train` takes the fields of its dataclasses as options, and reads them itself.

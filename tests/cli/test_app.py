@@ -24,7 +24,7 @@ from proxbit.cli.app import app, main
 from proxbit.errors import LossError
 from proxbit_cli import COMMANDS
 
-NO_COMMANDS = {"__init__", "app", "checkpoints", "pictures", "progress", "terminal"}
+NO_COMMANDS = {"__init__", "app", "checkpoints", "images", "progress", "terminal"}
 DEMO = Path(proxbit.__file__).parent / "demo" / "digits"
 # Many commands in one process, each with its exit status behind it.
 SESSION = """
@@ -203,7 +203,7 @@ def test_the_demo_draws_in_colors(session):
 
 def test_evaluate_in_a_terminal(session):
     shown, _ = session["evaluate"]
-    assert "2 left out:" in shown and "cut.jpg: " in shown and "text.jpg: not a picture" in shown
+    assert "2 left out:" in shown and "cut.jpg: " in shown and "text.jpg: not an image" in shown
 
 
 def test_a_warning_is_one_line_without_the_code_that_it_came_from(monkeypatch, capsys):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import proxbit
 from proxbit.analysis.card import QuantizationCard
 from proxbit.cli.app import app
-from proxbit.cli.demo import FITTED, FLOAT, TRAINED, half_blocks, pictures_of
+from proxbit.cli.demo import FITTED, FLOAT, TRAINED, half_blocks, images_of
 
 DEMO = Path(proxbit.__file__).parent / "demo"
 
@@ -38,7 +38,7 @@ def test_ten_digits_are_read(found):
 
 
 def test_it_is_binarized_on_the_spot(found):
-    """From pictures without labels; nearly as good as float, and as small as the one that was trained."""
+    """From images without labels; nearly as good as float, and as small as the one that was trained."""
     plain, fitted, trained = (found["forms"][name] for name in (FLOAT, FITTED, TRAINED))
     assert found["unlabelled"] == 256 and found["test"] == 360 and found["seconds"] > 0
     assert plain["accuracy"] > 0.94 and min(fitted["accuracy"], trained["accuracy"]) > plain["accuracy"] - 0.03
@@ -48,14 +48,14 @@ def test_it_is_binarized_on_the_spot(found):
 
 
 def test_pictures_on_the_sheets_are_digits_that_are_no_samples():
-    """None of the test pictures is among those that weights are fitted to."""
+    """None of the test images is among those that weights are fitted to."""
     digits = load_digits()
     drawn = np.clip(255 - 16 * digits.images, 0, 255).astype(np.uint8)
     known = {each.tobytes(): label for each, label in zip(drawn, digits.target, strict=True)}
     sheets = {}
     for name in ("unlabelled", "test"):
-        pictures = pictures_of(DEMO / "digits-float" / f"{name}.png", 8)
-        sheets[name] = [np.asarray(each.convert("L")).tobytes() for each in pictures]
+        images = images_of(DEMO / "digits-float" / f"{name}.png", 8)
+        sheets[name] = [np.asarray(each.convert("L")).tobytes() for each in images]
     labels = (DEMO / "digits-float" / "test.txt").read_text().strip()
     assert [str(known[each]) for each in sheets["test"][: len(labels)]] == list(labels)
     assert len(set(sheets["unlabelled"])) == 256 and not set(sheets["unlabelled"]) & set(sheets["test"][: len(labels)])
@@ -84,9 +84,9 @@ def test_it_is_a_release_and_its_card_is_among_the_model_cards(found):
 
 
 def test_two_pixels_are_one_character():
-    picture = Image.fromarray(np.array([[0, 255, 0, 255], [0, 255, 255, 0]], dtype=np.uint8))
-    assert half_blocks(picture, colors=False).plain == "█ ▀▄\n"
-    styled = half_blocks(picture, colors=True)
+    image = Image.fromarray(np.array([[0, 255, 0, 255], [0, 255, 255, 0]], dtype=np.uint8))
+    assert half_blocks(image, colors=False).plain == "█ ▀▄\n"
+    styled = half_blocks(image, colors=True)
     assert styled.plain == "▀▀▀▀\n"
     shades = [(span.style.color.triplet.red, span.style.bgcolor.triplet.red) for span in styled.spans]
     assert shades == [(0, 0), (255, 255), (0, 255), (255, 0)]
@@ -96,4 +96,4 @@ def test_in_a_pipe_pictures_are_ink_on_paper():
     shown = CliRunner().invoke(app, ["demo"], env={"COLUMNS": "80"}).stdout
     assert "\x1b" not in shown and "██" in shown
     assert max(map(len, shown.splitlines())) <= 80
-    assert "pictures without labels" in shown and "smaller" in shown
+    assert "images without labels" in shown and "smaller" in shown

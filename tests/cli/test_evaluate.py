@@ -39,7 +39,7 @@ def test_the_table_says_what_was_left_out(place):
     assert done.exit_code == 0, done.exception
     assert "accuracy" in done.stdout and f"{len(UNREADABLE)} left out:" in done.stdout
     assert "photos, train" not in done.stdout
-    assert f"{place / 'photos' / 'flower' / 'text.jpg'}: not a picture" in done.stdout
+    assert f"{place / 'photos' / 'flower' / 'text.jpg'}: not an image" in done.stdout
 
 
 def test_mistakes_are_told(place, tmp_path):

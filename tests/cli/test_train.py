@@ -1,4 +1,4 @@
-"""`proxbit train`: fields from options and files, pictures to packed model, and what is refused."""
+"""`proxbit train`: fields from options and files, images to packed model, and what is refused."""
 
 import json
 import shutil

@@ -10,7 +10,7 @@ from proxbit.errors import ModelStateError
 from proxbit.nn import BinaryLinear, Epilogue
 from proxbit.nn.attention import binary_attention, int8_attention
 from proxbit.nn.recompute import RowRecipe, kernel_recipe, linear, product, recompute
-from proxbit.quantizers import get_pair, quantize, recomputed_weight
+from proxbit.quantizers import RowUnits, get_pair, quantize, recomputed_weight
 
 
 def kept(call):
@@ -118,11 +118,11 @@ def test_a_function_is_computed_again_under_the_autocast_of_its_forward():
         assert torch.equal(one, other)
 
 
-def kept_and_not(latent, mu, **options):
+def kept_and_not(latent, mu, center="none", hard=False):
     """A product with a weight that is kept, and one with the same weight that is computed again."""
-    pair = get_pair("bnn++")
-    yield lambda x, bias: torch.nn.functional.linear(x, quantize(latent, mu, pair, **options), bias)
-    yield lambda x, bias: linear(x, recomputed_weight(latent, mu, pair, **options), bias)
+    pair, units = get_pair("bnn++"), RowUnits(center=center)
+    yield lambda x, bias: torch.nn.functional.linear(x, quantize(latent, mu, pair, units, hard=hard), bias)
+    yield lambda x, bias: linear(x, recomputed_weight(latent, mu, pair, units, hard=hard), bias)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_weight_that_is_computed_again(hard, center):
     """What a layer computes, and its first and second derivatives, do not depend on whether its weight was kept."""
     x, latent, bias, grad = inputs((2, 5, 3), (4, 3), (4,), (2, 5, 4))
     mu, found = torch.tensor(1.7, dtype=torch.float64), []
-    for call in kept_and_not(latent, mu, hard=hard, center=center):
+    for call in kept_and_not(latent, mu, center, hard):
         made = call(x, bias)
         first = torch.autograd.grad(made, (x, latent, bias), grad, create_graph=True)
         second = torch.autograd.grad(sum(each.square().sum() for each in first), (x, latent, grad))
@@ -153,8 +153,8 @@ def test_a_weight_that_is_computed_again_beside_what_is_frozen(frozen):
 def test_where_a_weight_is_kept():
     """Without a gradient there is nothing to save, and on the meta device, as on accelerators, memory is not short."""
     latent, mu, pair = torch.randn(4, 3), torch.tensor(1.7), get_pair("bnn++")
-    assert recomputed_weight(latent, mu, pair) is None
-    assert recomputed_weight(latent.to("meta").requires_grad_(), mu, pair) is None
+    assert recomputed_weight(latent, mu, pair, RowUnits()) is None
+    assert recomputed_weight(latent.to("meta").requires_grad_(), mu, pair, RowUnits()) is None
     layer = BinaryLinear(6, 4, pair=pair)
     layer.weight.requires_grad_(False)
     assert layer(torch.randn(2, 6)).grad_fn is not None and torch.equal(

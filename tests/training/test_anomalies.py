@@ -63,7 +63,7 @@ def test_the_watch_ends_with_the_training(model, crops, tmp_path):
     arguments = ProxConnectArguments(
         str(tmp_path), max_steps=1, report_to="none", save_strategy="no", detect_anomalies=True
     )
-    data = [{"pixel_values": picture, "labels": 0} for picture in crops(4, SIDE)]
+    data = [{"pixel_values": image, "labels": 0} for image in crops(4, SIDE)]
     before = [len(layer._forward_pre_hooks) for layer in layers]
     for _ in range(2):
         ProxConnectTrainer(model=model, args=arguments, train_dataset=data, callbacks=[Count()]).train()

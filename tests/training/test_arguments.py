@@ -27,9 +27,8 @@ OWN = {
 SCHEDULES = ["constant", "linear", "log", "sigmoid", "aggregate"]
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_every_schedule_is_taken(tmp_path, name):
-    assert ProxConnectArguments(str(tmp_path), mu_schedule=name).mu_schedule == name
+def test_every_schedule_is_taken(tmp_path):
+    assert [ProxConnectArguments(str(tmp_path), mu_schedule=name).mu_schedule for name in SCHEDULES] == SCHEDULES
 
 
 def test_an_unknown_schedule_lists_every_valid_one(tmp_path):
@@ -38,8 +37,10 @@ def test_an_unknown_schedule_lists_every_valid_one(tmp_path):
     assert [name for name in SCHEDULES if name not in str(error.value)] == []
 
 
-@pytest.mark.parametrize("kind", [DistillationArguments, ProxConnectArguments])
-@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(DistillationArguments, -0.1), (ProxConnectArguments, 1.5), (DistillationArguments, float("nan"))],
+)
 def test_the_distillation_weight_is_a_fraction(tmp_path, kind, value):
     with pytest.raises(ConfigError, match=r"distillation_weight must be in \[0, 1\], not"):
         kind(str(tmp_path), distillation_weight=value)
@@ -51,14 +52,21 @@ def test_the_hard_part_is_a_fraction(tmp_path, value):
         ProxConnectArguments(str(tmp_path), hard_fraction=value)
 
 
-@pytest.mark.parametrize("name", ["distillation_weight", "hard_fraction"])
-@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("name", "value"), [("distillation_weight", 0.0), ("distillation_weight", 1.0), ("hard_fraction", 1.0)]
+)
 def test_the_ends_of_a_fraction_are_valid(tmp_path, name, value):
     assert getattr(ProxConnectArguments(str(tmp_path), **{name: value}), name) == value
 
 
-@pytest.mark.parametrize("name", ["distillation_temperature", "latent_learning_rate_factor"])
-@pytest.mark.parametrize("value", [0.0, -2.0, float("nan")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("distillation_temperature", 0.0),
+        ("latent_learning_rate_factor", -2.0),
+        ("distillation_temperature", float("nan")),
+    ],
+)
 def test_temperature_and_factor_are_positive(tmp_path, name, value):
     with pytest.raises(ConfigError, match=f"{name} must be positive, not {value}"):
         ProxConnectArguments(str(tmp_path), **{name: value})

@@ -13,7 +13,7 @@ SETTINGS = dict(max_steps=8, hard_fraction=0.25, save_strategy="steps", save_ste
 
 
 @pytest.fixture(scope="module")
-def pictures(crops):
+def images(crops):
     return crops(24, SIDE)
 
 
@@ -27,32 +27,32 @@ def check(first, second, tolerance=0.0):
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2_full", "fsdp2_sharded_checkpoints"])
-def test_resuming_is_as_if_training_had_not_stopped(tmp_path, processes, pictures, engine):
-    whole, _ = processes(fit, engine, tmp_path, pictures, **SETTINGS)
+def test_resuming_is_as_if_training_had_not_stopped(tmp_path, processes, images, engine):
+    whole, _ = processes(fit, engine, tmp_path, images, **SETTINGS)
     checkpoint = str(tmp_path / "checkpoint-4")
-    again, other = processes(fit, engine, tmp_path, pictures, model=dict(seed=2), resume=checkpoint, **SETTINGS)
+    again, other = processes(fit, engine, tmp_path, images, model=dict(seed=2), resume=checkpoint, **SETTINGS)
     check(whole, again)
     assert all(torch.equal(value, other["weights"][name]) for name, value in again["weights"].items())
 
 
-def test_another_number_of_processes(tmp_path, processes, pictures):
+def test_another_number_of_processes(tmp_path, processes, images):
     """From two to one, and back."""
-    two, _ = processes(fit, "ddp", tmp_path / "two", pictures, **SETTINGS)
+    two, _ = processes(fit, "ddp", tmp_path / "two", images, **SETTINGS)
     double = SETTINGS | dict(per_device_train_batch_size=8)
-    one = fit("one", tmp_path / "one", pictures, **double)
-    resumed = fit("one", tmp_path / "one", pictures, resume=str(tmp_path / "two" / "checkpoint-4"), **double)
+    one = fit("one", tmp_path / "one", images, **double)
+    resumed = fit("one", tmp_path / "one", images, resume=str(tmp_path / "two" / "checkpoint-4"), **double)
     check(two, resumed, tolerance=2e-5)
     resumed, _ = processes(
-        fit, "ddp", tmp_path / "two", pictures, resume=str(tmp_path / "one" / "checkpoint-4"), **SETTINGS
+        fit, "ddp", tmp_path / "two", images, resume=str(tmp_path / "one" / "checkpoint-4"), **SETTINGS
     )
     check(one, resumed, tolerance=2e-5)
 
 
-def test_four_processes_go_on_where_two_stopped(tmp_path, processes, four_processes, pictures):
+def test_four_processes_go_on_where_two_stopped(tmp_path, processes, four_processes, images):
     """Every process has written its part, and reads others."""
     kind, checkpoint = "fsdp2_sharded_checkpoints", str(tmp_path / "checkpoint-4")
-    two, _ = processes(fit, kind, tmp_path, pictures, **SETTINGS)
+    two, _ = processes(fit, kind, tmp_path, images, **SETTINGS)
     sizes = dict(per_device_train_batch_size=2, per_device_eval_batch_size=2)
-    four = four_processes(fit, kind, tmp_path, pictures, model=dict(seed=2), resume=checkpoint, **SETTINGS, **sizes)
+    four = four_processes(fit, kind, tmp_path, images, model=dict(seed=2), resume=checkpoint, **SETTINGS, **sizes)
     for each in four:
         check(two, each, tolerance=2e-5)

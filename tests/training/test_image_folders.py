@@ -1,4 +1,4 @@
-"""Pictures as users have them: what is read, what is left out, and whose labels they bear."""
+"""Images as users have them: what is read, what is left out, and whose labels they bear."""
 
 import unicodedata
 from types import SimpleNamespace
@@ -11,18 +11,17 @@ from PIL import Image
 from picture_folders import CLASSES, READABLE, UNREADABLE, odd_folder
 from proxbit.errors import DataError
 from proxbit.training.image_folders import (
+    Images,
     LeftOut,
-    Pictures,
     check_classes,
     class_names,
     load_splits,
-    match_labels,
-    numbers_of_labels,
     pick_split,
-    read_pictures,
+    read_images,
     relabel,
     unlabelled,
 )
+from proxbit.training.labels import match_labels, numbers_of_labels
 
 LABEL2ID = {"flower": 0, "other": 1, "temple": 2}
 
@@ -33,34 +32,34 @@ def folder(tmp_path_factory, photographs):
 
 
 @pytest.fixture(scope="module")
-def pictures(folder):
-    return read_pictures(load_splits(str(folder))["train"])
+def images(folder):
+    return read_images(load_splits(str(folder))["train"])
 
 
-def test_what_cannot_be_read_is_left_out_with_a_reason(folder, pictures):
-    assert len(pictures.dataset) == READABLE
-    found = {each.picture: each.reason for each in pictures.left_out}
+def test_what_cannot_be_read_is_left_out_with_a_reason(folder, images):
+    assert len(images.dataset) == READABLE
+    found = {each.picture: each.reason for each in images.left_out}
     assert set(found) == {str(folder / "temple" / UNREADABLE[0]), str(folder / "flower" / UNREADABLE[1])}
     assert "truncated" in found[str(folder / "temple" / "cut.jpg")].casefold()
-    assert found[str(folder / "flower" / "text.jpg")] == "not a picture"
+    assert found[str(folder / "flower" / "text.jpg")] == "not an image"
 
 
 def test_a_picture_without_a_label_is_left_out(photographs):
     """`ClassLabel` knows such."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     rows = {"image": [Image.fromarray(each) for each in photographs[:2]] * 2, "label": [1, None, 0, 1]}
-    found = read_pictures(datasets.Dataset.from_dict(rows, features))
+    found = read_images(datasets.Dataset.from_dict(rows, features))
     assert found.dataset["label"] == [1, 0, 1]
-    assert [(each.picture, each.reason) for each in found.left_out] == [("picture 1", "no label")]
+    assert [(each.picture, each.reason) for each in found.left_out] == [("image 1", "no label")]
 
 
-def test_every_picture_is_in_rgb_and_upright(folder, pictures):
+def test_every_picture_is_in_rgb_and_upright(folder, images):
     """The turned ones have their sides swapped, and every pixel is where a viewer shows it."""
-    modes = {picture.mode for picture in pictures.dataset["image"]}
+    modes = {image.mode for image in images.dataset["image"]}
     assert modes == {"RGB"}
     stored = Image.open(folder / "flower" / "turned.jpg")
     upright = np.rot90(np.asarray(stored), -1)
-    assert any(np.array_equal(np.asarray(picture), upright) for picture in pictures.dataset["image"])
+    assert any(np.array_equal(np.asarray(image), upright) for image in images.dataset["image"])
 
 
 def test_the_watcher_sees_every_picture(folder):
@@ -70,15 +69,15 @@ def test_the_watcher_sees_every_picture(folder):
         seen.append(total)
         yield from items
 
-    read_pictures(load_splits(str(folder))["train"], watch)
+    read_images(load_splits(str(folder))["train"], watch)
     assert seen == [READABLE + len(UNREADABLE)]
 
 
-def test_classes_are_the_folders_and_get_the_numbers_of_the_model(pictures):
-    assert pictures.names == tuple(sorted(CLASSES))
-    numbers = match_labels(pictures.names, LABEL2ID, "the model")
+def test_classes_are_the_folders_and_get_the_numbers_of_the_model(images):
+    assert images.names == tuple(sorted(CLASSES))
+    numbers = match_labels(images.names, LABEL2ID, "the model")
     assert numbers == {0: 0, 1: 2}
-    assert sorted(relabel(pictures, numbers, "the model")["label"]) == [0] * 4 + [2] * 4
+    assert sorted(relabel(images, numbers, "the model")["label"]) == [0] * 4 + [2] * 4
 
 
 @pytest.mark.parametrize(
@@ -108,22 +107,22 @@ def test_a_label_of_that_very_name_comes_first(names):
 
 
 def test_a_class_that_may_be_several_labels_is_refused():
-    with pytest.raises(DataError, match="'TIGER-CAT' of the pictures may be any of these labels of 'm': 'tiger cat', "):
+    with pytest.raises(DataError, match="'TIGER-CAT' of the images may be any of these labels of 'm': 'tiger cat', "):
         match_labels(["dog", "TIGER-CAT"], {"tiger cat": 0, "Tiger_cat": 1, "dog": 2}, "'m'")
 
 
 @pytest.mark.parametrize("names", [["Cat", "cat"], ["cat", "CAT"], ["CAT", "Cat"]])
 def test_two_classes_of_one_label_are_refused(names):
-    message = f"'{names[0]}' and '{names[1]}' of the pictures are both the label 'cat' of 'm'.*labels: 'dog', 'cat'"
+    message = f"'{names[0]}' and '{names[1]}' of the images are both the label 'cat' of 'm'.*labels: 'dog', 'cat'"
     with pytest.raises(DataError, match=message):
         match_labels(names, {"dog": 0, "cat": 1}, "'m'")
 
 
-def test_a_label_without_a_class_is_refused(pictures):
+def test_a_label_without_a_class_is_refused(images):
     """As in the test split of datasets whose labels are secret."""
-    secret = pictures.dataset.remove_columns("label").add_column("label", [-1] * READABLE)
+    secret = images.dataset.remove_columns("label").add_column("label", [-1] * READABLE)
     with pytest.raises(DataError, match=r"labels \[-1\]"):
-        relabel(Pictures(secret, None, ()), {0: 0, 1: 1}, "the model")
+        relabel(Images(secret, None, ()), {0: 0, 1: 1}, "the model")
 
 
 def test_splits_are_those_of_the_folder(tmp_path, photographs):
@@ -150,16 +149,16 @@ def test_what_is_no_folder_of_pictures_is_refused(tmp_path, what):
         (path / "cat").mkdir()
         (path / "cat" / "1.jpg").write_text("x")
     with pytest.raises(DataError):
-        read_pictures(load_splits(str(path))["train"])
+        read_images(load_splits(str(path))["train"])
 
 
 def test_other_columns_do_not_matter_and_other_names_are_understood(photographs):
     data = datasets.Dataset.from_dict({"img": [Image.fromarray(photographs[0][:9, :9])] * 2, "labels": [1, 0]})
-    read = read_pictures(data.cast_column("img", datasets.Image()))
+    read = read_images(data.cast_column("img", datasets.Image()))
     assert read.dataset.column_names == ["image", "label"] and class_names(data) is None
     assert list(read.dataset["label"]) == [1, 0]
-    with pytest.raises(DataError, match="One column of pictures"):
-        read_pictures(data.remove_columns("labels"))
+    with pytest.raises(DataError, match="One column of images"):
+        read_images(data.remove_columns("labels"))
 
 
 @pytest.mark.parametrize("names", [["café", "thé"], ["thé", "café"]])
@@ -179,15 +178,15 @@ def test_numbers_of_labels_come_from_their_names(label2id):
 @pytest.mark.parametrize(
     ("labels", "unread", "words"),
     [
-        ([0, 0], {}, "photos, test holds one class only, 'cat', with 2 pictures; .* such as DATA/cat/1.jpg"),
+        ([0, 0], {}, "photos, test holds one class only, 'cat', with 2 images; .* such as DATA/cat/1.jpg"),
         ([0], {1: LeftOut("d\n.jpg", "an empty file")}, r"these classes can be read: 'dog'; .*d\\n.jpg: an empty file"),
     ],
 )
 def test_classes_that_cannot_be_told_apart_are_refused(labels, unread, words):
-    found = Pictures(datasets.Dataset.from_dict({"label": labels}), ("cat", "dog"), tuple(unread.values()), unread)
+    found = Images(datasets.Dataset.from_dict({"label": labels}), ("cat", "dog"), tuple(unread.values()), unread)
     with pytest.raises(DataError, match=words):
         check_classes(found, "photos, test")
-    check_classes(Pictures(datasets.Dataset.from_dict({"label": [0, 1]}), ("cat", "dog", "none"), ()), "photos")
+    check_classes(Images(datasets.Dataset.from_dict({"label": [0, 1]}), ("cat", "dog", "none"), ()), "photos")
 
 
 def test_names_of_others_are_escaped_in_errors():
@@ -199,7 +198,7 @@ def test_names_of_others_are_escaped_in_errors():
 def test_pictures_of_a_hub_are_shown_by_the_same_rules():
     deep = Image.fromarray(np.tile(np.arange(256, dtype=np.uint16) * 257, (8, 1)))
     data = datasets.Dataset.from_dict({"image": [deep, deep], "label": [0, 1]})
-    read = read_pictures(data.cast_column("image", datasets.Image()))
+    read = read_images(data.cast_column("image", datasets.Image()))
     for shown in (read.dataset[0]["image"], read.dataset.train_test_split(0.5, seed=0)["test"]["image"][0]):
         assert shown.mode == "RGB" and np.array_equal(np.asarray(shown)[0, :, 0], np.arange(256))
 
@@ -212,4 +211,4 @@ def test_images_without_labels_are_shown_by_the_same_rules(tmp_path):
     left_out: list[LeftOut] = []
     shown = list(unlabelled(str(tmp_path), 0, left_out))
     assert [(each.mode, each.getextrema()) for each in shown] == [("RGB", ((255, 255),) * 3)] * 2
-    assert {each.reason for each in left_out} == {"not a picture", "an archive; unpack it"}
+    assert {each.reason for each in left_out} == {"not an image", "an archive; unpack it"}

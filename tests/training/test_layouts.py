@@ -1,4 +1,4 @@
-"""Where pictures lie: splits and classes by their place alone, and every other file in a list."""
+"""Where images lie: splits and classes by their place alone, and every other file in a list."""
 
 import os
 import unicodedata
@@ -8,25 +8,25 @@ import pytest
 from PIL import Image
 
 from proxbit.errors import DataError
-from proxbit.training.image_folders import load_splits, read_pictures
+from proxbit.training.image_folders import load_splits, read_images
 from proxbit.training.layouts import layout_of, unlabelled_files
 
 
-def picture(path, value=99):
+def image(path, value=99):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((5, 6, 3), value, np.uint8)).save(path)
 
 
 def seen(folder):
-    """Of each split: how many pictures were taken, the classes, how many files were left out."""
-    read = {name: read_pictures(split) for name, split in load_splits(str(folder)).items()}
+    """Of each split: how many images were taken, the classes, how many files were left out."""
+    read = {name: read_images(split) for name, split in load_splits(str(folder)).items()}
     return {name: (len(each.dataset), each.names, len(each.left_out)) for name, each in read.items()}
 
 
 def reasons(folder):
     """What was left out, and why; with what belongs to no split."""
     splits = load_splits(str(folder))
-    listed = [*splits.left_out, *(each for split in splits.values() for each in read_pictures(split).left_out)]
+    listed = [*splits.left_out, *(each for split in splits.values() for each in read_images(split).left_out)]
     return {os.path.relpath(each.picture, folder): each.reason for each in listed}
 
 
@@ -44,8 +44,8 @@ def reasons(folder):
 def test_words_in_names_make_no_splits(tmp_path, classes, name):
     data = tmp_path / "train [val] test"
     for each in classes:
-        picture(data / each / "0.jpg")
-        picture(data / each / f"{name}.jpg")
+        image(data / each / "0.jpg")
+        image(data / each / f"{name}.jpg")
     assert seen(data) == {"train": (2 * len(classes), classes, 0)}
 
 
@@ -62,13 +62,13 @@ def test_folders_of_splits_in_any_case(tmp_path, folders, splits):
     for k, folder in enumerate(folders):
         for name in ("glioma", "none"):
             for i in range(k + 1):
-                picture(tmp_path / folder / name / f"{i}.png")
+                image(tmp_path / folder / name / f"{i}.png")
     assert seen(tmp_path) == {split: (2 * k + 2, ("glioma", "none"), 0) for k, split in enumerate(splits)}
 
 
 def test_two_folders_of_one_split_are_refused(tmp_path):
-    picture(tmp_path / "val" / "cat" / "1.png")
-    picture(tmp_path / "Validation" / "cat" / "1.png")
+    image(tmp_path / "val" / "cat" / "1.png")
+    image(tmp_path / "Validation" / "cat" / "1.png")
     with pytest.raises(DataError, match="Validation and val are both the split validation"):
         layout_of(tmp_path)
 
@@ -78,17 +78,17 @@ def test_two_folders_of_one_split_are_refused(tmp_path):
     [
         (
             ["cat/2021/1.jpg", "dog/2022/1.jpg"],
-            r"2 of 2 pictures at another depth .* as cat/2021/1.jpg\. Pictures",
+            r"2 of 2 images at another depth .* as cat/2021/1.jpg\. Images",
         ),
-        (["1.jpg", "cat/1.jpg", "dog/1.jpg"], "1 of 3 pictures at another depth .* such as 1.jpg"),
-        (["1.jpg", "2.jpg"], "2 of 2 pictures at another depth"),
-        (["train/cat/a/1.jpg", "train/dog/1.jpg"], "1 of 2 pictures at another depth .* such as train/cat/a/1.jpg"),
+        (["1.jpg", "cat/1.jpg", "dog/1.jpg"], "1 of 3 images at another depth .* such as 1.jpg"),
+        (["1.jpg", "2.jpg"], "2 of 2 images at another depth"),
+        (["train/cat/a/1.jpg", "train/dog/1.jpg"], "1 of 2 images at another depth .* such as train/cat/a/1.jpg"),
         (["photos/train/cat/1.jpg", "photos/train/dog/1.jpg"], "If its classes are the folders in .*photos, name that"),
     ],
 )
 def test_pictures_at_another_depth_are_refused_with_the_layout(tmp_path, paths, words):
     for path in paths:
-        picture(tmp_path / path)
+        image(tmp_path / path)
     with pytest.raises(DataError, match=words) as refused:
         layout_of(tmp_path)
     assert "DATA/train/cat/1.jpg" in str(refused.value) and "\n" not in str(refused.value)
@@ -97,14 +97,14 @@ def test_pictures_at_another_depth_are_refused_with_the_layout(tmp_path, paths, 
 def test_a_folder_without_pictures_is_refused_with_what_there_is(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "a.heic").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"holds no pictures; 1 left out. .*a\.heic"):
+    with pytest.raises(DataError, match=r"holds no images; 1 left out. .*a\.heic"):
         layout_of(tmp_path)
 
 
 def test_every_file_is_taken_or_listed_or_litter(tmp_path):
     for name in ("a.jpg", "b.JPG", "c.jpeg"):
-        picture(tmp_path / "cat" / name)
-    picture(tmp_path / "dog" / "d.png")
+        image(tmp_path / "cat" / name)
+    image(tmp_path / "dog" / "d.png")
     (tmp_path / "cat" / "c.jpeg").rename(tmp_path / "cat" / "c")
     others = ["cat/IMG.HEIC", "cat/x.zip", "x.zip", "cat/notes.txt", "cat/old/notes.txt", "cat/e.eps"]
     for name in others:
@@ -117,7 +117,7 @@ def test_every_file_is_taken_or_listed_or_litter(tmp_path):
     for name, target in links.items():
         (tmp_path / "cat" / name).symlink_to(target)
     for litter in (".DS_Store", "._a.jpg", "Thumbs.db", ".ipynb_checkpoints/a.jpg", "__MACOSX/a.jpg"):
-        picture(tmp_path / "cat" / "litter.jpg")
+        image(tmp_path / "cat" / "litter.jpg")
         (tmp_path / "cat" / litter).parent.mkdir(exist_ok=True)
         (tmp_path / "cat" / "litter.jpg").rename(tmp_path / "cat" / litter)
     found = reasons(tmp_path)
@@ -133,43 +133,43 @@ def test_every_file_is_taken_or_listed_or_litter(tmp_path):
 
 
 def test_a_class_of_files_that_are_no_pictures_is_a_class(tmp_path):
-    picture(tmp_path / "cat" / "1.jpg")
+    image(tmp_path / "cat" / "1.jpg")
     (tmp_path / "dog").mkdir()
     (tmp_path / "dog" / "IMG_1.gz").write_bytes(b"x")
     assert seen(tmp_path) == {"train": (1, ("cat", "dog"), 1)}
-    assert read_pictures(load_splits(str(tmp_path))["train"]).unread[1].reason == "an archive; unpack it"
+    assert read_images(load_splits(str(tmp_path))["train"]).unread[1].reason == "an archive; unpack it"
 
 
 def test_what_lies_beside_the_splits_is_listed(tmp_path):
     for split in ("train", "test"):
         for name in ("cat", "dog"):
-            picture(tmp_path / split / name / "1.png")
-    picture(tmp_path / "val" / "1.png")
+            image(tmp_path / split / name / "1.png")
+    image(tmp_path / "val" / "1.png")
     (tmp_path / "README.md").write_text("x")
     found = reasons(tmp_path)
     assert set(found) == {"val/1.png", "README.md"} and "beside the folders of the splits: " in found["val/1.png"]
 
 
 def test_names_that_are_no_text_are_listed_and_paths_may_be_odd(tmp_path):
-    picture(tmp_path / "cat" / "x\ny.png")
-    picture(tmp_path / "dog" / "\x1b[2J.png")
+    image(tmp_path / "cat" / "x\ny.png")
+    image(tmp_path / "dog" / "\x1b[2J.png")
     os.rename(tmp_path / "cat" / "x\ny.png", os.fsencode(tmp_path / "cat") + b"/\xff.png")
-    picture(tmp_path / "cat" / "x\ny.png")
+    image(tmp_path / "cat" / "x\ny.png")
     assert list(reasons(tmp_path).values()) == ["its name is not UTF-8"]
     assert seen(tmp_path) == {"train": (2, ("cat", "dog"), 1)}
 
 
 def test_one_class_in_two_normal_forms_is_one(tmp_path):
     for form in ("NFC", "NFD"):
-        picture(tmp_path / unicodedata.normalize(form, "café") / "1.png")
-    picture(tmp_path / "thé" / "1.png")
+        image(tmp_path / unicodedata.normalize(form, "café") / "1.png")
+    image(tmp_path / "thé" / "1.png")
     assert seen(tmp_path) == {"train": (3, ("café", "thé"), 0)}
 
 
 def test_links_to_folders_of_classes_and_splits_are_followed(tmp_path):
     data = tmp_path / "data"
     for name in ("cat", "dog"):
-        picture(tmp_path / "store" / name / "1.png")
+        image(tmp_path / "store" / name / "1.png")
     data.mkdir()
     for split in ("train", "val"):
         (data / split).symlink_to(tmp_path / "store")
@@ -187,7 +187,7 @@ def test_links_to_folders_of_classes_and_splits_are_followed(tmp_path):
 )
 def test_pictures_without_labels_may_lie_at_any_depth(tmp_path, paths, taken):
     for path in paths:
-        picture(tmp_path / path)
+        image(tmp_path / path)
     (tmp_path / "x.zip").write_bytes(b"x")
     found, left_out = unlabelled_files(tmp_path)
     assert [str(each.relative_to(tmp_path)) for each in found] == taken
@@ -196,7 +196,7 @@ def test_pictures_without_labels_may_lie_at_any_depth(tmp_path, paths, taken):
 
 def flat(folder, count=4):
     for i in range(count):
-        picture(folder / f"{i}.png")
+        image(folder / f"{i}.png")
 
 
 @pytest.mark.parametrize(
@@ -212,9 +212,9 @@ def test_labels_of_a_metadata_file(tmp_path, labels, names, found):
     flat(tmp_path)
     rows = "".join(f"{i}.png,{label}\n" for i, label in enumerate(labels))
     (tmp_path / "metadata.csv").write_text("file_name,label\n" + rows + f"9.png,{labels[0]}\n../x.png,{labels[0]}\n")
-    pictures = read_pictures(load_splits(str(tmp_path))["train"])
-    assert pictures.names == names and list(pictures.dataset["label"]) == found
-    why = [each.reason for each in pictures.left_out]
+    images = read_images(load_splits(str(tmp_path))["train"])
+    assert images.names == names and list(images.dataset["label"]) == found
+    why = [each.reason for each in images.left_out]
     assert why.count("named in metadata.csv, but not there") == 2 and "not named in metadata.csv" in why
     assert why.count("no label") == labels.count("")
 

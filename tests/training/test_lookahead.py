@@ -18,8 +18,9 @@ class Counted(Again):
 ALL = list(range(1, 11))
 
 
-@pytest.mark.parametrize("kind", [Once, Endless, Counted])
-@pytest.mark.parametrize("looked", [0, 1, 4, 10, 20])
+@pytest.mark.parametrize(
+    ("kind", "looked"), [(Once, 0), (Once, 4), (Endless, 1), (Endless, 20), (Counted, 4), (Counted, 10)]
+)
 def test_reading_begins_with_what_was_looked_at(kind, looked):
     stream = Lookahead(kind(ALL))
     for count in (looked, looked // 2):

@@ -4,7 +4,7 @@ import datasets
 import pytest
 
 from proxbit.errors import DataError
-from proxbit.training.metadata_files import read_labels
+from proxbit.training.layouts import read_labels
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,20 @@ import pytest
 from PIL import Image
 
 from proxbit.errors import DataError
-from proxbit.training.pixels import as_rgb, extensions, read_picture
+from proxbit.training.pixels import as_rgb, extensions, read_image
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EndProlog\nshowpage\n%%EOF\n"
 RAMP = np.tile(np.arange(256, dtype=np.uint16), (16, 1))
 
 
-def stored(picture, form, **options):
+def stored(image, form, **options):
     stream = io.BytesIO()
-    picture.save(stream, form, **options)
+    image.save(stream, form, **options)
     return stream.getvalue()
 
 
-def shown(picture, form, **options):
-    return np.asarray(read_picture(stored(picture, form, **options)))
+def shown(image, form, **options):
+    return np.asarray(read_image(stored(image, form, **options)))
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
@@ -45,10 +45,10 @@ def test_long_integers_of_8_bits():
 @pytest.mark.parametrize("low, high", [(-1, 1), (0, 300), (np.nan, 1), (0, np.inf)])
 def test_numbers_of_an_unknown_range_are_refused(low, high):
     with pytest.raises(DataError, match="floats from .* white is not known"):
-        read_picture(stored(Image.fromarray(np.float32([[low, high], [0, 0.5]])), "TIFF"))
+        read_image(stored(Image.fromarray(np.float32([[low, high], [0, 0.5]])), "TIFF"))
     if np.isfinite(low + high):
         with pytest.raises(DataError, match="integers from"):
-            read_picture(stored(Image.fromarray(np.int32([[low, 999 * high]])), "TIFF"))
+            read_image(stored(Image.fromarray(np.int32([[low, 999 * high]])), "TIFF"))
 
 
 def on_white(colors, alpha):
@@ -71,7 +71,7 @@ def test_other_kinds_of_transparency():
     found = shown(Image.fromarray(grey, "LA"), "PNG")
     assert np.abs(found[..., :1] - on_white(grey[..., :1], grey[..., 1])).max() <= 1
     ramp = Image.fromarray(RAMP.astype(np.uint8))
-    for picture, clear, form in (
+    for image, clear, form in (
         (ramp, 7, "PNG"),
         (ramp.convert("P"), 7, "PNG"),
         (ramp.convert("P"), 7, "GIF"),
@@ -79,7 +79,7 @@ def test_other_kinds_of_transparency():
         (Image.fromarray(RAMP * 257), 7 * 257, "PNG"),
     ):
         expected = np.where(RAMP == 7, 255, RAMP)
-        assert np.array_equal(shown(picture, form, transparency=clear)[..., 0], expected), picture.mode
+        assert np.array_equal(shown(image, form, transparency=clear)[..., 0], expected), image.mode
 
 
 def test_exif_turns_pictures_of_every_depth():
@@ -119,9 +119,9 @@ def bomb(side):
     [
         (bomb(9_500), "more than 89,478,485 pixels"),
         (bomb(13_300), "more than 89,478,485 pixels"),
-        (EPS, "not a picture"),
-        (b"text", "not a picture"),
-        (b"", "not a picture"),
+        (EPS, "not an image"),
+        (b"text", "not an image"),
+        (b"", "not an image"),
         (stored(Image.new("RGB", (900, 4)), "PNG"), "900 x 4 pixels, too narrow"),
         (stored(Image.new("LAB", (9, 9)), "TIFF"), "CIE Lab"),
         (stored(Image.new("RGB", (99, 99)), "BMP")[:900], "truncated"),
@@ -132,7 +132,7 @@ def test_what_is_not_shown_has_a_reason(content, words):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(DataError, match=words) as refused:
-            read_picture(content)
+            read_image(content)
     assert "\n" not in str(refused.value)
 
 
@@ -143,15 +143,15 @@ def test_no_program_is_started(tmp_path, monkeypatch):
     (tmp_path / "x.jpg").write_bytes(EPS)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
-    for read, ran in ((read_picture, False), (lambda file: Image.open(file).load(), True)):
+    for read, ran in ((read_image, False), (lambda file: Image.open(file).load(), True)):
         with pytest.raises(Exception):  # noqa: B017
             read(tmp_path / "x.jpg")
         assert (tmp_path / "gs.ran").exists() is ran
 
 
 def test_pictures_in_memory_are_shown_alike():
-    picture = Image.fromarray(RAMP * 257)
-    assert np.array_equal(np.asarray(as_rgb(picture))[..., 0], RAMP) and picture.mode == "I;16"
+    image = Image.fromarray(RAMP * 257)
+    assert np.array_equal(np.asarray(as_rgb(image))[..., 0], RAMP) and image.mode == "I;16"
     with pytest.raises(DataError):
         as_rgb(Image.new("LAB", (9, 9)))
 

@@ -7,7 +7,7 @@ import pytest
 from accelerate import Accelerator
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from proxbit.training.preemption import SaveAtSigterm
+from proxbit.training.saving import SaveAtSigterm
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def prepare(hub, tmp_path, crops):
 
     def make(**changes):
         fixed = dict(report_to="none", disable_tqdm=True, use_cpu=True, logging_strategy="no", max_steps=2)
-        examples = [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(4, SIDE))]
+        examples = [{"pixel_values": image, "labels": i % LABELS} for i, image in enumerate(crops(4, SIDE))]
         return ProxConnectTrainer(
             model=proxbit.binarize(ViTForImageClassification(vit())),
             args=ProxConnectArguments(str(tmp_path / "vit-1bit"), **fixed | changes),
@@ -124,7 +124,7 @@ def test_latent_checkpoints_are_not_published(hub, prepare, strategy):
 def test_of_a_model_that_is_spread_over_processes_only_bits_are_gathered(hub, prepare, monkeypatch):
     """That it is spread is played here; `tests/training/test_distributed.py` packs one that is."""
     trainer = prepare()
-    monkeypatch.setattr("proxbit.training.push.is_sharded", lambda model: True)
+    monkeypatch.setattr("proxbit.training.upload.is_sharded", lambda model: True)
     with pytest.raises(ConfigError, match=r"No process holds the float weights.*trainer.save_model.*latent=True"):
         trainer.push_to_hub(latent=True)
     trainer.push_to_hub()

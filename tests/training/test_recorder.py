@@ -19,7 +19,7 @@ from proxbit.config import BinarizationConfig
 from proxbit.nn import latent_layers
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer
 from proxbit.training.metrics import classification_metrics
-from proxbit.training.recorder import begin
+from proxbit.training.recorder import start_file
 from tiny_models import LABELS, SIDE, vit
 
 
@@ -30,7 +30,7 @@ def make(pair="bnn++", **changes):
 
 
 def examples(crops, count):
-    return [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(count, SIDE))]
+    return [{"pixel_values": image, "labels": i % LABELS} for i, image in enumerate(crops(count, SIDE))]
 
 
 def prepare(folder, crops, model=None, callbacks=None, **changes):
@@ -263,12 +263,12 @@ def test_a_damaged_file_is_put_aside_and_training_resumes(tmp_path, damage):
     DAMAGES[damage](path)
     before = tree(path)
     kept = set() if damage == "zeros" else {f"{RUN_LOG}.damaged-1"}  # without its end a last line is nobody's
-    begin(str(tmp_path), {"model": "Vit"}, 2)
+    start_file(str(tmp_path), {"model": "Vit"}, 2)
     assert {each.name for each in tmp_path.iterdir()} == {RUN_LOG} | kept
     assert all(tree(tmp_path / name) == before for name in kept)
     assert [row["step"] for row in read_log(tmp_path).logs] == ([1, 2] if damage == "zeros" else [])
     path.write_bytes(b"\0\n")
-    begin(str(tmp_path), {"model": "Vit"}, 2)
+    start_file(str(tmp_path), {"model": "Vit"}, 2)
     assert (tmp_path / f"{RUN_LOG}.damaged-{len(kept) + 1}").read_bytes() == b"\0\n"
 
 
@@ -334,7 +334,7 @@ def test_a_disk_that_fills_up_costs_lines_and_not_the_training(tmp_path, crops, 
 
 @pytest.mark.parametrize("action", ["damaged", "gone"])
 def test_a_file_that_breaks_in_the_middle_does_not_end_the_training(tmp_path, crops, caplog, action):
-    """At its end pictures are added, for which all lines are read."""
+    """At its end images are added, for which all lines are read."""
     path = tmp_path / "out" / RUN_LOG
 
     def act():

@@ -60,7 +60,7 @@ def make(seed, family="vit", latent=True):
 
 
 def examples(crops, count):
-    return [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(count, SIDE))]
+    return [{"pixel_values": image, "labels": i % LABELS} for i, image in enumerate(crops(count, SIDE))]
 
 
 def settings(folder, **changes):
@@ -130,7 +130,7 @@ def curve(trainer):
     ids=["vit", "clip", "vit layer by layer", "vit with teacher", "float vit with teacher", "control"],
 )
 def test_resuming_is_as_if_training_had_not_stopped(tmp_path, crops, build, family, latent):
-    """Eleven pictures in batches of four: the stop falls inside an epoch. The control is the plain Trainer on the
+    """Eleven images in batches of four: the stop falls inside an epoch. The control is the plain Trainer on the
     float model.
     """
     data = examples(crops, 11)
@@ -234,8 +234,8 @@ def test_checkpoints_are_latent_and_reload(tmp_path, crops):
     assert again.config.quantization_config.state == "latent"
     assert same(again, trainer.model)
     with torch.no_grad():
-        pictures = crops(4, SIDE)
-        assert torch.equal(again.eval()(pictures).logits, trainer.model.eval()(pictures).logits)
+        images = crops(4, SIDE)
+        assert torch.equal(again.eval()(images).logits, trainer.model.eval()(images).logits)
 
 
 def test_a_reloaded_checkpoint_trains_on(tmp_path, crops):
@@ -258,8 +258,8 @@ def test_save_model_is_latent_and_packs_to_the_same(tmp_path, crops):
     )
     assert (state_of(latent), state_of(packed)) == ("latent", "packed")
     with torch.no_grad():
-        pictures = crops(4, SIDE)
-        torch.testing.assert_close(latent(pictures).logits, packed(pictures).logits, atol=1e-4, rtol=0)
+        images = crops(4, SIDE)
+        torch.testing.assert_close(latent(images).logits, packed(images).logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

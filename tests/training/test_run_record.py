@@ -16,7 +16,7 @@ from tiny_models import LABELS, SIDE, vit
 
 
 def examples(crops, count):
-    return [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(count, SIDE))]
+    return [{"pixel_values": image, "labels": i % LABELS} for i, image in enumerate(crops(count, SIDE))]
 
 
 class EvaluateOnce(hf.TrainerCallback):
@@ -114,9 +114,9 @@ def test_metrics_of_the_best_model(tmp_path, crops):
 
 
 def test_one_part_of_a_split_has_no_name(tmp_path, crops):
-    """The pictures that were held out are not those that were trained on."""
-    pictures = {"pixel_values": [p.tolist() for p in crops(6, SIDE)], "labels": [0, 1, 2, 0, 1, 2]}
-    parts = datasets.Dataset.from_dict(pictures, split="train").train_test_split(test_size=2, seed=0)
+    """The images that were held out are not those that were trained on."""
+    images = {"pixel_values": [p.tolist() for p in crops(6, SIDE)], "labels": [0, 1, 2, 0, 1, 2]}
+    parts = datasets.Dataset.from_dict(images, split="train").train_test_split(test_size=2, seed=0)
     trainer = make(tmp_path, crops, data=parts["train"])
     trainer.eval_dataset = parts["test"]
     found = trainer.run_record()
@@ -169,8 +169,8 @@ def test_the_seconds_of_a_resumed_run_are_unknown(tmp_path, crops):
 
 
 def test_data_sets_tell_their_names(tmp_path, crops):
-    pictures = {"pixel_values": [p.tolist() for p in crops(4, SIDE)], "labels": [0, 1, 2, 0]}
-    data = datasets.Dataset.from_dict(pictures, split="validation")
+    images = {"pixel_values": [p.tolist() for p in crops(4, SIDE)], "labels": [0, 1, 2, 0]}
+    data = datasets.Dataset.from_dict(images, split="validation")
     unnamed = make(tmp_path, crops, data=data).run_record()
     assert (unnamed["split"], unnamed["train_split"], unnamed["dataset"]) == ("validation", "validation", None)
     data.info.dataset_name, data.info.builder_name, data.info.config_name = "beans", "parquet", "default"

@@ -19,7 +19,6 @@ from proxbit.checkpoint.staging import locked
 from proxbit.errors import CheckpointError, LossError
 from proxbit.training import ProxConnectArguments, ProxConnectTrainer
 from proxbit.training.checkpoints import MANIFEST, STAGING, check_checkpoint
-from proxbit.training.push import PushingTrainer
 from proxbit.training.saving import LOCK
 from tiny_models import LABELS, SIDE, vit
 
@@ -35,7 +34,7 @@ def make(tmp_path, crops):
         torch.manual_seed(0)
         fixed = dict(report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="steps", save_steps=2)
         training = dict(max_steps=6, per_device_train_batch_size=2, logging_steps=1, learning_rate=1e-2)
-        data = [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(4, SIDE))]
+        data = [{"pixel_values": image, "labels": i % LABELS} for i, image in enumerate(crops(4, SIDE))]
         return ProxConnectTrainer(
             model=proxbit.binarize(ViTForImageClassification(vit())),
             args=ProxConnectArguments(str(tmp_path / "out"), **fixed | training | changes),
@@ -98,11 +97,11 @@ def test_what_is_pushed_is_complete(tmp_path, make, monkeypatch):
     pushed = []
     trainer = make(max_steps=4)
 
-    def push(self, folder):
-        check_checkpoint(tmp_path / "out" / folder.rpartition("/")[2])
-        pushed.append(folder)
+    def upload(trainer):
+        check_checkpoint(Path(trainer._complete))
+        pushed.append(trainer._complete)
 
-    monkeypatch.setattr(PushingTrainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr("proxbit.training.trainer.upload_at_save", upload)
     trainer.args.push_to_hub = True
     trainer.train()
     assert pushed == [str(tmp_path / "out" / f"checkpoint-{step}") for step in (2, 4)]
@@ -141,8 +140,7 @@ class Trap:
         return (open, (str(self.mark), "w"))
 
 
-@pytest.mark.parametrize("name", sorted(STATES))
-@pytest.mark.parametrize("how", ["torch", "pickle"])
+@pytest.mark.parametrize(("name", "how"), [(name, ("torch", "pickle")[i % 2]) for i, name in enumerate(sorted(STATES))])
 def test_nothing_is_unpickled(tmp_path, make, name, how):
     """Whoever can change a file can change the manifest as well: without one, the file is read. The control: unpickled,
     the file does run its code.

@@ -14,7 +14,7 @@ from tiny_models import FAMILIES, LABELS, SIDE
 
 
 def batches(crops, dtype=torch.float64):
-    """Five pictures in two batches."""
+    """Five images in two batches."""
     pixels, labels = crops(5, SIDE).to(dtype), torch.arange(5) % LABELS
     return [{"pixel_values": pixels[:3], "labels": labels[:3]}, {"pixel_values": pixels[3:], "labels": labels[3:]}]
 

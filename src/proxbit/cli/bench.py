@@ -87,7 +87,7 @@ def as_rows(model: nn.Module, timings: Timings, shares: dict[str, dict[str, floa
 
 def bench(
     model: Annotated[str, typer.Argument(help="A folder, or a name on the hub.")],
-    batch: Annotated[int, typer.Option(min=1, help="Pictures in a forward pass.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a forward pass.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. [default: what torch takes]")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Each variant is timed once in every round.")] = 11,
     random: Annotated[

@@ -16,7 +16,7 @@ from torch import nn
 
 from proxbit.analysis.timing import time_rounds, torch_threads
 from proxbit.cli.checkpoints import check_new_folder, load_model, load_processor, save
-from proxbit.cli.pictures import read_split, tell_left_out, tell_pictures
+from proxbit.cli.images import read_split, tell_images, tell_left_out
 from proxbit.cli.progress import watch
 from proxbit.config import BinarizationConfig
 from proxbit.errors import CheckpointError, ConfigError, DataError
@@ -25,8 +25,8 @@ from proxbit.plugin import binarize as binarize_model
 from proxbit.plugin import pack
 from proxbit.posttraining import calibration_of
 from proxbit.training.calibration import calibrate
-from proxbit.training.evaluation import Evaluation, evaluate_pictures
-from proxbit.training.image_folders import LeftOut, Pictures, load_splits, pick_split, unlabelled
+from proxbit.training.evaluation import Evaluation, evaluate_images
+from proxbit.training.image_folders import Images, LeftOut, load_splits, pick_split, unlabelled
 from proxbit.training.recipes import DEFAULT_RECIPE, get_recipe
 
 __all__ = ["binarize"]
@@ -37,7 +37,7 @@ FOR_TRAINING = {"residual": False, "rprelu": False}
 HELD_OUT, ROUNDS = ("test", "validation"), 11
 
 
-Images = Annotated[
+ImageFolder = Annotated[
     str | None,
     typer.Option(
         metavar="FOLDER",
@@ -89,7 +89,7 @@ def _object(name: str, text: str | None) -> dict[str, Any] | None:
 def binarize(
     model: Annotated[str, typer.Argument(help="A float model: a folder, or a name on the hub.")],
     out: Annotated[Path | None, typer.Argument(help="A new folder; or --output_dir.", show_default=False)] = None,
-    images: Images = None,
+    images: ImageFolder = None,
     output_dir: Annotated[Path | None, typer.Option("--output_dir", help="The new folder.")] = None,
     num_images: NumImages = None,
     labels: Labels = False,
@@ -197,7 +197,7 @@ def from_images(source: _Source, config: BinarizationConfig, folder: Path) -> No
     show(plain, model, dict(processor(images=[image], return_tensors="pt")), folder, evaluations)
 
 
-def _labelled(images: str) -> Pictures:
+def _labelled(images: str) -> Images:
     """The part with labels that nothing is fitted to; what it holds is printed."""
     splits = load_splits(images)
     if len(splits) < 2:
@@ -206,17 +206,15 @@ def _labelled(images: str) -> Pictures:
             "one: lay the images out as DATA/train/cat/1.jpg and DATA/test/cat/1.jpg."
         )
     chosen = pick_split(splits, None, HELD_OUT)
-    pictures = read_split(images, chosen, splits[chosen])
-    tell_pictures(Console(stderr=True), splits, splits, {chosen: pictures})
-    return pictures
+    labelled = read_split(images, chosen, splits[chosen])
+    tell_images(Console(stderr=True), splits, splits, {chosen: labelled})
+    return labelled
 
 
-def _evaluate(model: Any, processor: Any, name: str, pictures: Pictures) -> Evaluation:
+def _evaluate(model: Any, processor: Any, name: str, images: Images) -> Evaluation:
     names = model.config.id2label  # which the evaluation replaces by numbers
     try:
-        return evaluate_pictures(
-            model, processor, pictures, name=repr(name), batch=16, watch=partial(watch, "Classifying")
-        )
+        return evaluate_images(model, processor, images, name=repr(name), batch=16, watch=partial(watch, "Classifying"))
     finally:
         model.config.id2label = names
 

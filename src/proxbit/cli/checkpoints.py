@@ -149,7 +149,7 @@ def save(model: Any, processor: Any | None, folder: Path, run: Mapping[str, Any]
 
     Args:
         model: a latent or packed one is written as a release, with its cards.
-        processor: of its pictures.
+        processor: of its images.
         folder: new.
         run: facts of the training, for the cards.
     """

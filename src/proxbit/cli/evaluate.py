@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from proxbit.cli.checkpoints import load_model, load_processor
-from proxbit.cli.pictures import read_split, tell_pictures
+from proxbit.cli.images import read_split, tell_images
 from proxbit.cli.progress import watch
 from proxbit.errors import CheckpointError
 from proxbit.foreign import printable
 from proxbit.patching import state_of
-from proxbit.training.evaluation import Evaluation, evaluate_pictures
+from proxbit.training.evaluation import Evaluation, evaluate_images
 from proxbit.training.image_folders import load_splits, pick_split
 
 __all__ = ["evaluate"]
@@ -29,12 +29,12 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="The part of the data. [default: test, validation, or the only one]")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures in a forward pass.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a forward pass.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure accuracy, latency and throughput on pictures.
+    """Measure accuracy, latency and throughput on images.
 
-    Pictures that cannot be read are left out, and listed. The names of the classes are labels of the model.
+    Images that cannot be read are left out, and listed. The names of the classes are labels of the model.
 
     Example: proxbit evaluate vit-1bit photos --batch 8
     """
@@ -43,19 +43,19 @@ def evaluate(
     loaded, processor = load_model(model), load_processor(model)
     if processor is None:
         raise CheckpointError(
-            f"{model!r} has no preprocessor_config.json that can be read: it is not known how pictures are prepared."
+            f"{model!r} has no preprocessor_config.json that can be read: it is not known how images are prepared."
         )
-    pictures = read_split(data, chosen, splits[chosen])
+    images = read_split(data, chosen, splits[chosen])
     if not as_json:
-        tell_pictures(Console(), splits, [chosen], {chosen: pictures})
-    result = evaluate_pictures(
-        loaded, processor, pictures, name=repr(model), batch=batch, watch=partial(watch, "Classifying")
+        tell_images(Console(), splits, [chosen], {chosen: images})
+    result = evaluate_images(
+        loaded, processor, images, name=repr(model), batch=batch, watch=partial(watch, "Classifying")
     )
     facts = {"model": model, "state": state_of(loaded), "data": data, "split": chosen, "batch": batch}
     if as_json:
         found = asdict(result)
         found["left_out"] = [asdict(each) for each in (*splits.left_out, *result.left_out)]
-        typer.echo(json.dumps({**facts, "classes": pictures.counts(), **found}, indent=1))
+        typer.echo(json.dumps({**facts, "classes": images.counts(), **found}, indent=1))
         return
     part = f", {chosen}" if len(splits) > 1 else ""  # datasets calls all of a folder "train"
     show(f"{model} ({facts['state']}) on {data}{part}", result, batch)
@@ -67,11 +67,11 @@ def show(title: str, result: Evaluation, batch: int) -> None:
     console.print(printable(title), highlight=False, markup=False, soft_wrap=True)
     table = Table(show_header=False)
     rows = {
-        "pictures": f"{result.pictures:,}",
+        "images": f"{result.pictures:,}",
         "accuracy": f"{result.accuracy:.2%}",
         "balanced accuracy": f"{result.balanced_accuracy:.2%}",
-        "latency": f"{result.latency_ms:.2f} ms: the model alone, one picture",
-        "throughput": f"{result.pictures_per_second:.1f} pictures/s: the whole pipeline, batch {batch}",
+        "latency": f"{result.latency_ms:.2f} ms: the model alone, one image",
+        "throughput": f"{result.pictures_per_second:.1f} images/s: the whole pipeline, batch {batch}",
     }
     for row in rows.items():
         table.add_row(*row)

@@ -1,4 +1,4 @@
-"""`proxbit plot`: the picture of one quantizer pair."""
+"""`proxbit plot`: the figure of one quantizer pair."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ __all__ = ["plot"]
 def plot(
     name: Annotated[str, typer.Argument(help="A quantizer pair, see `proxbit pairs`.")],
     out: Annotated[
-        Path | None, typer.Option(help="The picture; its ending decides the format. [default: NAME.png]")
+        Path | None, typer.Option(help="The figure; its ending decides the format. [default: NAME.png]")
     ] = None,
     mu: Annotated[
         list[float] | None,

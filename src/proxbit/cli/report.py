@@ -18,7 +18,7 @@ def report(
 ) -> None:
     """Write a page about a training run.
 
-    It shows curves, latent weights, flips, layers, pictures and the quantization card, in one HTML file that opens from
+    It shows curves, latent weights, flips, layers, images and the quantization card, in one HTML file that opens from
     disk, without a network. Of a run that still trains it shows what there is so far.
 
     Example: proxbit report out

@@ -1,4 +1,4 @@
-"""`proxbit train`: from a float model and pictures to a packed classifier."""
+"""`proxbit train`: from a float model and images to a packed classifier."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from proxbit.analysis.latency import measure_latency
 from proxbit.cli.checkpoints import architecture, check_new_folder, load_model, load_processor, save, save_plain
-from proxbit.cli.pictures import read_split, tell_pictures
+from proxbit.cli.images import read_split, tell_images
 from proxbit.config import QUANT_METHOD, stored_kind
 from proxbit.errors import CheckpointError, ConfigError, DataError, ModelStateError, ProxbitError
 from proxbit.foreign import printable
@@ -27,25 +27,13 @@ from proxbit.patching import state_of
 from proxbit.plugin import pack
 from proxbit.training.arguments import ProxConnectArguments
 from proxbit.training.checkpoints import check_start
-from proxbit.training.heads import give_labels
-from proxbit.training.image_folders import (
-    IMAGE,
-    LABEL,
-    Pictures,
-    Splits,
-    class_names,
-    load_splits,
-    match_labels,
-    numbers_of_labels,
-    pick_split,
-    relabel,
-    some,
-)
+from proxbit.training.image_folders import IMAGE, LABEL, Images, Splits, class_names, load_splits, pick_split, relabel
+from proxbit.training.labels import give_labels, match_labels, numbers_of_labels, some
 from proxbit.training.metrics import classification_metrics
 from proxbit.training.recipes import DEFAULT_RECIPE
 from proxbit.training.trainer import ProxConnectTrainer
 
-__all__ = ["PictureArguments", "parse", "train"]
+__all__ = ["ImageArguments", "parse", "train"]
 
 SETTINGS_FILES = (".yaml", ".yml", ".json")
 HELD_OUT = ("validation", "test")
@@ -54,8 +42,8 @@ SPREADING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 @dataclass
-class PictureArguments:
-    """What is trained, and with which pictures; each field's `metadata["help"]` says what it is."""
+class ImageArguments:
+    """What is trained, and with which images; each field's `metadata["help"]` says what it is."""
 
     model: str = field(metadata={"help": "A float or latent image classifier: a folder, or a name on the hub."})
     data: str = field(metadata={"help": "A folder with a folder for each class, or a dataset on the hub."})
@@ -65,7 +53,7 @@ class PictureArguments:
     )
     train_split: str | None = field(default=None, metadata={"help": "None: train, or the only one."})
     eval_split: str | None = field(
-        default=None, metadata={"help": "None: validation, test, or eval_fraction of the pictures of train_split."}
+        default=None, metadata={"help": "None: validation, test, or eval_fraction of the images of train_split."}
     )
     eval_fraction: float = field(
         default=0.1, metadata={"help": "Where there is no split to evaluate with: the share held out, in (0, 1)."}
@@ -98,13 +86,13 @@ def read_settings(path: Path) -> dict[str, Any]:
     return found
 
 
-def parse(arguments: list[str]) -> tuple[PictureArguments, ProxConnectArguments]:
+def parse(arguments: list[str]) -> tuple[ImageArguments, ProxConnectArguments]:
     """The fields from a file, if one comes first, and from options, which win.
 
     Raises:
         ConfigError: for unknown fields, or values that are not valid.
     """
-    parser = _Parser((PictureArguments, ProxConnectArguments), allow_abbrev=False, add_help=False)
+    parser = _Parser((ImageArguments, ProxConnectArguments), allow_abbrev=False, add_help=False)
     if arguments and not arguments[0].startswith("-"):
         _take(parser, read_settings(Path(arguments[0])), arguments[0])
         arguments = arguments[1:]
@@ -112,7 +100,7 @@ def parse(arguments: list[str]) -> tuple[PictureArguments, ProxConnectArguments]
         if Path(each).suffix in SETTINGS_FILES and not before.startswith("-") and not each.startswith("-"):
             raise ConfigError(f"A file of settings comes first: `proxbit train {each} ...`.")
     try:
-        pictures, training, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        images, training, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     except ProxbitError:
         raise
     except (ValueError, TypeError, ImportError, OSError) as error:
@@ -123,7 +111,7 @@ def parse(arguments: list[str]) -> tuple[PictureArguments, ProxConnectArguments]
         if getattr(training, name) < 1:
             raise ConfigError(f"{name} must be 1 or more, not {getattr(training, name)}.")
     _settle(training)
-    return pictures, training
+    return images, training
 
 
 def _settle(training: ProxConnectArguments) -> None:
@@ -149,7 +137,7 @@ def _take(parser: HfArgumentParser, settings: Mapping[str, Any], path: str) -> N
         actions[name].default = str(value) if number else value
 
 
-def pick_splits(splits: Splits, given: PictureArguments) -> tuple[str, str | None]:
+def pick_splits(splits: Splits, given: ImageArguments) -> tuple[str, str | None]:
     """The names of the split to train with, and of that to evaluate with where there is one."""
     name = pick_split(splits, given.train_split, ["train"])
     held_out = given.eval_split or next((other for other in HELD_OUT if other in splits and other != name), None)
@@ -162,8 +150,8 @@ def pick_splits(splits: Splits, given: PictureArguments) -> tuple[str, str | Non
     return name, held_out
 
 
-def read_data(splits: Splits, names: tuple[str, str | None], given: PictureArguments, seed: int) -> list[Pictures]:
-    """The pictures of `pick_splits` to train and to evaluate with, none but such as can be read; what they are is
+def read_data(splits: Splits, names: tuple[str, str | None], given: ImageArguments, seed: int) -> list[Images]:
+    """The images of `pick_splits` to train and to evaluate with, none but such as can be read; what they are is
     printed.
     """
     name, held_out = names
@@ -179,15 +167,15 @@ def read_data(splits: Splits, names: tuple[str, str | None], given: PictureArgum
         unknown = sorted(label for label, count in test.counts().items() if count and not known[label])
         if unknown:
             raise DataError(
-                f"{printable(given.data)}: {held_out} has pictures of classes that {name} has none of: {some(unknown)}."
+                f"{printable(given.data)}: {held_out} has images of classes that {name} has none of: {some(unknown)}."
             )
-    tell_pictures(Console(stderr=True), splits, [name, held_out or name], {name: train, title: test})
+    tell_images(Console(stderr=True), splits, [name, held_out or name], {name: train, title: test})
     return [train, test]
 
 
 def load_for(name: str, names: Sequence[str] | None) -> tuple[nn.Module, dict[int, int]]:
     """The model, and its number of each class: with its own labels if they fit, else with rows for those of the
-    pictures in its head, of which those for labels that it has stay."""
+    images in its head, of which those for labels that it has stay."""
     config, _ = architecture(name)
     if stored_kind(getattr(config, "quantization_config", None), name) == (QUANT_METHOD, "packed"):
         raise ModelStateError(f"{name!r} is packed, and cannot be trained; name its latent checkpoint.")
@@ -206,12 +194,12 @@ def load_for(name: str, names: Sequence[str] | None) -> tuple[nn.Module, dict[in
 
 
 def prepare(batch: dict[str, Any], processor: Any) -> dict[str, Any]:
-    """Pictures and labels as the model takes them."""
+    """Images and labels as the model takes them."""
     pixels = processor(batch[IMAGE], return_tensors="pt")["pixel_values"]
     return {"pixel_values": list(pixels), "labels": batch[LABEL]}
 
 
-def make_trainer(given: PictureArguments, args: ProxConnectArguments) -> ProxConnectTrainer:
+def make_trainer(given: ImageArguments, args: ProxConnectArguments) -> ProxConnectTrainer:
     """The Trainer with everything that was asked for, checked; nothing is written yet."""
     out = Path(args.output_dir)
     if args.fsdp or args.deepspeed or any(map(parse_flag_from_env, SPREADING)):
@@ -222,13 +210,13 @@ def make_trainer(given: PictureArguments, args: ProxConnectArguments) -> ProxCon
     check_start(out, args.resume_from_checkpoint)
     if args.resume_from_checkpoint is None:
         check_new_folder(out)
-    architecture(given.model)  # A name that is none is told before pictures are read.
+    architecture(given.model)  # A name that is none is told before images are read.
     splits = load_splits(given.data)
     names = pick_splits(splits, given)
     processor = load_processor(given.model)
     if processor is None:
         raise CheckpointError(
-            f"{given.model!r} has no preprocessor_config.json that can be read: how are pictures prepared for it?"
+            f"{given.model!r} has no preprocessor_config.json that can be read: how are images prepared for it?"
         )
     set_seed(args.seed)  # of a new head
     model, numbers = load_for(given.model, class_names(splits[names[0]]))
@@ -257,7 +245,7 @@ def make_trainer(given: PictureArguments, args: ProxConnectArguments) -> ProxCon
 
 
 def train(context: typer.Context) -> None:
-    """Train a 1-bit classifier on pictures, evaluate, pack and save it.
+    """Train a 1-bit classifier on images, evaluate, pack and save it.
 
     Example: proxbit train --model google/vit-base-patch16-224 --data photos --output_dir runs/photos
 
@@ -292,7 +280,7 @@ def train(context: typer.Context) -> None:
 def _fields() -> str:
     """The fields that transformers does not have, a paragraph each."""
     inherited = {item.name for item in fields(TrainingArguments)}
-    own = [*fields(PictureArguments), *(item for item in fields(ProxConnectArguments) if item.name not in inherited)]
+    own = [*fields(ImageArguments), *(item for item in fields(ProxConnectArguments) if item.name not in inherited)]
     lines = [f"--{item.name}: {item.metadata['help']}" for item in own]
     link = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
     return "\n\n".join([*lines, f"And the fields of transformers.TrainingArguments: {link}"])

@@ -249,7 +249,7 @@ def _tell_if_soft(model: nn.Module) -> None:
         logger.warning(
             "%d layers were trained with soft weights, which differ from their hard ones by %.0f %% on average (%s "
             "first): the packed model is not the one that was trained. End the training hard: ProxConnectTrainer "
-            "does, and MuCallback of proxbit.training under any other Trainer.",
+            "does, and ProxConnectCallback under any other Trainer.",
             len(far),
             100 * sum(gaps[name] for name in far) / len(far),
             far[0],

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -10,9 +11,19 @@ from proxbit.errors import ConfigError
 from proxbit.quantizers import SCHEDULES
 from proxbit.training.checkpoints import resume_from
 from proxbit.training.recipes import DEFAULT_RECIPE, FROM_CALIBRATION, Recipe, get_recipe
-from proxbit.training.stages import PROGRESSIONS
+from proxbit.training.schedule import PROGRESSIONS
 
-__all__ = ["DistillationArguments", "ProxConnectArguments", "check_hub_strategy"]
+__all__ = [
+    "DISTILLATION",
+    "DistillationArguments",
+    "ProxConnectArguments",
+    "check_distillation",
+    "check_hub_strategy",
+    "check_step",
+]
+
+# The fields that say how a teacher teaches.
+DISTILLATION = ("distillation_weight", "distillation_temperature", "distillation_tokens", "distillation_gram")
 
 
 def _check_fraction(name: str, value: float) -> None:
@@ -39,6 +50,38 @@ def check_hub_strategy(args: TrainingArguments) -> None:
         raise ConfigError(
             f"hub_strategy={strategy.value!r} would publish checkpoints: latent weights and pickles. Take 'end' or "
             "'every_save', which upload the packed model; trainer.push_to_hub(latent=True) uploads the latent one."
+        )
+
+
+def check_distillation(
+    distillation_weight: float,
+    distillation_temperature: float,
+    distillation_tokens: float,
+    distillation_gram: float,
+) -> None:
+    """Raise ConfigError for a weight or a temperature that is not valid."""
+    _check_fraction("distillation_weight", distillation_weight)
+    _check_positive("distillation_temperature", distillation_temperature)
+    _check_not_negative("distillation_tokens", distillation_tokens)
+    _check_not_negative("distillation_gram", distillation_gram)
+
+
+def check_step(
+    mu_schedule: str | None, hard_fraction: float, activations_first: float, progression: str, **others: Any
+) -> None:
+    """Check settings of the step.
+
+    Raises:
+        ConfigError: for a value that is not valid; `UnknownNameError` for a name that is not known.
+    """
+    if mu_schedule is not None:
+        SCHEDULES.get(mu_schedule)
+    PROGRESSIONS.get(progression)
+    _check_fraction("hard_fraction", hard_fraction)
+    if not 0 <= activations_first <= 1 - hard_fraction or activations_first == 1:
+        raise ConfigError(
+            "activations_first must be in [0, 1), and end before the hard part: with hard_fraction "
+            f"{hard_fraction:g} at most {1 - hard_fraction:g}, not {activations_first}."
         )
 
 
@@ -79,10 +122,7 @@ class DistillationArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.fill_in(get_recipe(DEFAULT_RECIPE))
-        _check_fraction("distillation_weight", self.distillation_weight)
-        _check_positive("distillation_temperature", self.distillation_temperature)
-        for name in ("distillation_tokens", "distillation_gram"):
-            _check_not_negative(name, getattr(self, name))
+        check_distillation(**{name: getattr(self, name) for name in DISTILLATION})
 
     def fill_in(self, recipe: Recipe) -> None:
         """Set what is None to the values of a recipe, as far as these arguments have its fields."""
@@ -170,15 +210,7 @@ class ProxConnectArguments(DistillationArguments):
         check_hub_strategy(self)
         resume: str | bool | None = self.resume_from_checkpoint  # type: ignore[has-type]
         self.resume_from_checkpoint = resume_from(resume)
-        if self.mu_schedule is not None:
-            SCHEDULES.get(self.mu_schedule)
-        PROGRESSIONS.get(self.progression)
-        _check_fraction("hard_fraction", self.hard_fraction)
-        if not 0 <= self.activations_first <= 1 - self.hard_fraction or self.activations_first == 1:
-            raise ConfigError(
-                "activations_first must be in [0, 1), and end before the hard part: with hard_fraction "
-                f"{self.hard_fraction:g} at most {1 - self.hard_fraction:g}, not {self.activations_first}."
-            )
+        check_step(self.mu_schedule, self.hard_fraction, self.activations_first, self.progression)
         _check_not_negative("overflow_penalty", self.overflow_penalty)
         _check_positive("latent_learning_rate_factor", self.latent_learning_rate_factor)
 

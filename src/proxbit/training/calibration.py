@@ -20,8 +20,8 @@ from proxbit.errors import ConfigError, ModelStateError
 from proxbit.nn import Learned, RPReLU, binary_activations, dtype_around, learned_modules
 from proxbit.patching import state_of
 from proxbit.posttraining import CalibrationReport, Told, calibration_of, fit_weights
+from proxbit.training.batches import CHUNK, batches_of, chunks_of, length
 from proxbit.training.quantizer_start import start_quantizers
-from proxbit.training.shown import CHUNK, batches_of, chunks_of, length
 
 __all__ = ["IMAGES", "IMAGES_OF_SIGNS", "IMAGES_OF_STARTS", "calibrate", "was_calibrated"]
 

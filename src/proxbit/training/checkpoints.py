@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -16,6 +18,8 @@ from proxbit.checkpoint.files import is_model_folder, read_json, sha256
 from proxbit.checkpoint.staging import put
 from proxbit.errors import CheckpointError
 from proxbit.foreign import printable
+from proxbit.plugin.loading import load_weights
+from proxbit.plugin.sharded import is_sharded
 
 __all__ = [
     "MANIFEST",
@@ -27,7 +31,9 @@ __all__ = [
     "checkpoint_to_resume",
     "clear",
     "commit",
+    "load_renamed",
     "new_staging",
+    "read_resumed",
     "recover",
     "resume_from",
     "rotate",
@@ -322,3 +328,36 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
         cause = error.__cause__ or error
         raise CheckpointError(f"its {MANIFEST} is damaged ({type(cause).__name__}: {cause})") from error
     raise CheckpointError(f"its {MANIFEST} has format {version}, and this version reads {FORMAT}")
+
+
+def load_renamed(model: nn.Module, folder: str | Path) -> None:
+    """Read the weights of a checkpoint anew, with the names that `save_pretrained` gave them: see `load_weights`.
+
+    What is sharded over processes, or no model of transformers, is left as the Trainer has read it.
+    """
+    if isinstance(model, PreTrainedModel) and not is_sharded(model) and is_model_folder(folder):
+        load_weights(model, folder)
+
+
+def read_resumed(model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+    """Read the weights anew that a training resumes from; a line of the log says so where they are not found.
+
+    Args:
+        model: of the training.
+        args: of the Trainer. A checkpoint is in its output folder, or is named by `resume_from_checkpoint`.
+        state: that the Trainer has read from the checkpoint.
+    """
+    folders = [Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"]
+    if isinstance(args.resume_from_checkpoint, str):
+        folders.insert(0, Path(args.resume_from_checkpoint))
+    for folder in folders:
+        if (folder / TRAINER_STATE_NAME).is_file():
+            stored = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+            if (stored.global_step, stored.log_history) == (state.global_step, state.log_history):
+                return load_renamed(model, folder)
+    logger.warning(
+        "The checkpoint of step %d is not in %s: whether all of its weights were read is not known. Move it there, or "
+        "name it in TrainingArguments(resume_from_checkpoint=...) too.",
+        state.global_step,
+        args.output_dir,
+    )

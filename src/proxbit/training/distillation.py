@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
@@ -15,19 +14,16 @@ from proxbit.checkpoint.files import is_model_folder
 from proxbit.errors import ConfigError
 from proxbit.foreign import printable
 from proxbit.plugin.loading import load_weights
-from proxbit.training.arguments import DistillationArguments
-from proxbit.training.losses import distillation_loss, gram_loss, token_loss
+from proxbit.training.arguments import DISTILLATION, DistillationArguments
+from proxbit.training.losses import asked, check_teacher, mixed_loss
 
 __all__ = ["DistillationTrainer", "check_arguments"]
 
-# By the argument that weighs them.
-_TOKEN_LOSSES = {"distillation_tokens": token_loss, "distillation_gram": gram_loss}
-
 
 class DistillationTrainer(Trainer):
-    """A `Trainer` whose loss is `(1 - weight) * task + weight * distillation`, for models of any state.
+    """A `Trainer` whose loss is that of `DistillationLoss`, with whatever loss the model computes itself as the task's.
 
-    With `distillation_tokens` and `distillation_gram`, distances of the tokens of the last block are added to it.
+    Models may be of any state.
 
     Args:
         model: a model whose outputs have what is compared: `logits`, or `hidden_states`.
@@ -54,7 +50,7 @@ class DistillationTrainer(Trainer):
     ) -> None:
         args = args or DistillationArguments()
         check_arguments(args, DistillationArguments)
-        self._check_teacher(model, teacher, args.distillation_weight)
+        check_teacher(model, teacher, args.distillation_weight)
         self.teacher = teacher
         super().__init__(model, args, *others, **kwargs)
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
@@ -97,26 +93,6 @@ class DistillationTrainer(Trainer):
         finally:
             self.args = whole
 
-    @staticmethod
-    def _check_teacher(model: nn.Module | None, teacher: nn.Module | None, weight: float) -> None:
-        if model is not None and teacher is not None:
-            _check_apart(model, teacher)
-        if not isinstance(model, PreTrainedModel) or not isinstance(teacher, PreTrainedModel):
-            return
-        if model.config.num_labels != teacher.config.num_labels:
-            raise ConfigError(
-                f"The teacher has {teacher.config.num_labels} labels, the model {model.config.num_labels}: "
-                "distillation needs the same labels."
-            )
-        for who, each in {"model": model, "teacher": teacher}.items():
-            other = _other_problem(each)
-            if weight and other is not None:
-                raise ConfigError(
-                    f"The {who} is one of {other}: distillation compares the probabilities of classes that exclude "
-                    f"each other, and says nothing there. Set distillation_weight to 0, not {weight:g}; "
-                    "distillation_tokens and distillation_gram work for such models too."
-                )
-
     def penalty(self) -> Tensor | None:
         """What the last forward pass adds to the loss beside task and teacher, as a mean over its batch."""
         return None
@@ -151,23 +127,13 @@ class DistillationTrainer(Trainer):
         The task's loss is a mean over this batch, or its part of the mean over all batches of the step: what is added
         is a mean over this batch, times the share of the batch in the step.
         """
-        teach = self.teacher is not None and model.training
-        weight = self.args.distillation_weight if teach else 0.0
-        of_tokens = {name: loss for name, loss in _TOKEN_LOSSES.items() if teach and getattr(self.args, name)}
-        if of_tokens:
-            inputs = {**inputs, "output_hidden_states": True}
+        teacher = self.teacher if model.training else None
+        settings = {name: getattr(self.args, name) for name in DISTILLATION}
+        if teacher is not None:
+            inputs = asked(inputs, settings)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if self.teacher is not None and (weight or of_tokens):
-            with torch.no_grad():
-                features = {name: value for name, value in inputs.items() if name != "labels"}
-                taught = self.teacher(**features)
-            if weight:
-                logits = _of_both("logits", "distillation_weight", outputs, taught)
-                distillation = distillation_loss(*logits, self.args.distillation_temperature)
-                loss = (1 - weight) * loss + weight * self._share * distillation
-            for name, function in of_tokens.items():
-                student, teacher = _of_both("hidden_states", name, outputs, taught)
-                loss = loss + getattr(self.args, name) * self._share * function(student[-1], teacher[-1])
+        if teacher is not None:
+            loss = mixed_loss(loss, outputs, inputs, teacher, settings, self._share)
         penalty = self.penalty() if model.training else None
         if penalty is not None:
             loss = loss + self._share * penalty
@@ -181,44 +147,3 @@ def check_arguments(args: TrainingArguments, kind: type[DistillationArguments]) 
             f"args are {type(args).__name__}: this Trainer takes {kind.__name__} of proxbit.training, which have the "
             f"same fields and its own: {kind.__name__}({printable(args.output_dir)!r}, ...)."
         )
-
-
-def _check_apart(model: nn.Module, teacher: nn.Module) -> None:
-    """Check that no parameter is the model's and the teacher's: the teacher would learn with the model."""
-    own = {_place(parameter): name for name, parameter in model.named_parameters()}
-    shared = [own[_place(parameter)] for parameter in teacher.parameters() if _place(parameter) in own]
-    if shared:
-        raise ConfigError(
-            f"Model and teacher share {len(shared)} parameters, the first {shared[0]}: binarize works in place, so the "
-            "teacher is the model, or has parts of it. Take a copy for the teacher, copy.deepcopy before binarize."
-        )
-
-
-def _place(parameter: nn.Parameter) -> int:
-    """What two parameters have in common that share their numbers, which may be two objects."""
-    plain = type(parameter.data) is Tensor and parameter.data_ptr()
-    return plain or id(parameter)
-
-
-def _of_both(name: str, argument: str, outputs: Any, taught: Any) -> tuple[Any, Any]:
-    """An output of the model and of the teacher, which `argument` says to compare."""
-    for who, each in {"model": outputs, "teacher": taught}.items():
-        if each.get(name) is None:
-            raise ConfigError(
-                f"The {who} gives no {name}, only {', '.join(each)}: {argument} compares those of model and teacher. "
-                f"Set {argument} to 0."
-            )
-    return outputs[name], taught[name]
-
-
-def _other_problem(model: PreTrainedModel) -> str | None:
-    """What a model does in the place of choosing one class among several; None where it does that."""
-    problem: str | None = getattr(model.config, "problem_type", None)
-    if problem in ("regression", "multi_label_classification"):
-        return problem
-    if type(model).__name__.endswith("ForPreTraining"):  # its logits are pixels, each model's of its own random masks
-        return "reconstruction"
-    # Of a single label a classification makes a regression, and a segmentation a yes or no; a detection adds "nothing".
-    single = model.config.num_labels == 1
-    heads = ("Classification", "SemanticSegmentation")
-    return "a single label" if single and any(head in type(model).__name__ for head in heads) else None

@@ -1,4 +1,4 @@
-"""Accuracy and speed of an image classifier on pictures, through the pipeline that its users run."""
+"""Accuracy and speed of an image classifier on images, through the pipeline that its users run."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,18 +11,11 @@ from transformers import ImageClassificationPipeline, PreTrainedModel
 
 from proxbit.analysis.timing import time_rounds
 from proxbit.analysis.variants import forward_calls
-from proxbit.training.image_folders import (
-    IMAGE,
-    LABEL,
-    LeftOut,
-    Pictures,
-    match_labels,
-    numbers_of_labels,
-    relabel,
-)
+from proxbit.training.image_folders import IMAGE, LABEL, Images, LeftOut, relabel
+from proxbit.training.labels import match_labels, numbers_of_labels
 from proxbit.training.metrics import Accuracy, BalancedAccuracy
 
-__all__ = ["Evaluation", "evaluate_pictures"]
+__all__ = ["Evaluation", "evaluate_images"]
 
 Watch = Callable[[Iterable[Any], int], Iterable[Any]]
 LATENCY_ROUNDS = 11
@@ -35,9 +28,9 @@ class Evaluation:
     Attributes:
         pictures: how many were classified.
         accuracy, balanced_accuracy: in [0, 1].
-        latency_ms: of the model alone for one picture, the median of 11.
+        latency_ms: of the model alone for one image, the median of 11.
         pictures_per_second: through the pipeline: reading, resizing, model.
-        left_out: pictures that could not be read.
+        left_out: images that could not be read.
     """
 
     pictures: int
@@ -56,9 +49,9 @@ class _Classifier:
     def __init__(self, pipeline: ImageClassificationPipeline, watch: Watch) -> None:
         self.pipeline, self.watch = pipeline, watch
 
-    def __call__(self, pictures: Any) -> list[list[dict[str, Any]]]:
-        answers = self.pipeline((picture for picture in pictures), top_k=1)
-        return list(self.watch(answers, len(pictures)))
+    def __call__(self, images: Any) -> list[list[dict[str, Any]]]:
+        answers = self.pipeline((image for image in images), top_k=1)
+        return list(self.watch(answers, len(images)))
 
 
 class _Evaluator(ImageClassificationEvaluator):
@@ -71,30 +64,30 @@ class _Evaluator(ImageClassificationEvaluator):
         return model_or_pipeline
 
 
-def evaluate_pictures(
+def evaluate_images(
     model: PreTrainedModel,
     processor: Any,
-    pictures: Pictures,
+    images: Images,
     *,
     name: str,
     batch: int = 1,
     watch: Watch = lambda items, total: items,
 ) -> Evaluation:
-    """Classify pictures, and compare with their labels.
+    """Classify images, and compare with their labels.
 
     Args:
         model: an image classifier in any state; its names of labels are replaced by numbers.
         processor: its image processor.
-        pictures: whose classes are among the model's labels.
+        images: whose classes are among the model's labels.
         name: of the model, for messages.
-        batch: pictures in a forward pass of the pipeline.
+        batch: images in a forward pass of the pipeline.
         watch: is handed the answers and their number, and hands them on: a progress bar.
 
     Raises:
         DataError: if a class is none of the model's labels.
     """
-    numbers = match_labels(pictures.names, numbers_of_labels(model.config), name)
-    data = relabel(pictures, numbers, name)
+    numbers = match_labels(images.names, numbers_of_labels(model.config), name)
+    data = relabel(images, numbers, name)
     model.config.id2label = {i: str(i) for i in range(model.config.num_labels)}
     pipeline = ImageClassificationPipeline(model=model, image_processor=processor, batch_size=batch)
     with torch.inference_mode():
@@ -113,5 +106,5 @@ def evaluate_pictures(
         balanced_accuracy=result["balanced_accuracy"],
         latency_ms=1e3 * timings.median("model"),
         pictures_per_second=result["samples_per_second"],
-        left_out=pictures.left_out,
+        left_out=images.left_out,
     )

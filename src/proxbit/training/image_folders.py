@@ -1,4 +1,4 @@
-"""Pictures in folders, one a class, or of a dataset on the hub: read, checked, and with the labels of a model."""
+"""Images in folders, one a class, or of a dataset on the hub: read, checked, and with the labels of a model."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,24 +13,21 @@ from PIL import Image
 
 from proxbit.errors import DataError
 from proxbit.foreign import first_line, printable
-from proxbit.training.layouts import LAYOUT, Filed, LeftOut, layout_of, nfc, unlabelled_files
-from proxbit.training.pixels import read_picture
+from proxbit.training.labels import some
+from proxbit.training.layouts import LAYOUT, Filed, LeftOut, layout_of, unlabelled_files
+from proxbit.training.pixels import read_image
 from proxbit.training.sources import why_nowhere
 
 __all__ = [
+    "Images",
     "LeftOut",
-    "Pictures",
     "Splits",
     "check_classes",
     "class_names",
-    "labels_meant",
     "load_splits",
-    "match_labels",
-    "numbers_of_labels",
     "pick_split",
-    "read_pictures",
+    "read_images",
     "relabel",
-    "some",
     "unlabelled",
 ]
 
@@ -39,7 +36,7 @@ Watch = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
 class Splits(datasets.DatasetDict):
-    """The parts of a set of pictures, by name; of a folder, with what belongs to none of them.
+    """The parts of a set of images, by name; of a folder, with what belongs to none of them.
 
     Attributes:
         left_out: files beside the folders of the splits.
@@ -50,20 +47,20 @@ class Splits(datasets.DatasetDict):
     litter: int = 0
 
 
-class _Picture(datasets.Image):
-    """A column of pictures that are shown as `proxbit.training.pixels` says."""
+class _Image(datasets.Image):
+    """A column of images that are shown as `proxbit.training.pixels` says."""
 
     def decode_example(self, value: Mapping[str, Any], token_per_repo_id: Any = None) -> Image.Image:
         return _decoded(value)
 
 
 def _decoded(stored: Mapping[str, Any]) -> Image.Image:
-    return read_picture(stored["path"] if stored["bytes"] is None else stored["bytes"])
+    return read_image(stored["path"] if stored["bytes"] is None else stored["bytes"])
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures that can be read.
+class Images:
+    """Images that can be read.
 
     Attributes:
         dataset: columns `image` (RGB, turned as its EXIF says) and `label` (numbers).
@@ -78,7 +75,7 @@ class Pictures:
     unread: Mapping[int, LeftOut] = field(default_factory=dict)
 
     def counts(self) -> Counter[str]:
-        """How many pictures of each class there are, by name; of numbers only, by number."""
+        """How many images of each class there are, by name; of numbers only, by number."""
         found = Counter(self.dataset[LABEL])
         numbers = range(len(self.names)) if self.names is not None else sorted(found)
         return Counter({self.names[i] if self.names is not None else str(i): found[i] for i in numbers})
@@ -88,13 +85,13 @@ def load_splits(source: str) -> Splits:
     """The parts of an image folder or of a dataset on the hub, by name.
 
     Raises:
-        DataError: if there is none, or it holds no pictures.
+        DataError: if there is none, or it holds no images.
     """
     path = Path(source)
     if path.is_dir():
         return _of_folder(path)
     if path.exists():
-        raise DataError(f"{printable(source)} is a file, not a folder of pictures. {LAYOUT}")
+        raise DataError(f"{printable(source)} is a file, not a folder of images. {LAYOUT}")
     reason = why_nowhere(source, "dataset")
     try:
         # What is in the cache can be had without the Hub.
@@ -187,15 +184,15 @@ def pick_split(splits: Mapping[str, datasets.Dataset], wanted: str | None, prefe
     return found or next(iter(splits))
 
 
-def read_pictures(dataset: datasets.Dataset, watch: Watch = lambda items, total: items) -> Pictures:
-    """Read every picture once, and leave out those that cannot be read.
+def read_images(dataset: datasets.Dataset, watch: Watch = lambda items, total: items) -> Images:
+    """Read every image once, and leave out those that cannot be read.
 
     Args:
-        dataset: with one column of pictures and one of labels.
-        watch: is handed the pictures and their number, and hands them on: a progress bar.
+        dataset: with one column of images and one of labels.
+        watch: is handed the images and their number, and hands them on: a progress bar.
 
     Raises:
-        DataError: if a column is missing, or no picture is left.
+        DataError: if a column is missing, or no image is left.
     """
     image, label = _columns(dataset)
     raw = dataset.cast_column(image, datasets.Image(decode=False))
@@ -208,20 +205,20 @@ def read_pictures(dataset: datasets.Dataset, watch: Watch = lambda items, total:
         if reason is None:
             kept.append(i)
         else:
-            left_out.append(LeftOut(str(stored["path"] or f"picture {i}"), reason))
+            left_out.append(LeftOut(str(stored["path"] or f"image {i}"), reason))
             if numbers[i] is not None:
                 unread.setdefault(int(numbers[i]), left_out[-1])
     if not kept:
         first = "".join(f" {printable(each.picture)}: {each.reason}." for each in left_out[:1])
-        raise DataError(f"None of {len(raw)} pictures can be read.{first}")
+        raise DataError(f"None of {len(raw)} images can be read.{first}")
     labels = [int(numbers[i]) for i in kept]
     readable = set(labels)
     unread = {label: first for label, first in unread.items() if label not in readable}
-    chosen = dataset.select(kept).select_columns([image]).cast_column(image, _Picture())
+    chosen = dataset.select(kept).select_columns([image]).cast_column(image, _Image())
     if image != IMAGE:
         chosen = chosen.rename_column(image, IMAGE)
     chosen = _with_labels(chosen, labels)
-    return Pictures(chosen, class_names(dataset), tuple(left_out), unread)
+    return Images(chosen, class_names(dataset), tuple(left_out), unread)
 
 
 def _with_labels(dataset: datasets.Dataset, labels: list[int]) -> datasets.Dataset:
@@ -235,31 +232,31 @@ def _with_labels(dataset: datasets.Dataset, labels: list[int]) -> datasets.Datas
             datasets.enable_progress_bars()
 
 
-def check_classes(pictures: Pictures, where: str) -> None:
-    """Raise DataError unless there are pictures of two classes at least, and of each class some that can be read.
+def check_classes(images: Images, where: str) -> None:
+    """Raise DataError unless there are images of two classes at least, and of each class some that can be read.
 
     Args:
-        pictures: what was read.
+        images: what was read.
         where: it was read from, for the message.
     """
-    counts, place = pictures.counts(), printable(where)
-    if pictures.unread:
-        empty = [pictures.names[i] if pictures.names is not None else str(i) for i in pictures.unread]
-        first = next(iter(pictures.unread.values()))
+    counts, place = images.counts(), printable(where)
+    if images.unread:
+        empty = [images.names[i] if images.names is not None else str(i) for i in images.unread]
+        first = next(iter(images.unread.values()))
         raise DataError(
-            f"{place}: no picture of these classes can be read: {some(empty)}; {len(pictures.left_out)} files are "
+            f"{place}: no image of these classes can be read: {some(empty)}; {len(images.left_out)} files are "
             f"left out. {printable(first.picture)}: {printable(first.reason)}. Mend the files, or remove the folders."
         )
     there = [name for name, count in counts.items() if count]
     if len(there) < 2:
         raise DataError(
-            f"{place} holds one class only, {some(there)}, with {counts.total()} pictures; two are the least that can "
+            f"{place} holds one class only, {some(there)}, with {counts.total()} images; two are the least that can "
             f"be told apart. {LAYOUT}"
         )
 
 
 def _columns(dataset: datasets.Dataset) -> tuple[str, str]:
-    """The names of the columns of pictures and of labels."""
+    """The names of the columns of images and of labels."""
     features = dataset.features
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     named = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -267,7 +264,7 @@ def _columns(dataset: datasets.Dataset) -> tuple[str, str]:
     labels = named or numbers
     if len(images) != 1 or len(labels) != 1:
         raise DataError(
-            f"One column of pictures and one of class labels are needed; found {images} and {labels} among "
+            f"One column of images and one of class labels are needed; found {images} and {labels} among "
             f"{list(features)}. {LAYOUT}"
         )
     return images[0], labels[0]
@@ -287,79 +284,14 @@ def _why_unreadable(stored: Mapping[str, Any]) -> str | None:
     return None
 
 
-def numbers_of_labels(config: Any) -> dict[str, int]:
-    """The number of each label of a classifier, by name; from `id2label` where its configuration has no more."""
-    found: dict[str, int] = config.label2id or {label: number for number, label in (config.id2label or {}).items()}
-    return found
-
-
-def labels_meant(names: Iterable[str], label2id: Iterable[str]) -> dict[str, list[str]]:
-    """The labels that each class may be: that very one, else those that are the same in Unicode NFC, else those that
-    differ in upper and lower case, "_", "-" and spaces only."""
-    spelled: list[tuple[Callable[[str], str], dict[str, list[str]]]] = [(alike, {}) for alike in (str, nfc, _plain)]
-    for label in label2id:
-        for alike, found in spelled:
-            found.setdefault(alike(label), []).append(label)
-    return {name: next((found[alike(name)] for alike, found in spelled if alike(name) in found), []) for name in names}
-
-
-def match_labels(names: Sequence[str] | None, label2id: Mapping[str, int], what: str) -> dict[int, int]:
-    """The model's number of each class of a dataset.
-
-    Args:
-        names: the dataset's classes, in the order of its numbers; None: its numbers are the model's.
-        label2id: of the model's configuration; a class is the label that `labels_meant` names.
-        what: the model, for the message.
-
-    Raises:
-        DataError: if a class is none of the model's labels, or may be several, or two classes are the same one.
-    """
-    if names is None:
-        return {i: i for i in label2id.values()}
-    if [nfc(name) for name in names] == [nfc(name) for name in sorted(label2id, key=lambda name: label2id[name])]:
-        return {i: i for i in range(len(names))}
-    meant = labels_meant(names, label2id)
-    strange = [name for name, labels in meant.items() if not labels]
-    if strange:
-        raise DataError(
-            f"These classes of the pictures are no labels of {what}: {some(strange)}. Its labels are: "
-            f"{some(list(label2id))}. Name the folders as the labels, or set label2id in its config.json."
-        )
-    taken: dict[str, str] = {}
-    for name, labels in meant.items():
-        if len(labels) > 1:
-            raise DataError(
-                f"The class {some([name])} of the pictures may be any of these labels of {what}: {some(labels)}. "
-                "Name its folder exactly as one of them."
-            )
-        if labels[0] in taken:
-            raise DataError(
-                f"The classes {some([taken[labels[0]]])} and {some([name])} of the pictures are both the label "
-                f"{some(labels)} of {what}. Put their pictures into one folder, or name one exactly as another of its "
-                f"labels: {some(list(label2id))}."
-            )
-        taken[labels[0]] = name
-    return {i: label2id[meant[name][0]] for i, name in enumerate(names)}
-
-
-def relabel(pictures: Pictures, numbers: Mapping[int, int], what: str) -> datasets.Dataset:
-    """The pictures with the model's numbers as labels.
+def relabel(images: Images, numbers: Mapping[int, int], what: str) -> datasets.Dataset:
+    """The images with the model's numbers as labels.
 
     Raises:
         DataError: for a label that has none.
     """
-    labels = pictures.dataset[LABEL]
+    labels = images.dataset[LABEL]
     strange = sorted(set(labels) - set(numbers))
     if strange:
-        raise DataError(f"Pictures with the labels {strange[:10]}: those of {what} are 0 to {max(numbers.values())}.")
-    return _with_labels(pictures.dataset.remove_columns(LABEL), [numbers[label] for label in labels])
-
-
-def _plain(name: str) -> str:
-    return nfc(name).casefold().replace("_", " ").replace("-", " ").strip()
-
-
-def some(names: Sequence[str], most: int = 10) -> str:
-    """Names for a message: the first ones, fit to print, and how many there are."""
-    rest = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(repr(printable(name)) for name in names[:most]) + rest
+        raise DataError(f"Images with the labels {strange[:10]}: those of {what} are 0 to {max(numbers.values())}.")
+    return _with_labels(images.dataset.remove_columns(LABEL), [numbers[label] for label in labels])

@@ -1,11 +1,11 @@
-"""How pictures lie in folders: splits, classes, and every file that is neither taken nor silently lost.
+"""How images lie in folders: splits, classes, and every file that is neither taken nor silently lost.
 
 | path, below DATA | what it is |
 |---|---|
-| CLASS/file | a picture of the class CLASS |
+| CLASS/file | an image of the class CLASS |
 | SPLIT/CLASS/file | the same, in one of the splits; what lies beside their folders belongs to none |
-| file, or SPLIT/file, named in a metadata file beside it | a picture with the label of its row |
-| any other depth | refused, if it is a picture |
+| file, or SPLIT/file, named in a metadata file beside it | an image with the label of its row |
+| any other depth | refused, if it is an image |
 
 SPLIT is a folder directly in DATA that is called train or training, validation, valid, val or dev, test or testing, in
 any case, and that holds folders, or a metadata file; nothing else in a path makes a split. A metadata file is
@@ -16,31 +16,40 @@ Hidden files and those of operating systems are counted only. Every other file i
 """
 
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+from typing import TypeAlias
+
+import pyarrow as pa
+from pyarrow import csv, json, parquet
 
 from proxbit.errors import DataError
 from proxbit.foreign import printable
-from proxbit.training.metadata_files import METADATA, Label, read_labels
 from proxbit.training.pixels import HEIC, extensions
 
 __all__ = [
     "LAYOUT",
+    "METADATA",
     "Filed",
     "Layout",
     "LeftOut",
     "Tree",
     "layout_of",
     "nfc",
+    "read_labels",
     "split_folders",
     "unlabelled_files",
     "walk",
 ]
 
-LAYOUT = "Pictures lie in a folder for each class, such as DATA/cat/1.jpg, or DATA/train/cat/1.jpg for parts of a set."
+Label: TypeAlias = str | int | None
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+FILE, LABELS = "file_name", ("label", "labels")
+LAYOUT = "Images lie in a folder for each class, such as DATA/cat/1.jpg, or DATA/train/cat/1.jpg for parts of a set."
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -74,7 +83,7 @@ class Tree:
     """What lies below a folder, by relative path.
 
     Attributes:
-        files: each with the reason why it is no picture, or None.
+        files: each with the reason why it is no image, or None.
         folders: without the folder itself.
         litter: how many hidden files and folders, and those of operating systems, there are.
     """
@@ -120,7 +129,7 @@ def walk(folder: Path) -> Tree:
             if entry.name.startswith(".") or entry.name.casefold() in LITTER:
                 tree.litter += 1
             elif not os.path.isdir(folder / path):
-                tree.files[path] = _why_no_picture(folder / path)
+                tree.files[path] = _why_no_image(folder / path)
             elif (identity := _identity(folder / path)) in above:
                 tree.files[path] = "a link to a folder above it"
             elif entry.is_symlink() and len(path.parts) > DEEPEST_LINK:
@@ -136,7 +145,7 @@ def _identity(folder: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _why_no_picture(file: Path) -> str | None:
+def _why_no_image(file: Path) -> str | None:
     """What speaks against a file before it is opened."""
     try:
         found = os.stat(file)
@@ -148,12 +157,12 @@ def _why_no_picture(file: Path) -> str | None:
         return "its name is not UTF-8"
     kind = file.suffix.lower()
     if not kind:
-        return "its name has no extension, which says that it is a picture"
+        return "its name has no extension, which says that it is an image"
     if kind in ARCHIVES:
         return "an archive; unpack it"
     if kind not in extensions():
         heic = "HEIC is read where pillow-heif is installed: pip install 'proxbit[heic]'"
-        return heic if kind in HEIC else f"{kind} is no format of pictures that is read here"
+        return heic if kind in HEIC else f"{kind} is no format of images that is read here"
     return None if found.st_size else "an empty file"
 
 
@@ -170,7 +179,7 @@ def split_folders(tree: Tree, flat: bool = False) -> dict[str, PurePath]:
 
     Args:
         tree: of DATA.
-        flat: of pictures without labels: where DATA holds no folders but such, they need not hold folders.
+        flat: of images without labels: where DATA holds no folders but such, they need not hold folders.
 
     Raises:
         DataError: if there are two folders of one split.
@@ -191,10 +200,10 @@ def split_folders(tree: Tree, flat: bool = False) -> dict[str, PurePath]:
 
 
 def layout_of(data: Path) -> Layout:
-    """The splits and classes of a folder of pictures.
+    """The splits and classes of a folder of images.
 
     Raises:
-        DataError: if it holds no pictures, or some at another depth than that of the classes.
+        DataError: if it holds no images, or some at another depth than that of the classes.
     """
     tree = walk(data)
     prefixes = split_folders(tree)
@@ -208,7 +217,7 @@ def layout_of(data: Path) -> Layout:
     filed = [each for files in splits.values() for each in files]
     if not any(each.reason is None for each in filed):
         first = "".join(f" {printable(each.path)}: {each.reason}." for each in filed[:1])
-        raise DataError(f"{printable(data)} holds no pictures; {len(filed) + len(beside)} left out.{first} {LAYOUT}")
+        raise DataError(f"{printable(data)} holds no images; {len(filed) + len(beside)} left out.{first} {LAYOUT}")
     names = ", ".join(prefix.name for prefix in prefixes.values())
     left_out = tuple(
         LeftOut(str(data / path), why or f"beside the folders of the splits: {names}") for path, why in beside.items()
@@ -252,14 +261,14 @@ def _class_of(path: PurePath, depth: int) -> str | None:
 
 
 def _elsewhere(data: Path, misplaced: list[PurePath], inside: Mapping[PurePath, str | None], why: str) -> str:
-    """What to say of pictures at another depth."""
+    """What to say of images at another depth."""
     total = sum(reason is None for reason in inside.values())
     top = {path.parts[0] for path in inside if len(path.parts) > 1}
     wrapped = len(top) == 1 and all(len(path.parts) > 2 for path in misplaced)
     hint = f" If its classes are the folders in {printable(data / top.pop())}, name that." if wrapped else ""
     metadata = f" Its metadata file {why}." if why else ""
     return (
-        f"{printable(data)} holds {len(misplaced)} of {total} pictures at another depth than that of the classes, such "
+        f"{printable(data)} holds {len(misplaced)} of {total} images at another depth than that of the classes, such "
         f"as {printable(misplaced[0])}.{metadata} {LAYOUT}{hint}"
     )
 
@@ -281,7 +290,7 @@ def _by_metadata(
 
 
 def unlabelled_files(data: Path) -> tuple[list[Path], list[LeftOut]]:
-    """The pictures of a folder, or of its split `train`, at any depth; and what else lies there.
+    """The images of a folder, or of its split `train`, at any depth; and what else lies there.
 
     Raises:
         DataError: if there are two folders of one split.
@@ -289,5 +298,45 @@ def unlabelled_files(data: Path) -> tuple[list[Path], list[LeftOut]]:
     tree = walk(data)
     prefix = split_folders(tree, flat=True).get("train", PurePath())
     inside = tree.below(prefix)
-    pictures = sorted(data / path for path, why in inside.items() if why is None)
-    return pictures, [LeftOut(str(data / path), why) for path, why in inside.items() if why is not None]
+    images = sorted(data / path for path, why in inside.items() if why is None)
+    return images, [LeftOut(str(data / path), why) for path, why in inside.items() if why is not None]
+
+
+def read_labels(file: Path) -> list[tuple[str, Label]]:
+    """The name of each image, and its label: numbers if all are, else text.
+
+    Raises:
+        DataError: if it cannot be read, or has no such columns; its text goes on after the name of the file.
+    """
+    try:
+        table = _table(file)
+        column = next((name for name in LABELS if table.column_names.count(name) == 1), None)
+        if column is None or table.column_names.count(FILE) != 1:
+            raise DataError(f"has no columns {FILE!r} and {LABELS[0]!r}")
+        names, labels = table[FILE].to_pylist(), table[column].to_pylist()
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"cannot be read ({printable(error).rstrip('.')})") from error
+    kinds = {type(each) for each in labels if each is not None}
+    if {type(each) for each in names} - {str} or not (kinds <= {str} or kinds <= {int}):
+        raise DataError(f"has columns {FILE!r} and {column!r} that are not text, or numbers of classes")
+    if file.suffix == ".csv":
+        labels = [each or None for each in labels]
+        if all(each is None or re.fullmatch(r"-?[0-9]{1,9}", each) for each in labels):
+            labels = [None if each is None else int(each) for each in labels]
+    return list(zip(names, labels, strict=True))
+
+
+def _table(file: Path) -> pa.Table:
+    if file.suffix == ".jsonl":
+        return json.read_json(file)
+    if file.suffix == ".parquet":
+        return parquet.ParquetFile(file).read()
+    # Text, whatever it looks like: a class may be called "true".
+    text = dict.fromkeys((FILE, *LABELS), pa.string())
+    return csv.read_csv(
+        file,
+        parse_options=csv.ParseOptions(newlines_in_values=True),
+        convert_options=csv.ConvertOptions(column_types=text, strings_can_be_null=False),
+    )

@@ -1,4 +1,4 @@
-"""Pictures as a model is shown them: 8-bit RGB, upright, on white. One rule for each way in which pixels are stored.
+"""Images as a model is shown them: 8-bit RGB, upright, on white. One rule for each way in which pixels are stored.
 
 | stored | shown |
 |---|---|
@@ -27,7 +27,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from proxbit.errors import DataError
 
-__all__ = ["HEIC", "as_rgb", "extensions", "read_picture"]
+__all__ = ["HEIC", "as_rgb", "extensions", "read_image"]
 
 # Formats that Pillow decodes in this process. Others of its formats start a program (EPS: Ghostscript), are read on one
 # system only, or hold measurements instead of colors.
@@ -58,8 +58,8 @@ def extensions() -> frozenset[str]:
     return frozenset(each for each, kind in Image.registered_extensions().items() if kind in known)
 
 
-def read_picture(source: str | Path | bytes) -> Image.Image:
-    """A picture from a file, or from its content, as a model is shown it.
+def read_image(source: str | Path | bytes) -> Image.Image:
+    """An image from a file, or from its content, as a model is shown it.
 
     Raises:
         DataError: if it cannot be shown truly; its text is the reason, in a few words.
@@ -69,31 +69,31 @@ def read_picture(source: str | Path | bytes) -> Image.Image:
             warnings.simplefilter("ignore")  # of damage that Pillow goes on from: what it cannot read is an error
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             opened = BytesIO(source) if isinstance(source, bytes) else source
-            with Image.open(opened, formats=_formats()) as picture:
-                return as_rgb(picture)
+            with Image.open(opened, formats=_formats()) as image:
+                return as_rgb(image)
     except DataError:
         raise
     except UnidentifiedImageError as error:
-        raise DataError("not a picture") from error
+        raise DataError("not an image") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
-        raise DataError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, too many for a picture") from error
+        raise DataError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, too many for an image") from error
     except Exception as error:  # Pillow's many readers raise whatever they meet in a damaged file.
         raise DataError(str(error).partition("\n")[0] or type(error).__name__) from error
 
 
-def as_rgb(picture: Image.Image) -> Image.Image:
-    """A picture, at the frame where it stands, by the rules in the table of this module.
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image, at the frame where it stands, by the rules in the table of this module.
 
     Returns:
-        A new picture of mode RGB.
+        A new image of mode RGB.
 
     Raises:
         DataError: if its pixels cannot be shown truly; its text is the reason.
     """
-    short, long = sorted(picture.size)
+    short, long = sorted(image.size)
     if long > NARROW * short:
-        raise DataError(f"{picture.width} x {picture.height} pixels, too narrow for a picture")
-    upright = _in_8_bits(ImageOps.exif_transpose(picture), picture.format)
+        raise DataError(f"{image.width} x {image.height} pixels, too narrow for an image")
+    upright = _in_8_bits(ImageOps.exif_transpose(image), image.format)
     if not upright.has_transparency_data:
         return upright if upright.mode == "RGB" else upright.convert("RGB")
     shown = Image.new("RGBA", upright.size, "white")
@@ -101,23 +101,23 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     return shown.convert("RGB")
 
 
-def _in_8_bits(picture: Image.Image, form: str | None) -> Image.Image:
-    """A picture of one channel whose numbers are longer than 8 bits, as grey; any other one as it is."""
-    if picture.mode == "LAB":
+def _in_8_bits(image: Image.Image, form: str | None) -> Image.Image:
+    """An image of one channel whose numbers are longer than 8 bits, as grey; any other one as it is."""
+    if image.mode == "LAB":
         raise DataError("its colors are CIE Lab, which are not read")
-    if picture.mode not in ("I", "F") and not picture.mode.startswith("I;16"):
-        return picture
-    values = np.asarray(picture)
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and form == "PPM"):
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and form == "PPM"):
         grey = values >> 8  # Pillow reads PGM of 16 bits into 32.
     else:
         low, high = float(values.min()), float(values.max())
         if not 0 <= low <= high <= 255:  # NaN is not, either.
-            kind = "integers" if picture.mode == "I" else "floats"
+            kind = "integers" if image.mode == "I" else "floats"
             raise DataError(f"its pixels are {kind} from {low:g} to {high:g}, of which white is not known")
-        grey = np.rint(values * 255 if picture.mode == "F" and high <= 1 else values)
+        grey = np.rint(values * 255 if image.mode == "F" and high <= 1 else values)
     made = Image.fromarray(grey.astype(np.uint8))
-    clear = picture.info.get("transparency")
+    clear = image.info.get("transparency")
     if isinstance(clear, int):
         made.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return made

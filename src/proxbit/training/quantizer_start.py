@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from proxbit.errors import ConfigError
 from proxbit.nn import ActivationQuantizer, BinaryLinear, BinaryProbabilities, evaluating, soft_evaluation
 
-__all__ = ["start_quantizers"]
+__all__ = ["needs_examples", "start_quantizers"]
 
 # Tokens a layer is shown. Means over more of them do not differ by what matters.
 TOKENS = 8192
@@ -30,9 +31,7 @@ def start_quantizers(model: nn.Module, batches: Sequence[dict[str, Any]]) -> Non
     Raises:
         ConfigError: if a layer was not reached, or given what is no number.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BinaryLinear)}
-    layers = {name: layer for name, layer in layers.items() if layer.activation.learns}
-    attentions = {name: module for name, module in model.named_modules() if isinstance(module, BinaryProbabilities)}
+    layers, attentions = _learning(model)
     if not layers and not attentions:
         return
     seen = _inputs(model, layers, attentions, batches)
@@ -50,6 +49,20 @@ def start_quantizers(model: nn.Module, batches: Sequence[dict[str, Any]]) -> Non
         layer.activation.calibrate(values, may_shift=layer.bias is not None)
         _give_back(layer, 1)
         layer.activation.calibrated = True
+
+
+def needs_examples(model: nn.Module) -> bool:
+    """Whether a quantizer of activations or probabilities that learns has not been calibrated."""
+    layers, attentions = _learning(model)
+    learning = [layer.activation for layer in layers.values()], attentions.values()
+    return not all(module.calibrated for module in chain(*learning))
+
+
+def _learning(model: nn.Module) -> tuple[dict[str, BinaryLinear], dict[str, BinaryProbabilities]]:
+    """The layers whose quantizers of activations learn, and the attentions that do, by name."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BinaryLinear)}
+    attentions = {name: module for name, module in model.named_modules() if isinstance(module, BinaryProbabilities)}
+    return {name: layer for name, layer in layers.items() if layer.activation.learns}, attentions
 
 
 @torch.no_grad()

@@ -1,14 +1,22 @@
-"""The callback that keeps what `proxbit report` shows and the Trainer's own log does not."""
+"""The recorder of what `proxbit report` shows beside the Trainer's own log: layers, and images of evaluations."""
 
+import base64
+import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sized
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Subset
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from proxbit.analysis.environment import environment
 from proxbit.analysis.run_log import RUN_LOG, append_event, read_log, replace_event, start_log
@@ -18,11 +26,13 @@ from proxbit.foreign import first_line
 from proxbit.nn import LatentWeight, latent_layers
 from proxbit.plugin.sharded import full_latents
 from proxbit.quantizers import pair_key
-from proxbit.training.gallery import Gallery
 from proxbit.training.monitor import LATENT_EDGES, FlipCounter, latent_histogram
 
-__all__ = ["RunRecorder", "begin"]
+__all__ = ["Gallery", "RunRecorder", "choose", "start_file"]
 
+# Images of each kind, and the longest side that is kept, in pixels: about 500 kB at most.
+IMAGES = 12
+SIDE = 96
 # Snapshots of the layers in a run, about: with 48 layers 15 kB each, 1 MB in all.
 SNAPSHOTS = 60
 SETTINGS = (
@@ -45,56 +55,153 @@ FAILURES = (OSError, ValueError, TypeError, OverflowError, RecursionError, Memor
 logger = logging.getLogger(__name__)
 
 
-class RunRecorder(TrainerCallback):
+@dataclass(frozen=True)
+class Gallery:
+    """Examples of an evaluation, by their place in its dataset.
+
+    Attributes:
+        dataloader: of the evaluation.
+        indices: of the chosen examples.
+        answers: of each, `label`, `prediction`, `probability` of the prediction, `of_label`, and whether it is `right`.
+        total: examples of the evaluation.
+        right: how many of them were right.
+    """
+
+    dataloader: DataLoader[Any]
+    indices: list[int]
+    answers: list[dict[str, Any]]
+    total: int
+    right: int
+
+    def to_dict(self, processor: Any) -> dict[str, Any]:
+        """The answers, each with its image as base64 of PNG; JSON types. Nothing where examples hold no images.
+
+        Args:
+            processor: knows how pixels were normalized, if it is an image processor.
+        """
+        examples = Subset(self.dataloader.dataset, self.indices)
+        with torch.random.fork_rng():
+            batch = self.dataloader.collate_fn(examples.__getitems__(list(range(len(self.indices)))))
+        pixels = batch.get("pixel_values")
+        if not isinstance(pixels, Tensor) or pixels.ndim != 4:
+            return {}
+        images = [{"png": png, **answer} for png, answer in zip(_png(pixels, processor), self.answers, strict=True)]
+        return {"total": self.total, "right": self.right, "pictures": images}
+
+
+def choose(dataloader: DataLoader[Any], output: EvalLoopOutput, names: dict[int, str]) -> Gallery | None:
+    """Choose the mistakes that the model was surest of, and right answers from all over the data.
+
+    Args:
+        dataloader: of the evaluation.
+        output: of the evaluation, with logits `[N, C]` and labels `[N]`.
+        names: of the classes, as far as they have some.
+
+    Returns:
+        None where this was no classification, or no predictions were gathered, or examples cannot be asked for again.
+    """
+    scores, labels = output.predictions, output.label_ids
+    if not isinstance(scores, np.ndarray) or scores.ndim != 2 or not isinstance(labels, np.ndarray) or labels.ndim != 1:
+        return None
+    if labels.dtype.kind not in "iu" or not len(labels) or not 0 <= labels.min() <= labels.max() < scores.shape[1]:
+        return None
+    examples = dataloader.dataset
+    if isinstance(examples, IterableDataset) or not isinstance(examples, Sized) or len(examples) != len(scores):
+        return None
+    logits, target = torch.from_numpy(scores).float(), torch.from_numpy(labels).long()
+    best, prediction = logits.max(1)
+    size = logits.logsumexp(1)
+    right = (prediction == target).numpy()
+    wrong, others = np.flatnonzero(~right), np.flatnonzero(right)
+    surest = wrong[np.argsort((size - best).numpy()[wrong], kind="stable")][:IMAGES]
+    spread = others[np.linspace(0, len(others) - 1, min(IMAGES, len(others))).astype(int)]
+    indices = [int(index) for index in (*surest, *spread)]
+
+    def answer(index: int) -> dict[str, Any]:
+        label, predicted = int(target[index]), int(prediction[index])
+        return {
+            "label": str(names.get(label, label)),
+            "prediction": str(names.get(predicted, predicted)),
+            "probability": round(float((logits[index, predicted] - size[index]).exp()), 4),
+            "of_label": round(float((logits[index, label] - size[index]).exp()), 4),
+            "right": label == predicted,
+        }
+
+    return Gallery(dataloader, indices, [answer(index) for index in indices], len(labels), int(right.sum()))
+
+
+def _png(pixels: Tensor, processor: Any) -> list[str]:
+    """Images as base64 of PNG: as they were before normalization, or else from their darkest to their brightest."""
+    pixels = pixels.detach().float().cpu()[:, : 3 if pixels.shape[1] >= 3 else 1]
+    normalization = processor.to_dict() if isinstance(processor, BaseImageProcessor) else {}
+    if normalization.get("do_normalize") and len(normalization["image_mean"]) in (1, pixels.shape[1]):
+        mean, std = (torch.tensor(normalization[key]).view(-1, 1, 1) for key in ("image_mean", "image_std"))
+        pixels = pixels * std + mean
+    else:
+        low, high = pixels.min(), pixels.max()
+        pixels = (pixels - low) / (high - low).clamp(min=1e-12)
+    encoded = []
+    for array in (pixels * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy():
+        image = Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
+        image.thumbnail((SIDE, SIDE))
+        stream = io.BytesIO()
+        image.save(stream, "PNG", optimize=True)
+        encoded.append(base64.b64encode(stream.getvalue()).decode())
+    return encoded
+
+
+class RunRecorder:
     """Writes `proxbit_run.jsonl` into the output folder: every log, and the layers at up to 60 logs and at the end.
 
     Every process counts, for each may hold a part of the weights; the first one writes.
 
     It begins with the training, and not at all with `logging_strategy="no"`. A training that resumes goes on in the
     same file; one that is damaged is put aside, with a warning. What cannot be written is a warning too: it is the
-    report that lacks it, and the training goes on. When it has ended, pictures of the last evaluation are added; those
+    report that lacks it, and the training goes on. When it has ended, images of the last evaluation are added; those
     of an evaluation after it take their place.
 
     Args:
         model: the latent model.
-        flips: returns the counter of flips that the logs use.
+
+    Attributes:
+        writes: whether this process writes the file.
+        training: whether a training is under way.
     """
 
-    def __init__(self, model: nn.Module, flips: Callable[[], FlipCounter]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.flips = flips
-        self.about = _about(model)  # now, while this process has the whole model
+        self.about = _about(model)  # now, while this process has the full model
         self.active = self.writes = self.training = self.warned = False
         self.snapshots = self.taken = -1
         self.found: Gallery | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    def begin(
+        self, args: TrainingArguments, state: TrainerState, settings: Mapping[str, Any], flips: FlipCounter
     ) -> None:
-        """Begin the file, or go on in it."""
-        self.active = args.logging_strategy != IntervalStrategy.NO
+        """Begin the file, or go on in it.
+
+        Args:
+            args, state: of the Trainer.
+            settings: of the step, beside those of `args`.
+            flips: the counter that the logs use.
+        """
+        self.active, self.flips = args.logging_strategy != IntervalStrategy.NO, flips
         self.writes = self.active and state.is_world_process_zero
         if not self.active:
             return
         self.training, self.found, self.warned = True, None, False
         self.snapshots = self.taken = -1
         if self.writes:
-            self.writes = self._attempt(begin, args.output_dir, self._run(args, state), state.global_step)
+            run = self._run(args, state, settings)
+            self.writes = self._attempt(start_file, args.output_dir, run, state.global_step)
         if state.global_step == 0:
             self._add_layers(args, state, counted=False)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def log(self, args: TrainingArguments, state: TrainerState, logs: Mapping[str, Any]) -> None:
         """Add a log, and a snapshot of the layers if one is due."""
         if not self.active:
             return
-        event = {"event": "log", "step": state.global_step, "epoch": state.epoch, **(logs or {})}
+        event = {"event": "log", "step": state.global_step, "epoch": state.epoch, **logs}
         if "loss" not in event:
             self._write(args, event)
             return
@@ -105,41 +212,37 @@ class RunRecorder(TrainerCallback):
             self.snapshots = due
             self._add_layers(args, state, counted=True)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def end_epoch(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """Add a snapshot of the end, where no log does; once training has ended, the best model may be in its place."""
         ends = control.should_training_stop or state.global_step >= state.max_steps
         if self.active and ends and not control.should_log and self.taken < state.global_step:
-            self.flips().flip_ratio()
+            self.flips.flip_ratio()
             self._add_layers(args, state, counted=True)
 
-    def evaluated(self, found: Gallery | None) -> None:
-        """Keep what `choose` found, until the training has ended."""
+    def keep(self, found: Gallery | None) -> None:
+        """Keep the images of an evaluation until the training has ended."""
         self.found = found
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the pictures of an evaluation after the training."""
+    def evaluated(self, args: TrainingArguments, state: TrainerState, processor: Any) -> None:
+        """Add the images of an evaluation after the training."""
         if not self.training:
-            self._add_predictions(args, state, kwargs.get("processing_class"))
+            self._add_predictions(args, state, processor)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Add the pictures of the last evaluation."""
+    def end(self, args: TrainingArguments, state: TrainerState, processor: Any) -> None:
+        """Add the images of the last evaluation."""
         self.training = False
-        self._add_predictions(args, state, kwargs.get("processing_class"))
+        self._add_predictions(args, state, processor)
 
     def _add_predictions(self, args: TrainingArguments, state: TrainerState, processor: Any) -> None:
-        pictures = self.found.to_dict(processor) if self.writes and self.found is not None else {}
+        images = self.found.to_dict(processor) if self.writes and self.found is not None else {}
         self.found = None
-        if pictures and self._kept(args):
+        if images and self._kept(args):
             when = {"event": "predictions", "step": state.global_step, "epoch": state.epoch}
-            self._attempt(replace_event, args.output_dir, when | pictures)
+            self._attempt(replace_event, args.output_dir, when | images)
 
     def _add_layers(self, args: TrainingArguments, state: TrainerState, counted: bool) -> None:
         counts = {name: latent_histogram(layer).tolist() for name, layer in full_latents(self.model)}
-        ratios = self.flips().ratios
+        ratios = self.flips.ratios
         event = {
             "event": "layers",
             "step": state.global_step,
@@ -170,16 +273,17 @@ class RunRecorder(TrainerCallback):
         """Whether the file is still there: once the training has ended, its folder may go."""
         return self.training or (Path(args.output_dir) / RUN_LOG).exists()
 
-    def _run(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+    def _run(self, args: TrainingArguments, state: TrainerState, settings: Mapping[str, Any]) -> dict[str, Any]:
+        settings = args.to_dict() | dict(settings)
         return self.about | {
             "steps": state.max_steps,
             "epochs": state.num_train_epochs,
-            "settings": {name: value for name, value in args.to_dict().items() if name in SETTINGS},
+            "settings": {name: value for name, value in settings.items() if name in SETTINGS},
             "environment": str(environment()),
         }
 
 
-def begin(folder: str, run: dict[str, Any], step: int) -> None:
+def start_file(folder: str, run: dict[str, Any], step: int) -> None:
     """Begin the file of a run, or go on in it; one that is damaged is put aside first."""
     path = Path(folder) / RUN_LOG
     if path.is_dir() or step and path.exists():

@@ -1,14 +1,19 @@
 """`SavingTrainer`: a Trainer whose checkpoints are complete or not there, whatever breaks."""
 
+import logging
 import shutil
-from contextlib import ExitStack
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, TrainOutput
@@ -26,18 +31,21 @@ from proxbit.training.checkpoints import (
     recover,
     rotate,
 )
-from proxbit.training.finite import FiniteWatch
-from proxbit.training.preemption import SaveAtSigterm
-from proxbit.training.push import PushingTrainer
+from proxbit.training.distillation import DistillationTrainer
+from proxbit.training.monitor import FiniteWatch
 
-__all__ = ["LOCK", "SavingTrainer"]
+__all__ = ["LOCK", "SaveAtSigterm", "SavingTrainer"]
 
 # In the output folder while a training writes there. The Trainer's uploads leave out names that begin so.
 LOCK = "_proxbit_lock"
+# What a shell reports of a process that SIGTERM has ended.
+STATUS = 128 + signal.SIGTERM
+
+logger = logging.getLogger(__name__)
 
 
-class SavingTrainer(PushingTrainer):
-    """A `PushingTrainer` that loses nothing when something breaks.
+class SavingTrainer(DistillationTrainer):
+    """A `DistillationTrainer` that loses nothing when something breaks.
 
     - A checkpoint is written into a staging folder, gets a manifest with the checksum of every file, is forced to disk
       and renamed. `train(resume_from_checkpoint=True)` takes the last complete one.
@@ -52,7 +60,7 @@ class SavingTrainer(PushingTrainer):
         self._staging = False
         self._staging_name = new_staging()  # on which the processes agree as they begin to train
         self._complete: str | None = None
-        self._finite = FiniteWatch(self.accelerator)
+        self._finite = FiniteWatch()
         self._sigterm = SaveAtSigterm(self.accelerator)
         if self.args.enable_jit_checkpoint:
             # The one of transformers saves in the middle of a step, into the place of the checkpoint.
@@ -80,7 +88,7 @@ class SavingTrainer(PushingTrainer):
         """
         with ExitStack() as stack:
             folder = self._complete = self._prepare_folders(resume_from_checkpoint, stack)
-            self._finite = FiniteWatch(self.accelerator)
+            self._finite.reset()
             if self.args.enable_jit_checkpoint:
                 stack.enter_context(self._sigterm.listening())
             return self._train(folder, trial, ignore_keys_for_eval)
@@ -204,7 +212,64 @@ class SavingTrainer(PushingTrainer):
         if step and (step == self.state.global_step or best.exists()):
             self.state.best_model_checkpoint = str(best)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """With `args.push_to_hub`, once the checkpoint is complete."""
-        if not self._staging:
-            super()._push_from_checkpoint(checkpoint_folder)
+
+class SaveAtSigterm(TrainerCallback):
+    """At SIGTERM: finishes the optimizer step, has a checkpoint saved, and ends the process with status 143.
+
+    With several processes they agree at every step, so that all save the same one; it is enough that one of them gets
+    the signal.
+
+    Args:
+        accelerator: of the Trainer.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.asked = self.leaving = self.saved = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGTERM in this block. One that no step has answered is sent again at its end."""
+        self.asked = self.leaving = self.saved = False
+        before = signal.signal(signal.SIGTERM, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        if self.asked:
+            signal.raise_signal(signal.SIGTERM)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Have this step saved if any process has been asked to end."""
+        if not self.leaving and self._any_asked():
+            self.leaving = True
+        if self.leaving:
+            control.should_save = True
+
+    def _any_asked(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self.asked
+        if self.asked:
+            self.accelerator.set_trigger()
+        return bool(self.accelerator.check_trigger())
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remember that the step is saved: other callbacks may have to hear of it yet."""
+        self.saved = self.leaving
+
+    def leave_once_saved(self, state: TrainerState) -> None:
+        """End the process if it was asked to, and every callback has heard of the checkpoint."""
+        if not self.saved:
+            return
+        if state.is_local_process_zero:
+            logger.warning(
+                "SIGTERM: saved checkpoint-%d, and stopped at step %d of %d. "
+                "train(resume_from_checkpoint=True) goes on from there.",
+                state.global_step,
+                state.global_step,
+                state.max_steps,
+            )
+        raise SystemExit(STATUS)

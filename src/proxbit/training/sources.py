@@ -1,4 +1,4 @@
-"""Names of models and of sets of pictures: a folder, or a repository of the Hub, and whether that can be asked."""
+"""Names of models and of sets of images: a folder, or a repository of the Hub, and whether that can be asked."""
 
 import os
 from difflib import get_close_matches

@@ -1,46 +1,48 @@
 """`ProxConnectTrainer`: the ProxConnect++ step inside the ordinary Trainer of transformers."""
 
 import logging
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
-from proxbit.errors import ConfigError, ModelStateError
-from proxbit.nn import HALF, dtype_around, keep_single, latent_layers, learned_modules, soft_evaluation, unrounded
-from proxbit.patching import check_latents, state_of
+from proxbit.errors import ConfigError
+from proxbit.nn import HALF, dtype_around, learned_modules, soft_evaluation, unrounded
+from proxbit.patching import state_of
 from proxbit.plugin import binarize
 from proxbit.plugin.sharded import is_sharded
-from proxbit.quantizers import AGGREGATE, CONSTANT, MuSchedule
-from proxbit.training.anomalies import watch_activations
 from proxbit.training.arguments import ProxConnectArguments
-from proxbit.training.calibration import was_calibrated
-from proxbit.training.callbacks import MuCallback, learning_rates
+from proxbit.training.calibration import calibrate, was_calibrated
+from proxbit.training.callback import ProxConnectCallback, bring_to_single, check_latent
 from proxbit.training.distillation import check_arguments
-from proxbit.training.first_look import FirstLookTrainer
-from proxbit.training.gallery import choose
-from proxbit.training.lookahead import is_used_up
-from proxbit.training.monitor import FlipCounter, hardening_gap, overflow_penalty, overflow_shares
+from proxbit.training.lookahead import BATCHES, Lookahead, first_batches_of, is_used_up, layer_scores
+from proxbit.training.losses import check_teacher
+from proxbit.training.monitor import overflow_penalty
+from proxbit.training.optimizer import decayed_names, separate_latents
 from proxbit.training.recipes import get_recipe
-from proxbit.training.recorder import RunRecorder
+from proxbit.training.recorder import choose
 from proxbit.training.run_record import run_record
-from proxbit.training.stages import Stage, stages
+from proxbit.training.saving import SavingTrainer
+from proxbit.training.schedule import PROGRESSIONS, LayerScores
+from proxbit.training.upload import upload, upload_at_save, write_model_card
 
 __all__ = ["ProxConnectTrainer"]
+
+Callback = TypeVar("Callback", bound=TrainerCallback)
 
 logger = logging.getLogger(__name__)
 
 
-class ProxConnectTrainer(FirstLookTrainer):
+class ProxConnectTrainer(SavingTrainer):
     """A `Trainer` for latent models. It differs from its parent in this:
 
-    - mu follows its schedule, a pure function of the optimizer step; the last steps are hard;
+    - a `ProxConnectCallback` takes the step, with the settings of `args`, unless `callbacks` hold one;
     - latent weights are a parameter group of their own: no weight decay, a learning rate factor of their own;
     - with a teacher, the loss is mixed with distillation, see `DistillationTrainer`;
     - `evaluate` reports the hard model, which is what ships, with soft values and their gap beside it;
@@ -76,8 +78,6 @@ class ProxConnectTrainer(FirstLookTrainer):
     """
 
     args: ProxConnectArguments
-    _mu: MuCallback
-    _recorder: RunRecorder
 
     def __init__(
         self,
@@ -96,7 +96,6 @@ class ProxConnectTrainer(FirstLookTrainer):
         check_arguments(args, ProxConnectArguments)
         if (model is None) == (model_init is None):
             raise ConfigError("ProxConnectTrainer needs a model, or model_init, which makes one: one of the two.")
-        self._followed: nn.Module | None = None
         self._calibrated = False
         if model is not None:
             model = self._latent(model, args)
@@ -105,23 +104,34 @@ class ProxConnectTrainer(FirstLookTrainer):
         self._looks_first = self._calibrated and self.eval_dataset is not None and not self.args.eval_on_start
         self.args.eval_on_start |= self._looks_first
         self._resumed = False
+        self._lookahead: Lookahead | None = None
+        self._calibration_samples: int | None = None
         self._other_evaluations: list[dict[str, Any]] = []
-        self._follow()
+        if PROGRESSIONS.get(self.args.progression).score is not None and self._scores is None:
+            self.add_callback(LayerScores())
+        callback = self._callback(ProxConnectCallback)
+        if callback is None:
+            callback = ProxConnectCallback()
+            self.add_callback(callback)
+        self.proxconnect: ProxConnectCallback = callback
+        self.proxconnect.follow(self.model)
+        self.proxconnect.finite = self._finite
+        self.proxconnect.reads_checkpoints = False  # This Trainer does.
+
+    def _callback(self, kind: type[Callback]) -> Callback | None:
+        """The callback of a kind."""
+        return next((each for each in self.callback_handler.callbacks if isinstance(each, kind)), None)
+
+    @property
+    def _scores(self) -> LayerScores | None:
+        """Where scores are, if the progression goes by some; restoring callbacks from a checkpoint makes it anew."""
+        return self._callback(LayerScores)
 
     def _latent(self, model: nn.Module, args: ProxConnectArguments) -> nn.Module:
         """The model that is given, checked, and made latent if there is a recipe."""
-        state = state_of(model)
-        if state == "float" and args.recipe is not None:
+        if state_of(model) == "float" and args.recipe is not None:
             model = binarize(model, get_recipe(args.recipe).binarization())
-            state = "latent"
-        if state != "latent":
-            hint = (
-                "A packed model cannot be trained; load its latent checkpoint instead."
-                if state == "packed"
-                else "Call proxbit.binarize(model, config) first, or name a recipe: ProxConnectArguments(recipe=...)."
-            )
-            raise ModelStateError(f"ProxConnectTrainer trains latent models, this one is {state}. {hint}")
-        check_latents(model)
+        check_latent(model, "ProxConnectTrainer")
         self._calibrated = was_calibrated(model)
         if self._calibrated:
             args.begin_at_calibration()
@@ -130,52 +140,58 @@ class ProxConnectTrainer(FirstLookTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As the Trainer's; a float model is made latent by the recipe."""
         model = self._latent(super().call_model_init(trial), self.args)
-        self._check_teacher(model, self.teacher, self.args.distillation_weight)
+        check_teacher(model, self.teacher, self.args.distillation_weight)
         return model
 
-    def _follow(self) -> None:
-        """Let the callbacks of the step follow the model, which `model_init` makes anew for each training."""
-        if self._followed is not None:
-            self.remove_callback(self._mu)
-            self.remove_callback(self._recorder)
-        self._followed = self.model
-        self._mu = MuCallback(self.model, self._begin, self._stages)
-        self._flips = FlipCounter(self.model)
-        self._recorder = RunRecorder(self.model, lambda: self._flips)
-        self.add_callback(self._mu)
-        self.add_callback(self._recorder)
-
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As the parent's; meanwhile, with `args.detect_anomalies`, the inputs of layers are watched."""
-        with ExitStack() as stack:
-            if self.args.detect_anomalies:
-                stack.callback(watch_activations(self.model))
+        """As the parent's."""
+        try:
             return super().train(*args, **kwargs)
+        finally:
+            self.proxconnect.end_watch()
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Look at the first examples while each process still has the whole model, before an engine takes it apart."""
-        self._keep_single()
-        if self.model_init is not None and self.model is not self._followed:
-            self._follow()
+        """Look at the first examples while each process still has the full model, before an engine shards it."""
+        bring_to_single(self.model)
+        engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if engine and not is_sharded(self.model) and dtype_around(self.model) in HALF:
+            self.model.float()  # Engines take one dtype.
+        self.proxconnect.follow(self.model)
         self._resumed = self.state.global_step > 0
         if not self._resumed:
             self._calibrate()
             self._score()
         return super()._prepare_for_training(*args, **kwargs)
 
-    def _keep_single(self) -> None:
-        """See that latents are in single precision, whatever was done to the model; engines take one dtype alone."""
-        half = keep_single(self.model)
-        if half:
-            logger.warning(
-                "%d latent weights and learned scales, the first %s, were in half precision, which loses small steps: "
-                "they are trained in fp32. For compute in half precision: dtype=torch.float32, bf16=True.",
-                len(half),
-                half[0],
-            )
-        whole = not is_sharded(self.model)
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and whole and dtype_around(self.model) in HALF:
-            self.model.float()
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As the Trainer's; what is looked at before the first step is given back to a stream."""
+        full: Any = self.train_dataset  # type: ignore[has-type]
+        self._lookahead = Lookahead(full) if isinstance(full, IterableDataset) else None
+        self.train_dataset = full if self._lookahead is None else self._lookahead
+        try:
+            return super().get_train_dataloader()  # type: ignore[no-any-return]
+        finally:
+            self.train_dataset = full
+
+    def _first_batches(self) -> Iterable[Any]:
+        return first_batches_of(self, self._lookahead)
+
+    def _calibrate(self) -> None:
+        """Start what nobody has calibrated yet from the first examples."""
+        if self.train_dataset is None or all(module.calibrated for _, module in learned_modules(self.model)):
+            return
+        self.model.to(self.args.device)
+        with torch.random.fork_rng(), self.accelerator.autocast():
+            seen = BATCHES * self.args.per_device_train_batch_size
+            calibrate(self.model, list(self._first_batches()), weights=False, num_images=seen)
+        self._calibration_samples = min(len(self.train_dataset), seen) if has_length(self.train_dataset) else seen
+
+    def _score(self) -> None:
+        """Take what the progression goes by, before the first step; from then on checkpoints keep it."""
+        score, kept = PROGRESSIONS.get(self.args.progression).score, self._scores
+        if score is not None and kept is not None:
+            kept.scores = layer_scores(self, score, self._first_batches())
+            self.state.stateful_callbacks[LayerScores.__name__] = kept.state()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, unless all steps are done: it would take one more, in a run that resumes from its end."""
@@ -184,98 +200,21 @@ class ProxConnectTrainer(FirstLookTrainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def _load_best_model(self) -> None:
-        """As the parent's; mu is that of the step which the model is of."""
-        super()._load_best_model()
-        self._mu.went_back(self.state.best_global_step or 0)
-
-    def _begin(self, steps: int) -> MuSchedule:
-        """Count flips from here on; return the schedule of this run, checked against the range of every pair in use."""
-        self._flips = FlipCounter(self.model)
-        layers = [layer for _, layer in latent_layers(self.model)]
-        kind, start, end = layers[0].pair.schedule
-        kind = self.args.mu_schedule or kind
-        if any(layer.pair.update_from is not None for layer in layers):
-            self._check_updates(kind)
-        start, end = self._check_ends(kind, start, end)
-        schedule = MuSchedule(
-            kind=kind,
-            start=start,
-            end=end,
-            steps=steps,
-            hard_fraction=self.args.hard_fraction,
-            learning_rates=learning_rates(self.lr_scheduler, steps) if kind == AGGREGATE else (),
-        )
-        for layer in layers:
-            for step in (0, steps):
-                layer.pair.check_mu(schedule.mu(step))
-        return schedule
-
-    def _check_ends(self, kind: str, start: float, end: float) -> tuple[float, float]:
-        """Where mu starts and ends: what the arguments say, or else the pair. They say nothing that does nothing."""
-        given = self.args.mu_start, self.args.mu_end
-        start, end = (own if value is None else value for own, value in zip((start, end), given, strict=True))
-        if kind == AGGREGATE and given != (None, None):
-            raise ConfigError(
-                "mu_schedule 'aggregate' starts at 1 and adds the learning rates up: mu_start and mu_end would do "
-                "nothing. Leave them at None, or set mu_schedule to linear, log or sigmoid."
-            )
-        if kind == CONSTANT and given[1] not in (None, start):
-            raise ConfigError(
-                f"mu_schedule 'constant' (None stands for that of the pair) stays at {start:g}: mu_end={end:g} would "
-                "do nothing. Leave it at None, or set mu_schedule to linear, log or sigmoid."
-            )
-        return start, start if kind == CONSTANT else end
-
-    def _check_updates(self, kind: str) -> None:
-        if kind == AGGREGATE:
-            raise ConfigError(
-                "A pair with `update_from` applies P at every step anew: with the mu of the schedule 'aggregate' it "
-                "never learns. Leave mu_schedule, mu_start and mu_end at None for the default schedule of the pair."
-            )
-        if self.is_deepspeed_enabled:
-            raise ConfigError(
-                "A pair with `update_from` changes weights before each step, and DeepSpeed takes steps on a copy of "
-                "its own: it would do nothing. Take another pair, or FSDP2."
-            )
-
-    def _stages(self, steps: int) -> list[Stage]:
-        return stages(
-            self.model,
-            steps,
-            activations_first=self.args.activations_first,
-            progression=self.args.progression,
-            scores=self._kept.scores if self._kept else {},
-        )
-
     def penalty(self) -> Tensor | None:
         """By how much the sums of narrow accumulators overflow, if that has a weight."""
         return self.args.overflow_penalty * overflow_penalty(self.model) if self.args.overflow_penalty else None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the Trainer, with the latents in a last group of their own."""
-        if self.optimizer is not None:
-            return self.optimizer  # type: ignore[no-any-return]
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        latents = {
-            id(parameter)
-            for _, layer in latent_layers(self.model if model is None else model)
-            for name, parameter in layer.named_parameters(recurse=False)
-            if name == "weight" and parameter.requires_grad
-        }
-        moved = []
-        for group in optimizer.param_groups:
-            moved += [parameter for parameter in group["params"] if id(parameter) in latents]
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in latents]
-        learning_rate = self.args.learning_rate * self.args.latent_learning_rate_factor
-        optimizer.add_param_group({"params": moved, "weight_decay": 0.0, "lr": learning_rate})
-        return optimizer
+        if self.optimizer is None:
+            optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+            rate = self.args.learning_rate * self.args.latent_learning_rate_factor
+            separate_latents(optimizer, self.model if model is None else model, rate)
+        return self.optimizer  # type: ignore[no-any-return]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As the Trainer's, without what is learned beside the weights: it does not decay."""
-        learned = [name for name, _ in learned_modules(model)]
-        names: list[str] = super().get_decay_parameter_names(model)
-        return [name for name in names if name.rpartition(".")[0] not in learned]
+        return decayed_names(model, super().get_decay_parameter_names(model))
 
     def _evaluate(
         self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
@@ -319,9 +258,10 @@ class ProxConnectTrainer(FirstLookTrainer):
         metric_key_prefix: str = rest[-1]
         arguments = (dataloader, description, *rest)
         hard: EvalLoopOutput = super().evaluation_loop(*arguments)
-        if self._recorder.writes and metric_key_prefix.startswith("eval"):
+        recorder = self.proxconnect.recorder
+        if recorder.writes and metric_key_prefix.startswith("eval"):
             names = self.model.config.id2label if isinstance(self.model, PreTrainedModel) else {}
-            self._recorder.evaluated(choose(dataloader, hard, names))
+            recorder.keep(choose(dataloader, hard, names))
         self._close_evaluation_bar()
         if self._is_used_up(dataloader):
             logger.warning("The data of %s can be read once: soft values are left out.", description)
@@ -351,15 +291,9 @@ class ProxConnectTrainer(FirstLookTrainer):
                 callback.prediction_bar = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add mu, flip ratio and hardening gap to the logs of training."""
+        """Add mu, flip ratio and hardening gap to the logs of training, before any reporter has them."""
         if "loss" in logs:
-            layer = next(layer for _, layer in latent_layers(self.model))
-            logs["mu"] = float(layer.mu)
-            logs["flip_ratio"] = self._flips.flip_ratio()
-            logs["hardening_gap"] = hardening_gap(self.model)
-            overflows = overflow_shares(self.model)
-            if overflows:
-                logs["overflow_share"] = sum(overflows.values()) / len(overflows)
+            logs |= self.proxconnect.measures()
         super().log(logs, start_time)
 
     def run_record(self) -> dict[str, Any]:
@@ -371,8 +305,83 @@ class ProxConnectTrainer(FirstLookTrainer):
         return run_record(
             self,
             self.teacher,
-            self._mu.schedule,
+            self.proxconnect.schedule,
             self._calibration_samples,
             resumed=self._resumed,
             others=self._other_evaluations,
         )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        latent: bool = False,
+        run: Mapping[str, Any] | None = None,
+    ) -> "str | Future[str] | None":
+        """Upload what ships: the packed model, its configuration, the processor, and both cards.
+
+        A copy is packed; the model of the trainer stays latent, and can be trained on. The repository is
+        `args.hub_model_id`, or one of the user's that is called as the output folder is.
+
+        Args:
+            commit_message: of the commit.
+            blocking: whether to return only when it is uploaded.
+            token, revision, private: instead of `args.hub_token`, `args.hub_revision` and `args.hub_private_repo`.
+            latent: upload the latent model instead, for others to train on.
+            run: facts for the cards that `run_record` does not know, such as `{"license": "mit"}`.
+
+        Returns:
+            The address of the commit, or its future; None in all processes but the first.
+
+        Raises:
+            ConfigError: for `latent` under FSDP or ZeRO-3, where no process holds the float weights of the whole model.
+            ModelStateError: if the model is no model of transformers.
+            HubError: if the Hub refuses, or is not reached.
+        """
+        return upload(
+            self,
+            commit_message,
+            blocking=blocking,
+            token=token,
+            revision=revision,
+            private=private,
+            latent=latent,
+            run=run,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """With `args.push_to_hub`, once a checkpoint is complete."""
+        if not self._staging:
+            upload_at_save(self)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md` into the output folder: the model card of proxbit. Arguments as in `transformers.Trainer`;
+        of several data sets or tasks the first one is named.
+        """
+        facts = {
+            "license": license,
+            "base_model": finetuned_from,
+            "dataset_id": _first(dataset_tags),
+            "dataset": _first(dataset),
+            "dataset_config": _first(dataset_args),
+        }
+        write_model_card(self, facts, model_name, tags, language=language, pipeline_tag=_first(tasks))
+
+
+def _first(values: str | list[str] | None) -> str | None:
+    return next(iter(values), None) if isinstance(values, list) else values

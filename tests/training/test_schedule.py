@@ -2,15 +2,21 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, ViTForImageClassification, ViTModel
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 import proxbit
 from proxbit.errors import ConfigError, UnknownNameError
 from proxbit.nn import latent_layers
-from proxbit.quantizers import MuSchedule
-from proxbit.training import LayerScores, MuCallback, overflow_shares, stages
-from proxbit.training.monitor import overflow_penalty
+from proxbit.training import LayerScores, ProxConnectCallback, overflow_penalty, overflow_shares, stages
 from tiny_models import FAMILIES, SIDE, vit
 
 
@@ -116,20 +122,23 @@ def test_waiting_layers_are_float_once_they_are_calibrated_too(bits, crops):
     assert overflow_shares(model) == {} and not overflow_penalty(model).requires_grad
 
 
-def test_the_callback_lets_layers_join(model):
+def test_the_callback_lets_layers_join(tmp_path, model):
     layers = dict(latent_layers(model))
     first, last = layers["vit.layers.0.attention.q_proj"], layers["vit.layers.1.mlp.fc2"]
-
-    def begin(steps):
-        return MuSchedule("linear", 1.0, 8.0, steps, hard_fraction=0.2)
-
-    callback = MuCallback(
-        model, begin, lambda steps: stages(model, steps, activations_first=0.2, progression="front-to-back")
-    )
+    args = TrainingArguments(str(tmp_path), use_cpu=True, logging_strategy="no", report_to="none")
+    Accelerator(cpu=True)  # as a Trainer sets it up
+    proxbit.calibrate(model, [torch.rand(2, 3, SIDE, SIDE)], weights=False)
+    mu = dict(mu_schedule="linear", mu_start=1.0, mu_end=8.0, hard_fraction=0.2)
+    callback = ProxConnectCallback(**mu, activations_first=0.2, progression="front-to-back")
     seen = []
-    callback.on_train_begin(None, TrainerState(global_step=0, max_steps=100), TrainerControl())
+
+    def tell(event, step):
+        state = TrainerState(global_step=step, max_steps=100)
+        getattr(callback, event)(args, state, TrainerControl(), model=model)
+
+    tell("on_train_begin", 0)
     for step in range(100):
-        callback.on_step_begin(None, TrainerState(global_step=step, max_steps=100), TrainerControl())
+        tell("on_step_begin", step)
         seen.append((set(first.waits), float(first.mu), set(last.waits), float(last.mu), last.hardened))
     assert seen[0][0] == {"weight"} and seen[20][0] == set() and seen[0][1] == seen[20][1] == 1.0
     assert seen[0][2] == {"weight", "activation"} and seen[40][2] == {"weight"} and seen[57][2] == set()
@@ -138,7 +147,7 @@ def test_the_callback_lets_layers_join(model):
     mus = [row[3] for row in seen]
     assert mus == sorted(mus)
     # A pure function of the step: resuming in the middle gives the same.
-    callback.on_train_begin(None, TrainerState(global_step=57, max_steps=100), TrainerControl())
+    tell("on_train_begin", 57)
     assert (set(first.waits), float(first.mu), set(last.waits), float(last.mu), last.hardened) == seen[57]
 
 
@@ -252,7 +261,7 @@ def test_every_process_and_every_run_has_the_same_scores(crops, tmp_path, monkey
         found.append(kept(trainer))
         assert torch.equal(torch.get_rng_state(), before)
     assert found[0] == found[1]
-    monkeypatch.setattr("proxbit.training.first_look.broadcast", lambda values: values.flip(0))
+    monkeypatch.setattr("proxbit.training.lookahead.broadcast", lambda values: values.flip(0))
     trainer._score()
     assert list(kept(trainer).values()) == list(found[0].values())[::-1]
 

@@ -1,4 +1,4 @@
-"""What commands say of the pictures that they read: how many there are of each class, and what was left out."""
+"""What commands say of the images that they read: how many there are of each class, and what was left out."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,22 +10,22 @@ from rich.text import Text
 
 from proxbit.cli.progress import watch
 from proxbit.foreign import printable
-from proxbit.training.image_folders import LeftOut, Pictures, Splits, check_classes, read_pictures
+from proxbit.training.image_folders import Images, LeftOut, Splits, check_classes, read_images
 
-__all__ = ["read_split", "tell_left_out", "tell_pictures"]
+__all__ = ["read_split", "tell_images", "tell_left_out"]
 
 MOST_CLASSES, MOST_FILES = 20, 20
 
 
-def read_split(data: str, split: str, dataset: Dataset) -> Pictures:
-    """The pictures of one split, with a bar; refused where no classifier can be trained or measured with them."""
-    pictures = read_pictures(dataset, lambda items, total: watch("Reading pictures", items, total))
-    check_classes(pictures, f"{data}, {split}")
-    return pictures
+def read_split(data: str, split: str, dataset: Dataset) -> Images:
+    """The images of one split, with a bar; refused where no classifier can be trained or measured with them."""
+    images = read_images(dataset, lambda items, total: watch("Reading images", items, total))
+    check_classes(images, f"{data}, {split}")
+    return images
 
 
-def tell_pictures(console: Console, splits: Splits, read: Iterable[str], parts: Mapping[str, Pictures]) -> None:
-    """Print how many pictures each part and class has, and all that was left out.
+def tell_images(console: Console, splits: Splits, read: Iterable[str], parts: Mapping[str, Images]) -> None:
+    """Print how many images each part and class has, and all that was left out.
 
     Args:
         console: to print on.
@@ -33,10 +33,10 @@ def tell_pictures(console: Console, splits: Splits, read: Iterable[str], parts: 
         read: the splits of it that were read.
         parts: by their title, what came of them.
     """
-    counts = {title: pictures.counts() for title, pictures in parts.items()}
+    counts = {title: images.counts() for title, images in parts.items()}
     names = list(dict.fromkeys(name for each in counts.values() for name in each))
     table = Table()
-    table.add_column("pictures")
+    table.add_column("images")
     for title in counts:
         table.add_column(Text(printable(title)), justify="right")
     shown = names if len(names) <= MOST_CLASSES else names[: MOST_CLASSES - 1]
@@ -51,7 +51,7 @@ def tell_pictures(console: Console, splits: Splits, read: Iterable[str], parts: 
     unused = [f"{name} ({len(each):,} files)" for name, each in splits.items() if name not in set(read)]
     if unused:
         console.print(f"not used: {printable(', '.join(unused))}", highlight=False, markup=False, soft_wrap=True)
-    left_out = [*splits.left_out, *(each for pictures in parts.values() for each in pictures.left_out)]
+    left_out = [*splits.left_out, *(each for images in parts.values() for each in images.left_out)]
     tell_left_out(console, left_out, splits.litter)
 
 

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: which are chosen, what is said of them, and their pixels."""
+"""The images of an evaluation: which are chosen, what is said of them, and their pixels."""
 
 import base64
 import io
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import ViTImageProcessor, default_data_collator
 from transformers.trainer_utils import EvalLoopOutput
 
-from proxbit.training.gallery import PICTURES, SIDE, choose
+from proxbit.training.recorder import IMAGES, SIDE, choose
 
 COUNT = 60
 
@@ -29,8 +29,8 @@ def logits_and_labels():
     return logits, labels
 
 
-def loader(pictures):
-    examples = [{"pixel_values": picture, "labels": i % 3} for i, picture in enumerate(pictures)]
+def loader(images):
+    examples = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(images)]
     return DataLoader(examples, batch_size=8, collate_fn=default_data_collator)
 
 
@@ -41,9 +41,9 @@ def pixels_of(one):
 def test_the_surest_mistakes_and_right_answers_from_everywhere(crops):
     logits, labels = logits_and_labels()
     found = choose(loader(crops(COUNT, 8)), output(logits, labels), {0: "zero", 1: "one"})
-    wrong, right = found.indices[:PICTURES], found.indices[PICTURES:]
-    assert wrong == sorted((i for i in range(COUNT) if i % 4 == 0), reverse=True)[:PICTURES]
-    assert right == sorted(right) and len(right) == PICTURES
+    wrong, right = found.indices[:IMAGES], found.indices[IMAGES:]
+    assert wrong == sorted((i for i in range(COUNT) if i % 4 == 0), reverse=True)[:IMAGES]
+    assert right == sorted(right) and len(right) == IMAGES
     assert (right[0], right[-1]) == (1, COUNT - 1)
     assert (found.total, found.right) == (COUNT, COUNT - COUNT // 4)
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -58,11 +58,11 @@ def test_the_surest_mistakes_and_right_answers_from_everywhere(crops):
 
 def test_pictures_are_those_of_the_dataset(crops):
     """Without a processor the darkest value is black, the brightest white."""
-    pictures = crops(COUNT, 8)
-    found = choose(loader(pictures), output(*logits_and_labels()), {})
+    images = crops(COUNT, 8)
+    found = choose(loader(images), output(*logits_and_labels()), {})
     made = found.to_dict(None)
     assert (made["total"], made["right"]) == (COUNT, 45)
-    chosen = pictures[found.indices]
+    chosen = images[found.indices]
     expected = 255 * (chosen - chosen.min()) / (chosen.max() - chosen.min())
     for one, pixels in zip(made["pictures"], expected, strict=True):
         np.testing.assert_allclose(pixels_of(one), pixels.permute(1, 2, 0), atol=0.51)
@@ -90,7 +90,7 @@ def test_all_right_or_all_wrong(crops):
     logits, labels = logits_and_labels()
     for given, right in ((logits.argmax(1), COUNT), ((logits.argmax(1) + 1) % 3, 0)):
         found = choose(loader(crops(COUNT, 8)), output(logits, given), {})
-        assert (found.right, len(found.indices)) == (right, PICTURES)
+        assert (found.right, len(found.indices)) == (right, IMAGES)
 
 
 def test_random_numbers_stay_as_they_are(crops):

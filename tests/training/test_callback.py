@@ -4,106 +4,112 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments, ViTForImageClassification
 
 import proxbit
+from proxbit import training
 from proxbit.config import BinarizationConfig
 from proxbit.errors import MuRangeError
 from proxbit.nn import latent_layers
 from proxbit.quantizers import MuSchedule
-from proxbit.training import LayerScores, MuCallback, ProxConnectArguments, ProxConnectTrainer, stages
+from proxbit.training import LayerScores, ProxConnectArguments, ProxConnectCallback, ProxConnectTrainer
 from tiny_models import LABELS, SIDE, vit
 
 RATE, STEPS = 0.5, 3
+# mu from 1 to 8 in the 8 soft steps of 10.
+LINEAR = dict(mu_schedule="linear", mu_start=1.0, mu_end=8.0, hard_fraction=0.2)
 
 
 @pytest.fixture
 def model():
+    return latent("bnn++")
+
+
+def latent(pair):
+    torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
-    return proxbit.binarize(layers, BinarizationConfig(weights="bnn++", include=["*"]))
+    return proxbit.binarize(layers, BinarizationConfig(weights=pair, include=["*"]))
 
 
-def state(step, steps=10):
-    return TrainerState(global_step=step, max_steps=steps)
+class Run:
+    """A callback in the place where a Trainer has it."""
+
+    def __init__(self, folder, model, callback, steps=10):
+        self.args = TrainingArguments(str(folder), use_cpu=True, report_to="none", logging_strategy="no")
+        Accelerator(cpu=True)  # as a Trainer sets it up
+        self.model, self.callback, self.steps = model, callback, steps
+
+    def tell(self, event, step, **state):
+        found = TrainerState(global_step=step, max_steps=self.steps, **state)
+        return getattr(self.callback, event)(self.args, found, TrainerControl(), model=self.model)
 
 
-def linear(steps):
-    """mu from 1 to 8 in the 8 soft steps of 10."""
-    return MuSchedule("linear", 1.0, 8.0, steps, hard_fraction=0.2)
+@pytest.fixture
+def run(tmp_path, model):
+    return Run(tmp_path, model, ProxConnectCallback(**LINEAR))
 
 
 def seen(model):
     return {(float(layer.mu), layer.hardened) for _, layer in latent_layers(model)}
 
 
-def test_every_step_has_its_mu(model):
-    callback = MuCallback(model, linear)
-    callback.on_train_begin(None, state(0), TrainerControl())
+def test_every_step_has_its_mu(run, model):
+    run.tell("on_train_begin", 0)
     for step in range(10):
-        callback.on_step_begin(None, state(step), TrainerControl())
+        run.tell("on_step_begin", step)
         assert seen(model) == {(min(step + 1.0, 8.0), step >= 8)}
 
 
-def test_resuming_goes_where_training_stopped(model):
-    """Before the first step already: an evaluation may come first. Steps may then come in any order."""
-    callback = MuCallback(model, linear)
-    callback.on_train_begin(None, state(9), TrainerControl())
+def test_a_training_begins_or_resumes_where_it_stands(run, model):
+    """Before the first step already: an evaluation may come first. Steps may then come in any order. The next training
+    has as many steps as it says.
+    """
+    run.tell("on_train_begin", 9)
     assert seen(model) == {(8.0, True)}
-    callback.on_step_begin(None, state(2), TrainerControl())
+    run.tell("on_step_begin", 2)
     assert seen(model) == {(3.0, False)}
+    run.steps = 40
+    run.tell("on_train_begin", 0)
+    run.tell("on_step_begin", 31)
+    assert seen(model) == {(8.0, False)}
 
 
-def test_a_run_that_stopped_in_a_stage_leaves_nothing_waiting(model):
+def test_a_run_that_stopped_in_a_stage_leaves_nothing_waiting(tmp_path, model):
     """The next one of the same model has its own stages, or none; one that resumes has those of its step."""
-    halves = MuCallback(model, linear, lambda steps: stages(model, steps, activations_first=0.5))
+    halves = Run(tmp_path, model, ProxConnectCallback(**LINEAR, activations_first=0.5))
     layers = [layer for _, layer in latent_layers(model)]
-    halves.on_train_begin(None, state(0), TrainerControl())
-    halves.on_step_begin(None, state(3), TrainerControl())
+    halves.tell("on_train_begin", 0)
+    halves.tell("on_step_begin", 3)
     assert all(layer.waits == {"weight"} for layer in layers)
-    MuCallback(model, linear).on_train_begin(None, state(0), TrainerControl())
+    Run(tmp_path, model, ProxConnectCallback(**LINEAR)).tell("on_train_begin", 0)
     assert all(layer.waits == set() for layer in layers)
     for step, waits in ((3, {"weight"}), (5, set())):
-        halves.on_train_begin(None, state(step), TrainerControl())
+        halves.tell("on_train_begin", step)
         assert all(layer.waits == waits for layer in layers)
 
 
-def test_the_schedule_is_made_when_training_begins(model):
-    steps = []
-
-    def begin(count):
-        steps.append(count)
-        return linear(count)
-
-    callback = MuCallback(model, begin)
-    assert steps == []
-    callback.on_train_begin(None, state(0, steps=40), TrainerControl())
-    callback.on_step_begin(None, state(0, steps=40), TrainerControl())
-    assert steps == [40]
-    callback.on_train_begin(None, state(0, steps=20), TrainerControl())
-    assert steps == [40, 20]
-
-
-def test_a_mu_out_of_range_changes_nothing(model):
+def test_a_mu_out_of_range_changes_nothing(tmp_path, model):
     before = seen(model)
-    callback = MuCallback(model, lambda steps: MuSchedule("constant", -1.0, -1.0, steps))
+    callback = ProxConnectCallback(mu_schedule="constant", mu_start=-1.0)
     with pytest.raises(MuRangeError, match="mu = -1"):
-        callback.on_train_begin(None, state(0), TrainerControl())
+        Run(tmp_path, model, callback).tell("on_train_begin", 0)
     assert seen(model) == before
 
 
-def test_only_pairs_that_say_so_start_elsewhere():
+@pytest.mark.parametrize(("pair", "moves"), [("proxquant", True), ("rpc", True), ("pc", False), ("bnn++", False)])
+def test_only_pairs_that_say_so_start_elsewhere(tmp_path, pair, moves):
     """The callback moves the latents of proxquant, before the step of the optimizer, and of no other pair."""
-    for pair, moves in (("proxquant", True), ("rpc", True), ("pc", False), ("bnn++", False)):
-        model = proxbit.binarize(nn.Sequential(nn.Linear(5, 4)), BinarizationConfig(weights=pair, include=["*"]))
-        callback = MuCallback(model, lambda steps: MuSchedule("constant", 0.3, 0.3, steps))
-        before = model[0].weight.detach().clone()
-        callback.on_train_begin(None, state(0), TrainerControl())
-        callback.on_step_begin(None, state(0), TrainerControl())
-        assert torch.equal(model[0].weight, before)
-        model[0].weight.grad = torch.ones_like(model[0].weight)
-        callback.on_pre_optimizer_step(None, state(0), TrainerControl())
-        assert torch.equal(model[0].weight, before) is not moves
+    model = latent(pair)
+    run = Run(tmp_path, model, ProxConnectCallback(mu_schedule="constant", mu_start=0.3, hard_fraction=0.0))
+    before = model[0].weight.detach().clone()
+    run.tell("on_train_begin", 0)
+    run.tell("on_step_begin", 0)
+    assert torch.equal(model[0].weight, before)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    run.tell("on_pre_optimizer_step", 0)
+    assert torch.equal(model[0].weight, before) is not moves
 
 
 def quantized(rows, mu):
@@ -141,8 +147,7 @@ def by_hand(model, names, pixels, labels, pair, units):
 
 
 @pytest.mark.filterwarnings("ignore:Training ended soft")
-@pytest.mark.parametrize("units", ["raw", "rows"])
-@pytest.mark.parametrize("pair", ["proxquant", "rpc"])
+@pytest.mark.parametrize(("pair", "units"), [("proxquant", "raw"), ("proxquant", "rows"), ("rpc", "rows")])
 def test_a_step_from_the_proximal_map(tmp_path, crops, pair, units):
     """ProxQuant: w* <- P(w*) - lr g(P(w*)); reverse ProxConnect: w* <- P(w*) - lr g(w*)."""
     model = ViTForImageClassification(vit(initializer_range=0.3)).double()
@@ -180,25 +185,22 @@ def test_a_step_from_the_proximal_map(tmp_path, crops, pair, units):
     assert all((expected[name] - before[name]).abs().max() > 0.01 for name in names)
 
 
-def test_a_run_that_ends_soft_is_told(model, recwarn):
+def test_a_run_that_ends_soft_is_told(run, recwarn):
     """The gap and mu are in the warning; a run that ends hard has none."""
-    arguments = ProxConnectArguments("unused", hard_fraction=0.0, use_cpu=True, report_to="none")
-    callback = MuCallback(model, linear)
-    callback.on_train_begin(None, state(2), TrainerControl())
+    run.tell("on_train_begin", 2)
     with pytest.warns(UserWarning, match=r"ended soft, at mu = 3: the hardening gap .* is 0\.\d+,.*at step 8 of 10"):
-        callback.on_train_end(arguments, state(2), TrainerControl())
+        run.tell("on_train_end", 2)
     recwarn.clear()
-    callback.on_step_begin(None, state(9), TrainerControl())
-    callback.on_train_end(arguments, state(10), TrainerControl())
+    run.tell("on_step_begin", 9)
+    run.tell("on_train_end", 10)
     assert not list(recwarn)
 
 
-def test_a_run_too_short_for_a_hard_step_is_told(model):
-    arguments = ProxConnectArguments("unused", hard_fraction=0.1, use_cpu=True, report_to="none")
-    callback = MuCallback(model, lambda steps: MuSchedule("linear", 1.0, 3.0, steps=steps, hard_fraction=0.1))
-    callback.on_train_begin(None, state(0, 4), TrainerControl())
+def test_a_run_too_short_for_a_hard_step_is_told(tmp_path, model):
+    run = Run(tmp_path, model, ProxConnectCallback(), steps=4)
+    run.tell("on_train_begin", 0)
     with pytest.warns(UserWarning, match=r"hard part \(hard_fraction, now 0\.1, which of 4 steps is none\)"):
-        callback.on_train_end(arguments, state(4, 4), TrainerControl())
+        run.tell("on_train_end", 4)
 
 
 @pytest.mark.parametrize(
@@ -210,53 +212,54 @@ def test_a_run_too_short_for_a_hard_step_is_told(model):
     ],
     ids=["stopped early", "to the end", "no hard part"],
 )
-def test_what_is_said_belongs_to_the_model_that_is_loaded(model, stopped, fraction, advice):
+def test_what_is_said_belongs_to_the_model_that_is_loaded(tmp_path, model, stopped, fraction, advice):
     """The best one is of step 4: saved after its fourth step, the one with the number 3."""
-    callback = MuCallback(model, lambda steps: MuSchedule("linear", 1.0, 8.0, steps, hard_fraction=fraction))
-    callback.on_train_begin(None, state(0), TrainerControl())
-    callback.on_step_begin(None, state(3), TrainerControl())
+    run = Run(tmp_path, model, ProxConnectCallback(**LINEAR | {"hard_fraction": fraction}))
+    run.args.load_best_model_at_end = True
+    run.tell("on_train_begin", 0)
+    run.tell("on_step_begin", 3)
     of_the_best = seen(model)
-    callback.on_step_begin(None, state(stopped - 1), TrainerControl())
-    callback.went_back(4)
-    assert seen(model) == of_the_best
+    run.tell("on_step_begin", stopped - 1)
     with pytest.warns(UserWarning, match=rf"The best model, of step 4, is soft, at mu = [\d.]+: .*{advice}"):
-        callback.on_train_end(None, state(stopped), TrainerControl())
-    callback.on_train_begin(None, state(0), TrainerControl())
-    assert callback.best is None
-
-
-def test_any_trainer_hardens_with_it(tmp_path, crops):
-    """The control: without it a Trainer of transformers trains at the first mu to the end, and `pack` says so."""
-    data = [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(4, SIDE))]
-    options = dict(max_steps=10, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True)
-    for hardens in (True, False):
-        latent = proxbit.binarize(ViTForImageClassification(vit(num_hidden_layers=1)))
-        callbacks = [MuCallback(latent)] if hardens else []
-        Trainer(latent, TrainingArguments(str(tmp_path), **options), train_dataset=data, callbacks=callbacks).train()
-        assert seen(latent) == ({(30.0, True)} if hardens else {(0.3, False)})
-        assert {layer.trained_soft for _, layer in latent_layers(latent)} == {not hardens}
+        run.tell("on_train_end", stopped, best_model_checkpoint=str(tmp_path), best_global_step=4)
+    assert seen(model) == of_the_best
+    run.tell("on_train_begin", 0)
+    with pytest.warns(UserWarning, match="Training ended soft"):
+        run.tell("on_train_end", 2)
 
 
 @pytest.mark.parametrize(
     ("pair", "kind", "larger"),
-    [
-        ("bnn++", "linear", True),
-        ("bnn++", "constant", False),
-        ("proxquant", "linear", False),
-        ("rpc", "linear", False),
-    ],
+    [("bnn++", "linear", True), ("bnn++", "constant", False), ("proxquant", "linear", False)],
 )
-def test_a_larger_mu_is_advised_where_it_does_no_harm(pair, kind, larger, recwarn):
+def test_a_larger_mu_is_advised_where_it_does_no_harm(tmp_path, pair, kind, larger, recwarn):
     """`proxquant` and `rpc` pull weights by up to mu at every step, whatever the learning rate. A constant mu has no
     other end.
     """
-    latent = proxbit.binarize(nn.Sequential(nn.Linear(5, 4)), BinarizationConfig(weights=pair, include=["*"]))
-    callback = MuCallback(latent, lambda steps: MuSchedule(kind, 0.01, 0.01, steps=steps))
-    callback.on_train_begin(None, state(2), TrainerControl())
-    arguments = ProxConnectArguments("unused", hard_fraction=0.0, use_cpu=True, report_to="none")
-    callback.on_train_end(arguments, state(2), TrainerControl())
+    settings = dict(mu_schedule=kind, mu_start=0.01, mu_end=0.01, hard_fraction=0.0)
+    run = Run(tmp_path, latent(pair), ProxConnectCallback(**settings))
+    run.tell("on_train_begin", 2)
+    run.tell("on_train_end", 2)
     (warning,) = [str(each.message) for each in recwarn if "ended soft" in str(each.message)]
     assert ("larger mu_end" in warning) is larger and "hard_fraction" in warning
+
+
+def test_the_name_of_before_hardens_too(tmp_path, crops):
+    """The control: without it a Trainer of transformers trains at the first mu to the end, and `pack` says so."""
+    with pytest.warns(DeprecationWarning, match="MuCallback is deprecated: use ProxConnectCallback"):
+        kind = training.MuCallback
+    data = [{"pixel_values": image, "labels": i % LABELS} for i, image in enumerate(crops(4, SIDE))]
+    options = dict(max_steps=4, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True)
+
+    def begin(steps):
+        return MuSchedule("constant", 2.0, 2.0, steps=steps, hard_fraction=0.5)
+
+    for arguments, end in (((), (30.0, False)), ((begin,), (2.0, True)), (None, (0.3, False))):
+        model = proxbit.binarize(ViTForImageClassification(vit(num_hidden_layers=1)))
+        callbacks = [] if arguments is None else [kind(model, *arguments)]
+        Trainer(model, TrainingArguments(str(tmp_path), **options), train_dataset=data, callbacks=callbacks).train()
+        assert seen(model) == {end}
+        assert {layer.trained_soft for _, layer in latent_layers(model)} == {not end[1]}
 
 
 def test_scores_are_those_of_the_state_that_a_run_resumes_from():
@@ -268,6 +271,5 @@ def test_scores_are_those_of_the_state_that_a_run_resumes_from():
         begun.global_step = step
         callback.on_train_begin(None, begun, TrainerControl())
         assert callback.scores == expected
-    callback.scores = scores
-    callback.on_train_begin(None, state(3), TrainerControl())
+    callback.on_train_begin(None, TrainerState(global_step=3), TrainerControl())
     assert callback.scores == {}

@@ -6,7 +6,7 @@ import transformers as hf
 from torch import nn
 
 from proxbit.errors import CheckpointError
-from proxbit.training.heads import give_labels
+from proxbit.training.labels import give_labels
 from tiny_models import SIDE, vit
 
 OLD = ["banana", "apple", "cherry"]

@@ -28,7 +28,7 @@ def once_from_generator(examples):
 
 @pytest.fixture(scope="module")
 def examples(crops):
-    return [{"pixel_values": picture, "labels": i % LABELS} for i, picture in enumerate(crops(BATCH * STEPS, SIDE))]
+    return [{"pixel_values": image, "labels": i % LABELS} for i, image in enumerate(crops(BATCH * STEPS, SIDE))]
 
 
 @pytest.fixture
