@@ -96,8 +96,9 @@ def test_the_check_sees_violations():
     assert layer_violations("nn.latent", "from proxbit.nn.learned import learned_modules") == []
 
 
-def test_every_part_has_a_layer():
+def test_every_part_has_a_layer_and_every_folder_is_a_package():
     assert {module_of(file).split(".")[0] for file in FILES} <= set(LAYERS)
+    assert [file.parent for file in FILES if not (file.parent / "__init__.py").is_file()] == []
 
 
 def test_no_import_cycles():
