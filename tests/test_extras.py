@@ -22,6 +22,8 @@ packed.save_pretrained(sys.argv[1])
 again = AutoModelForImageClassification.from_pretrained(sys.argv[1])
 images = torch.rand(2, 3, 16, 16)
 assert torch.equal(again(images).logits, packed(images).logits)
+from proxbit.training import get_recipe
+assert get_recipe("w1a8").training
 for name in proxbit.__all__:
     try:
         getattr(proxbit, name)

@@ -4,12 +4,11 @@ Importing the package registers it with transformers: `from_pretrained` then loa
 """
 
 from importlib.metadata import version
-from typing import Any
 
 import proxbit.hub  # noqa: F401
 from proxbit.config import BinarizationConfig
 from proxbit.errors import ProxbitError
-from proxbit.extras import import_with_extras
+from proxbit.extras import lazy
 from proxbit.nn import set_mu, soft_evaluation, start_update
 from proxbit.optim import ProxConnect
 from proxbit.plugin import binarize, dequantize, equalize, fuse, pack
@@ -65,8 +64,4 @@ __all__ = [
     "write_release",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_with_extras(_LAZY[name], f"proxbit.{name}"), name)
-    raise AttributeError(f"module 'proxbit' has no attribute {name!r}")
+__getattr__ = lazy(__name__, _LAZY)

@@ -1,13 +1,15 @@
 """Packages that only some users need: what is missing is named together with the extra of proxbit that installs it."""
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import requires
 from re import match
 from types import ModuleType
+from typing import Any
 
 from proxbit.errors import MissingPackageError
 
-__all__ = ["import_with_extras"]
+__all__ = ["import_with_extras", "lazy"]
 
 # Modules that are not named as their packages.
 PACKAGES = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
@@ -34,6 +36,22 @@ def import_with_extras(module: str, what: str) -> ModuleType:
             f"{what} needs the package {PACKAGES.get(missing, missing)}, which is not installed: "
             f"pip install 'proxbit[{extras[0]}]', or 'proxbit[all]' for every command and the Trainer."
         ) from error
+
+
+def lazy(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A `__getattr__` for a package whose names are imported at first use.
+
+    Args:
+        package: its `__name__`.
+        names: for each name, the module that has it.
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_with_extras(names[name], f"{package}.{name}"), name)
+
+    return find
 
 
 def _extras_of(package: str) -> list[str]:
