@@ -68,7 +68,7 @@ def animals(fold: int) -> tuple[Dataset, Dataset]:
     """To train with, beside their mirror images, and to test with: `[n, 3, 40, 40]`, and labels."""
     task = dinov2.load_task("animals")
     (x, y), test = ((dinov2.pixels(task, part, SIDE), torch.from_numpy(task.labels[part])) for part in task.fold(fold))
-    return accuracy.Pictures(torch.cat([x, x.flip(3)]), torch.cat([y, y])), accuracy.Pictures(*test)
+    return accuracy.Images(torch.cat([x, x.flip(3)]), torch.cat([y, y])), accuracy.Images(*test)
 
 
 CELLS, ANIMALS = accuracy.TASKS["solar"], accuracy.Task("", animals, resnet, 15, 12, 64, 1e-3)
@@ -110,12 +110,12 @@ def wanted(models: list[str], folds: list[int], methods: list[str]) -> Iterator[
                     yield from (Run(model, fold, column, method) for method in several if method in methods)
 
 
-def plain(pictures: Dataset) -> accuracy.Pictures:
+def plain(pictures: Dataset) -> accuracy.Images:
     """All pictures of a part, as they are."""
-    if isinstance(pictures, accuracy.Pictures):
+    if isinstance(pictures, accuracy.Images):
         return pictures
     rows = pictures.with_transform(accuracy.solar.as_pixels)[:]
-    return accuracy.Pictures(torch.stack(rows["pixel_values"]), torch.tensor(rows["labels"]))
+    return accuracy.Images(torch.stack(rows["pixel_values"]), torch.tensor(rows["labels"]))
 
 
 def shown(run: Run, pixels: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ def test_every_method_trains_and_is_packed(script, tmp_path, monkeypatch):
     """All rows on two pictures of each digit, for one epoch."""
     accuracy = script("accuracy")
     train, test = accuracy.digits(0)
-    few = accuracy.Pictures(train.pixels[:20], train.labels[:20])
+    few = accuracy.Images(train.pixels[:20], train.labels[:20])
     short(accuracy, monkeypatch, "digits-16", pictures=lambda fold: (few, test))
     binary = (accuracy.SIGN, "bnn++", accuracy.TORCHAO, "bnn++ hard from the start")
     for method in (accuracy.FLOAT, accuracy.LONGER, *binary):
@@ -333,7 +333,7 @@ def test_models_are_made_1_bit_in_every_way(script, tmp_path, monkeypatch):
     """On two pictures of each digit, for one epoch; what is finished is known again."""
     models = script("posttraining_models")
     train, test = models.accuracy.digits(0)
-    few = models.accuracy.Pictures(train.pixels[:20], train.labels[:20])
+    few = models.accuracy.Images(train.pixels[:20], train.labels[:20])
     short = {"pictures": lambda fold: (few, test), "float_epochs": 1, "epochs": 1, "batch": 10}
     monkeypatch.setitem(models.MODELS, "digits-32", replace(models.MODELS["digits-32"], **short))
     runs = list(models.wanted(["digits-32"], [0], [models.SIGNS, models.CLOSED, models.TRAINED]))

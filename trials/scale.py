@@ -51,7 +51,7 @@ import proxbit
 from kept import kept_for_backward
 from proxbit.analysis.environment import environment
 from proxbit.patching.selection import select
-from proxbit.quantizers import again, get_pair, quantize
+from proxbit.quantizers import get_pair, quantize, recomputed_weight
 
 # Width, depth, heads, patch.
 MODELS = {"DeiT-B": (768, 12, 12, 16), "ViT-H": (1280, 32, 16, 14)}
@@ -191,9 +191,8 @@ def quantizer(latent: Tensor, twice: bool) -> Callable[[], None]:
         weight = quantize(latent, mu, pair, pair.units)
         if twice:
             with torch.no_grad():
-                made = again(weight)
+                made = recomputed_weight(latent, mu, pair, pair.units)
                 assert made is not None
-                made.function(*made.kept)
         weight.backward(gradient)
 
     return step
