@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from proxbit.kernels import Levels, Native, level_gradient, level_values, native_for
+from proxbit.kernels import CpuBackend, Levels, backend_for
 
 __all__ = ["LevelPass", "level_pass"]
 
@@ -14,19 +14,19 @@ class LevelPass:
     """A pass of `blockwise.product` over a scale, a threshold and rows, `[1]`, `[I]` and `[n, I]`, or fewer of them.
 
     Args:
-        compiled: the kernels.
+        backend: the kernels.
         levels: what they make of the rows.
     """
 
-    def __init__(self, compiled: Native, levels: Levels) -> None:
+    def __init__(self, backend: CpuBackend, levels: Levels) -> None:
         # A clone: the schedule changes mu in place before the backward pass, where gradients are accumulated.
         mu = None if levels.mu is None else levels.mu.clone()
-        self.compiled, self.levels = compiled, levels._replace(mu=mu)
+        self.backend, self.levels = backend, levels._replace(mu=mu)
 
     def results(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The values of the levels."""
         scale, threshold = _numbers(tensors)
-        return (level_values(self.compiled, self.levels, tensors[-1].detach(), scale, threshold),)
+        return (self.backend.level_values(self.levels, tensors[-1].detach(), scale, threshold),)
 
     def gradients(
         self, tensors: Sequence[Tensor], needs: Sequence[bool], grads: Sequence[Tensor | None], values: Tensor
@@ -35,7 +35,7 @@ class LevelPass:
         grad, rows = grads[0], tensors[-1]
         assert grad is not None
         made = values if values.dtype is rows.dtype else torch.empty_like(rows)
-        learned = level_gradient(self.compiled, self.levels, rows, *_numbers(tensors), made, grad)
+        learned = self.backend.level_gradient(self.levels, rows, *_numbers(tensors), made, grad)
         if made is not values:
             values.copy_(made)
         return [*learned[: len(tensors) - 1], grad]
@@ -43,8 +43,10 @@ class LevelPass:
 
 def level_pass(levels: Levels | None, numbers: Sequence[Tensor], rows: Tensor) -> LevelPass | None:
     """The pass, or None where torch's operators must do it."""
-    compiled = None if levels is None else native_for(*(each.detach() for each in (*numbers, rows)))
-    return None if levels is None or compiled is None else LevelPass(compiled, levels)
+    if levels is None:
+        return None
+    backend = backend_for("level_values", *(each.detach() for each in (*numbers, rows)))
+    return None if backend is None else LevelPass(backend, levels)
 
 
 def _numbers(tensors: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
