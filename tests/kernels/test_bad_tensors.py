@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from proxbit.errors import PackedFormatError
-from proxbit.kernels import Norm, linear_w1, linear_w1a1, linear_w1a8, native, reference
+from proxbit.kernels import LatentRows, LinearCall, Norm, linear_w1, linear_w1a1, linear_w1a8, native, reference
+from proxbit.kernels.cpu import isas
 from proxbit.kernels.interface import FORMATS
-from proxbit.kernels.native import address_of, levels
-from proxbit.kernels.quantizer import gradient_rows, quantize_rows
+from proxbit.kernels.memory import address_of
 from proxbit.packing import pack_signs
 
 OPS = {"float": linear_w1, "int8": linear_w1a8, "sign": linear_w1a1}
-REFERENCE = {"float": reference.linear_w1, "int8": reference.linear_w1a8, "sign": reference.linear_w1a1}
 OP = torch.ops.proxbit
 ROWS, COLUMNS = 24, 36
 activations = pytest.mark.parametrize("activations", FORMATS)
@@ -47,6 +46,10 @@ def shifted(tensor):
     return result
 
 
+def expected_of(*arguments):
+    return reference.linear(LinearCall(*arguments))
+
+
 def close(result, expected):
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
@@ -65,16 +68,18 @@ def test_a_tensor_without_data(activations, spoil, which):
         match=r"were given a tensor \[.*\] (whose storage was freed|on the device meta)|"
         "reaches beyond its storage of 0 bytes",
     ):
-        native().linear(activations, torch.randn(2, COLUMNS), **tensors, norm=norm)
+        native().linear(LinearCall(activations, torch.randn(2, COLUMNS), **tensors, norm=norm))
 
 
 @activations
 def test_an_input_or_a_threshold_without_data(activations):
     weight, scale = layer()
     with pytest.raises(PackedFormatError, match="whose storage was freed"):
-        native().linear(activations, freed(torch.randn(2, COLUMNS)), weight, scale, None)
+        native().linear(LinearCall(activations, freed(torch.randn(2, COLUMNS)), weight, scale))
     with pytest.raises(PackedFormatError, match="whose storage was freed"):
-        native().linear(activations, torch.randn(2, COLUMNS), weight, scale, None, freed(torch.zeros(COLUMNS)))
+        native().linear(
+            LinearCall(activations, torch.randn(2, COLUMNS), weight, scale, None, freed(torch.zeros(COLUMNS)))
+        )
 
 
 @activations
@@ -98,7 +103,7 @@ def test_a_weight_that_gets_another_shape_in_the_same_place(activations):
     weight, x = memory[:ROWS].detach(), torch.randn(3, COLUMNS)
     for rows in (ROWS, 8, 2 * ROWS, ROWS):
         weight.data = memory[:rows]
-        expected = REFERENCE[activations](x, memory[:rows], scales[:rows], None)
+        expected = expected_of(activations, x, memory[:rows], scales[:rows])
         close(OPS[activations](x, weight, scales[:rows]), expected)
 
 
@@ -108,7 +113,7 @@ def test_one_weight_for_two_widths(activations):
     weight, scale = layer(columns=33)
     for columns in (33, 40, 36, 33):
         x = torch.randn(3, columns)
-        close(OPS[activations](x, weight, scale), REFERENCE[activations](x, weight, scale, None))
+        close(OPS[activations](x, weight, scale), expected_of(activations, x, weight, scale))
 
 
 @pytest.mark.parametrize("columns", [41, 48, 32, 0, -1, -(2**62), 2**40, 2**62])
@@ -166,7 +171,7 @@ def test_views(activations):
     """Strides of zero, one row in several, numbers with another sign than in memory, floats at odd addresses."""
     weight, scale = layer()
     x, bias = torch.randn(4, COLUMNS), torch.randn(ROWS)
-    expected = REFERENCE[activations](x, weight, scale, bias)
+    expected = expected_of(activations, x, weight, scale, bias)
     spread = torch.randn(4, 3, 2 * COLUMNS)
     spread[:, 1, ::2] = x
     wide = torch.zeros(2 * ROWS, 10, dtype=torch.uint8)
@@ -176,37 +181,38 @@ def test_views(activations):
     one = x[:1].expand(4, COLUMNS)
     close(
         OPS[activations](one, weight, scale[:1].expand(ROWS)),
-        REFERENCE[activations](one, weight, scale[:1].expand(ROWS), None),
+        expected_of(activations, one, weight, scale[:1].expand(ROWS)),
     )
     assert torch.equal(OP.pack_signs(torch._neg_view(-x)), pack_signs(x))
 
 
-@pytest.mark.parametrize("level", levels(native().path))
+@pytest.mark.parametrize("isa", isas(native().path))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numbers_at_odd_addresses(level, dtype):
+def test_numbers_at_odd_addresses(isa, dtype):
     """They are copied before the library reads them, bit for bit the same; what was not copied is refused."""
-    kernels, x = levels(native().path)[level], torch.randn(9, COLUMNS).to(dtype)
+    kernels, x = isas(native().path)[isa], torch.randn(9, COLUMNS).to(dtype)
     weight, scale = layer()
     for name in FORMATS:
         thresholds = torch.randn(COLUMNS) if name == "sign" else None
         moved = None if thresholds is None else shifted(thresholds)
-        found = kernels.linear(name, shifted(x), shifted(weight), shifted(scale), shifted(scale), moved)
-        assert torch.equal(found, kernels.linear(name, x, weight, scale, scale, thresholds))
+        found = kernels.linear(LinearCall(name, *map(shifted, (x, weight, scale, scale)), moved))
+        assert torch.equal(found, kernels.linear(LinearCall(name, x, weight, scale, scale, thresholds)))
     assert torch.equal(kernels.pack_signs(shifted(x)), pack_signs(x))
     with pytest.raises(PackedFormatError, match=f"at an address that is no multiple of {x.element_size()}"):
         address_of(shifted(x))
 
 
-@pytest.mark.parametrize("level", levels(native().path))
-def test_latent_weights_at_odd_addresses(level):
-    kernels, mu = levels(native().path)[level], torch.tensor([2.0], dtype=torch.float64)
+@pytest.mark.parametrize("isa", isas(native().path))
+def test_latent_weights_at_odd_addresses(isa):
+    kernels, mu = isas(native().path)[isa], torch.tensor([2.0], dtype=torch.float64)
     latent, grad = torch.randn(5, COLUMNS), torch.randn(5, COLUMNS)
-    found, s, a = quantize_rows(kernels, "tanh", shifted(latent), shifted(mu), "ls", None, None)
-    assert torch.equal(found, quantize_rows(kernels, "tanh", latent, mu, "ls", None, None)[0])
-    found = quantize_rows(kernels, "tanh", latent, mu, "ls", shifted(s), shifted(a))[0]
-    assert torch.equal(found, quantize_rows(kernels, "tanh", latent, mu, "ls", s, a)[0])
-    found = gradient_rows(kernels, "tanh", shifted(latent), mu, shifted(s), shifted(a), shifted(grad), overwrite=True)
-    assert torch.equal(found, gradient_rows(kernels, "tanh", latent, mu, s, a, grad))
+    rows = LatentRows("tanh", latent, mu)
+    found, s, a = kernels.quantize_rows(LatentRows("tanh", shifted(latent), shifted(mu)), "ls")
+    assert torch.equal(found, kernels.quantize_rows(rows, "ls")[0])
+    given, odd = rows._replace(divisor=s, factor=a), rows._replace(divisor=shifted(s), factor=shifted(a))
+    assert torch.equal(kernels.quantize_rows(odd, "ls")[0], kernels.quantize_rows(given, "ls")[0])
+    found = kernels.gradient_rows(odd._replace(latent=shifted(latent)), shifted(grad), overwrite=True)
+    assert torch.equal(found, kernels.gradient_rows(given, grad))
 
 
 @activations
@@ -223,14 +229,14 @@ def test_random_views_of_one_memory(activations):
             weight = weight.clone()
             weight[:, -1] &= 2 ** (columns % 8) - 1
         scale = memory.as_strided((rows,), (draw.randint(0, 3),), draw.randint(0, 9)).abs()
-        close(OPS[activations](x, weight, scale), REFERENCE[activations](x, weight, scale, None))
+        close(OPS[activations](x, weight, scale), expected_of(activations, x, weight, scale))
 
 
 def test_sums_beyond_32_bits_run_on_the_reference():
     """So many inputs at their peak do not fit in the sums of the library."""
     columns = 2**24 + 8
-    assert native().takes(torch.empty(1, 2**24, device="meta"))
-    assert not native().takes(torch.empty(1, columns, device="meta"))
+    assert native().takes("linear", (torch.empty(1, 2**24, device="meta"),))
+    assert not native().takes("linear", (torch.empty(1, columns, device="meta"),))
     weight = torch.full((1, columns // 8), 255, dtype=torch.uint8)
     result = linear_w1a8(torch.ones(1, 1).expand(1, columns), weight, torch.ones(1))
     assert math.isclose(float(result), columns, rel_tol=1e-6)

@@ -7,8 +7,8 @@ from torch._dynamo.backends.common import aot_autograd
 
 from latent_rows import latent_of, number
 from proxbit.errors import PackedFormatError
-from proxbit.kernels import latents, native
-from proxbit.kernels.quantizer import FUNCTIONS, gradient_rows, quantize_rows
+from proxbit.kernels import LatentRows, dispatch, native
+from proxbit.kernels.interface import FUNCTIONS
 from proxbit.quantizers import get_pair, quantize
 
 OP = torch.ops.proxbit
@@ -39,19 +39,23 @@ def quantized(name):
     return lambda latent, mu: quantize(latent, mu, get_pair(name))
 
 
-@pytest.mark.parametrize("scale", ["ls", "fixed"])
-@pytest.mark.parametrize("given", [(False, False), (True, False), (True, True)], ids=str)
+@pytest.mark.parametrize(
+    ("scale", "given"),
+    [("ls", (False, False)), ("fixed", (False, False)), ("ls", (True, False)), ("fixed", (True, True))],
+)
 def test_the_operators_are_the_kernels(scale, given):
     latent, grad = latent_of((5, 37)), torch.randn(5, 37)
     numbers = [torch.rand(5, 1) + 0.5 if is_given else None for is_given in given]
     for function in FUNCTIONS:
         arguments = function, latent, MU, scale, *numbers
         torch.library.opcheck(OP.quantize_rows.default, arguments, test_utils=("test_schema", "test_faketensor"))
-        found, expected = OP.quantize_rows(*arguments), quantize_rows(native(), *arguments)
+        rows = LatentRows(function, latent, MU, *numbers)
+        found, expected = OP.quantize_rows(*arguments), native().quantize_rows(rows, scale)
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
         arguments = function, latent, MU, *expected[1:], grad
         torch.library.opcheck(OP.gradient_rows.default, arguments, test_utils=("test_schema", "test_faketensor"))
-        assert torch.equal(OP.gradient_rows(*arguments), gradient_rows(native(), *arguments))
+        rows = LatentRows(function, latent, MU, *expected[1:])
+        assert torch.equal(OP.gradient_rows(*arguments), native().gradient_rows(rows, grad))
 
 
 def test_opcheck_of_all_there_is():
@@ -84,7 +88,7 @@ def test_torch_compile_of_what_the_kernels_do_not_take(latent, graphs):
 
 def test_torch_compile_where_there_are_no_kernels(graphs, monkeypatch):
     latent = latent_of((4, 9)).requires_grad_()
-    monkeypatch.setattr(latents, "native", lambda: None)
+    monkeypatch.setattr(dispatch, "native", lambda: None)
     compiled(quantized("bnn++"), graphs)(latent, MU).sum().backward()
     assert not any("proxbit" in name for graph in graphs for name in graph)
     with pytest.raises(PackedFormatError, match="one of the compiled kernels, without which this process runs"):

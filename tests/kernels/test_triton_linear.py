@@ -1,26 +1,30 @@
 """The Triton kernels: their values, on Triton's interpreter; what they compile to; and when the operators use them."""
 
+import importlib
+
 import pytest
 import torch
 import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from proxbit.kernels import linear_kernel, linear_w1, linear_w1a1, linear_w1a8, ops, reference, triton_linear
+from proxbit.kernels import LinearCall, dispatch, linear_kernel, linear_w1, linear_w1a1, linear_w1a8, reference, triton
+from proxbit.kernels.interface import FORMATS
 from proxbit.packing import pack_signs
 from triton_interpreter import assembly, interpreter_process
 
+# The function of the package has the name of its module.
+kernels = importlib.import_module("proxbit.kernels.triton.linear")
 SIZES = [(1, 1, 1), (3, 7, 5), (16, 8, 64), (33, 9, 70), (1, 63, 70), (3, 64, 64), (16, 65, 5), (33, 193, 70)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-REFERENCE = {"float": reference.linear_w1, "int8": reference.linear_w1a8, "sign": reference.linear_w1a1}
-activations = pytest.mark.parametrize("activations", list(REFERENCE))
+activations = pytest.mark.parametrize("activations", FORMATS)
 
 
 @pytest.fixture(scope="module")
 def interpret():
-    """`triton_linear.linear` on the interpreter, of tensors on the CPU."""
+    """`triton.linear` on the interpreter, of tensors on the CPU."""
     with interpreter_process() as run:
-        yield lambda *arguments: run(triton_linear.linear, *arguments)
+        yield lambda *arguments: run(triton.linear, LinearCall(*arguments))
 
 
 def layer(rows, columns):
@@ -29,13 +33,13 @@ def layer(rows, columns):
 
 def assert_as_reference(result, activations, x, weight, scale, bias, levels=None):
     """Whole numbers are summed exactly, so that results are equal; sums of floats may be taken in another order."""
-    rest = () if activations == "float" else (levels,)
     assert (result.shape, result.dtype) == ((*x.shape[:-1], len(weight)), x.dtype)
     if activations != "float":
-        expected = REFERENCE[activations](x, weight, scale, bias, *rest)
+        expected = reference.linear(LinearCall(activations, x, weight, scale, bias, levels))
         torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
         return
-    exact = reference.linear_w1(x.double(), weight, scale.double(), None if bias is None else bias.double())
+    wide = None if bias is None else bias.double()
+    exact = reference.linear(LinearCall("float", x.double(), weight, scale.double(), wide))
     size = x.double().abs().sum(-1, keepdim=True) * scale.double() + (0 if bias is None else bias.abs().double())
     rounding = torch.finfo(x.dtype).eps / 2 if x.dtype != torch.float32 else 0
     assert bool(((result.double() - exact).abs() <= 1e-6 * size + rounding * exact.abs() * 1.0001).all())
@@ -134,8 +138,8 @@ def test_products_are_made_by_tensor_cores(capability, dtype, instruction, tmp_p
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     step = {"step_ptr": "*fp32" if dtype == "i8" else "constexpr"}
     pointers = {"x_ptr": f"*{dtype}", "weight_ptr": "*u8", "scale_ptr": "*fp32", "bias_ptr": "*fp32", "y_ptr": "*bf16"}
-    tile = {"SUM": tl.int32 if dtype == "i8" else tl.float32, **triton_linear._blocks(1576, torch.bfloat16)}
-    ptx = assembly(triton_linear._multiply, capability, pointers | step, tile)
+    tile = {"SUM": tl.int32 if dtype == "i8" else tl.float32, **kernels._blocks(1576, torch.bfloat16)}
+    ptx = assembly(kernels._multiply, capability, pointers | step, tile)
     assert instruction in ptx
     assert "fma.rn.f32" not in ptx, "the epilogue rounds after the product and after the sum"
 
@@ -143,7 +147,7 @@ def test_products_are_made_by_tensor_cores(capability, dtype, instruction, tmp_p
 def test_quantization_rounds_as_ieee_does(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = {"x_ptr": "*bf16", "q_ptr": "*i8", "step_ptr": "*fp32"}
-    ptx = assembly(triton_linear._quantize_rows, 80, pointers, {"CHUNK": 1024})
+    ptx = assembly(kernels._round_to_int8, 80, pointers, {"CHUNK": 1024})
     assert ptx.count("div.rn.f32") == 2
     assert "div.full" not in ptx
     assert "fma.rn.f32" not in ptx
@@ -152,34 +156,33 @@ def test_quantization_rounds_as_ieee_does(tmp_path, monkeypatch):
 @pytest.fixture
 def gpu(monkeypatch):
     """Tensors without memory that say they are on a GPU."""
-    monkeypatch.setattr(triton_linear, "_runs_on", lambda device: device.type == "cuda")
+    monkeypatch.setattr(triton, "runs_on", lambda device: device.type == "cuda")
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="cuda")
 
 
 def test_the_operators_use_them_on_a_gpu(gpu, monkeypatch):
     calls = []
-    monkeypatch.setattr(triton_linear, "linear", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(triton, "linear", calls.append)
     x, weight, scale = gpu(3, 64), gpu(5, 8, dtype=torch.uint8), gpu(5)
-    for activations in REFERENCE:
-        ops._linear(activations, x, weight, scale, None)
-        arguments = calls.pop()
-        assert arguments[0] == activations
-        assert arguments[1] is x
+    for activations in FORMATS:
+        dispatch.run_linear(LinearCall(activations, x, weight, scale))
+        call = calls.pop()
+        assert call.activations == activations and call.x is x
     assert linear_kernel(weight, scale) == linear_kernel(weight, scale.half()) == "triton"
     assert linear_kernel(weight, scale.double()) == "reference"
 
 
 def test_without_triton_a_gpu_runs_the_reference(gpu, monkeypatch):
-    monkeypatch.setattr(ops, "triton_linear", None)
-    monkeypatch.setattr(reference, "linear_w1", lambda *arguments: "the reference ran")
+    monkeypatch.setattr(dispatch, "triton", None)
+    monkeypatch.setattr(reference, "linear", lambda call: "the reference ran")
     weight, scale = gpu(5, 8, dtype=torch.uint8), gpu(5)
     assert linear_kernel(weight, scale) == "reference"
-    assert ops._linear("float", gpu(3, 64), weight, scale, None) == "the reference ran"
+    assert dispatch.run_linear(LinearCall("float", gpu(3, 64), weight, scale)) == "the reference ran"
 
 
 def test_tensors_of_the_cpu_stay_there(monkeypatch):
-    monkeypatch.setattr(triton_linear, "linear", None)
+    monkeypatch.setattr(triton, "linear", None)
     weight, scale, bias = layer(4, 9)
     for op in (linear_w1, linear_w1a8, linear_w1a1):
         assert op(torch.randn(2, 9), weight, scale, bias).shape == (2, 4)

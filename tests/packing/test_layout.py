@@ -22,10 +22,9 @@ def scale():
     return torch.tensor([0.5, 2.0, 0.0])
 
 
-@pytest.mark.parametrize(("columns", "width"), WIDTHS.items())
-def test_bytes_a_row(columns, width):
+def test_bytes_a_row():
     assert BITS_PER_BYTE == 8
-    assert packed_columns(columns) == width
+    assert {columns: packed_columns(columns) for columns in WIDTHS} == WIDTHS
 
 
 def test_a_valid_weight_passes(weight, scale):
@@ -34,7 +33,7 @@ def test_a_valid_weight_passes(weight, scale):
         check_packed(weight, scale.to(dtype), columns=11)
 
 
-@pytest.mark.parametrize("columns", [9, 10, 11, 12, 13, 14, 15, 16])
+@pytest.mark.parametrize("columns", [9, 10, 11, 16])
 def test_the_padding_is_what_the_columns_leave(columns, scale):
     """A bit at column 10 is data from 11 columns on, and damage before; 16 columns have no padding."""
     weight = torch.tensor([[0, 0], [0, 0b100], [0, 0]], dtype=torch.uint8)
@@ -45,12 +44,12 @@ def test_the_padding_is_what_the_columns_leave(columns, scale):
             check_packed(weight, scale, columns)
 
 
-@pytest.mark.parametrize("columns", [8, 16, 64])
-def test_whole_bytes_have_no_padding(columns):
-    check_packed(torch.full((2, columns // 8), 255, dtype=torch.uint8), torch.ones(2), columns)
+def test_whole_bytes_have_no_padding():
+    for columns in (8, 16, 64):
+        check_packed(torch.full((2, columns // 8), 255, dtype=torch.uint8), torch.ones(2), columns)
 
 
-@pytest.mark.parametrize("bit", [3, 4, 5, 6, 7])
+@pytest.mark.parametrize("bit", [3, 7])
 def test_any_padding_bit_is_found_and_its_row_named(weight, scale, bit):
     weight[1, 1] = 1 << bit
     with pytest.raises(PackedFormatError, match=r"here: the 5 padding bits .* must be 0, row 1 has others"):
@@ -63,7 +62,7 @@ def test_the_first_damaged_row_is_named(weight, scale):
         check_packed(weight, scale, columns=11)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float32, torch.bool], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32], ids=str)
 def test_dtype_of_the_bits(weight, scale, dtype):
     with pytest.raises(PackedFormatError, match=f"here: packed weights are uint8, not {dtype}"):
         check_packed(weight.to(dtype), scale, columns=11, name="here")
@@ -90,15 +89,16 @@ def test_shape_of_the_scales(weight, shape):
     assert f"here: weight_scale must be one number a row, [3], not {list(shape)}." in str(caught.value)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("bad", "dtype"), [(math.nan, torch.float16), (math.inf, torch.bfloat16), (-math.inf, torch.float32)], ids=str
+)
 def test_scales_are_finite(weight, scale, bad, dtype):
     scale[2] = bad
     with pytest.raises(PackedFormatError, match=f"here: weight_scale must be finite, row 2 is {bad}"):
         check_packed(weight, scale.to(dtype), columns=11, name="here")
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=str)
 def test_scales_are_floating_point(weight, scale, dtype):
     """An integer scale would be applied without complaint, and round every other tensor that meets it."""
     with pytest.raises(PackedFormatError, match=f"weight_scale must be floating point, not {dtype}"):
@@ -121,23 +121,14 @@ def test_offsets_are_numbers_of_any_sign(weight, scale):
     check_packed(weight, scale, columns=11, weight_offset=torch.tensor([-1.5, 0.0, 3.0]))
 
 
-@pytest.mark.parametrize("shape", [(2,), (4,), (3, 1), ()], ids=str)
-def test_shape_of_the_offsets(weight, scale, shape):
-    with pytest.raises(PackedFormatError) as caught:
-        check_packed(weight, scale, columns=11, name="here", weight_offset=torch.ones(shape))
-    assert f"here: weight_offset must be one number a row, [3], not {list(shape)}." in str(caught.value)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_offsets_are_finite(weight, scale, bad):
-    with pytest.raises(PackedFormatError, match=f"here: weight_offset must be finite, row 1 is {bad}"):
-        check_packed(weight, scale, 11, "here", torch.tensor([0.0, bad, 0.0]))
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
-def test_offsets_are_floating_point(weight, scale, dtype):
-    with pytest.raises(PackedFormatError, match=f"weight_offset must be floating point, not {dtype}"):
-        check_packed(weight, scale, 11, weight_offset=torch.ones(3, dtype=dtype))
+def test_offsets_are_checked_as_the_scales_are(weight, scale):
+    for offset, message in (
+        (torch.ones(3, 1), r"here: weight_offset must be one number a row, \[3\], not \[3, 1\]\."),
+        (torch.tensor([0.0, math.nan, 0.0]), "here: weight_offset must be finite, row 1 is nan"),
+        (torch.ones(3, dtype=torch.int64), "weight_offset must be floating point, not torch.int64"),
+    ):
+        with pytest.raises(PackedFormatError, match=message):
+            check_packed(weight, scale, 11, "here", offset)
 
 
 @pytest.mark.parametrize("bits", [torch.zeros(3, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.uint8)], ids=str)

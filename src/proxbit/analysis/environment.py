@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from proxbit import kernels
-from proxbit.kernels.native import find_library, levels, native
+from proxbit.kernels.cpu import isas, native
+from proxbit.kernels.interface import find_library
 
 __all__ = ["Environment", "environment"]
 
@@ -92,6 +93,6 @@ def environment() -> Environment:
         threads=torch.get_num_threads(),
         library=None if path is None else str(path),
         level=REFERENCE if chosen is None else chosen.name,
-        levels=() if path is None else tuple(levels(path)),
+        levels=() if path is None else tuple(isas(path)),
         isa=os.environ.get("PROXBIT_ISA"),
     )

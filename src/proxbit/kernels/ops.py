@@ -1,4 +1,4 @@
-"""The operators `torch.ops.proxbit.*`: schema, shapes, gradient and FLOP formula, and the kernel each call runs on."""
+"""The operators as functions: how they are called, their gradient and their FLOP formula."""
 
 import math
 from functools import partial
@@ -9,17 +9,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from proxbit.errors import ModelStateError, PackedFormatError
-from proxbit.kernels import reference
-from proxbit.kernels.activations import INT8, level_values
-from proxbit.kernels.native import Native, native, native_for
-from proxbit.kernels.reference import Norm, with_levels, without_levels
-from proxbit.packing import check_bits, packed_columns
-
-try:
-    from proxbit.kernels import triton_linear
-except ImportError:  # Triton is optional: without it CUDA runs on the reference.
-    triton_linear = None  # type: ignore[assignment]
+from proxbit.errors import ModelStateError
+from proxbit.kernels.arguments import INT8, LinearCall, Norm
+from proxbit.kernels.dispatch import LINEAR_OPERATORS, backend_for, run_linear
+from proxbit.kernels.reference import quantize_activations
 
 __all__ = [
     "linear_kernel",
@@ -31,180 +24,6 @@ __all__ = [
     "unpack_signs",
     "unpack_weight",
 ]
-
-_LIBRARY = torch.library.Library("proxbit", "DEF")
-_FUSED = "bool gelu=False, Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.0"
-_LIBRARY.define(f"linear_w1(Tensor x, Tensor weight, Tensor scale, Tensor? bias, {_FUSED}) -> Tensor")
-_LIBRARY.define(
-    f"linear_w1a8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? grid=None, {_FUSED}) -> Tensor"
-)
-_LIBRARY.define(
-    f"linear_w1a1(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? threshold, {_FUSED}) -> Tensor"
-)
-_LIBRARY.define("linear_w1_grad_input(Tensor grad, Tensor weight, Tensor scale, int columns) -> Tensor")
-_LIBRARY.define("pack_signs(Tensor values) -> Tensor")
-_LIBRARY.define("unpack_signs(Tensor packed, int columns, ScalarType dtype) -> Tensor")
-_LIBRARY.define("unpack_weight(Tensor weight, Tensor scale, int columns) -> Tensor")
-
-# The portable kernels beat torch for few rows only; from here on it pays to expand the weight and multiply.
-_PORTABLE_ROWS = 16
-_A_ROW, _AN_INPUT = "one number a row", "one number an input"
-# What is said of the levels of activations, by their format: name, how many numbers, None for one an input, and which.
-_LEVELS = {"int8": ("grid", 3, "step, smallest and largest code"), "sign": ("threshold", None, _AN_INPUT)}
-
-
-def _check_shapes(
-    activations: str,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    levels: Tensor | None = None,
-    norm: Norm | None = None,
-) -> None:
-    if (  # All is well, said as briefly as it can be: this runs before every call.
-        weight.dtype is torch.uint8
-        and weight.dim() == 2
-        and x.dim()
-        and x.dtype.is_floating_point
-        and not scale.dtype.is_complex
-        and (x.shape[-1] + 7) // 8 == weight.shape[1]
-        and scale.shape == weight.shape[:1]
-        and (bias is None or bias.shape == scale.shape)
-        and (levels is None or levels.shape == (_LEVELS[activations][1] or x.shape[-1],))
-        and (norm is None or norm.weight.shape == norm.bias.shape == x.shape[-1:])
-    ):
-        return
-    if weight.dtype != torch.uint8 or weight.dim() != 2:
-        raise PackedFormatError(
-            f"A packed linear layer has weights in uint8 [rows, bytes], not {weight.dtype} {list(weight.shape)}."
-        )
-    if not x.dtype.is_floating_point:
-        raise PackedFormatError(f"The input of a packed linear layer must be floating point, not {x.dtype}.")
-    if not x.dim() or scale.dtype.is_complex:
-        raise PackedFormatError(
-            f"A packed linear layer takes [..., inputs] and real scales, not {list(x.shape)} and {scale.dtype}."
-        )
-    columns, rows = x.shape[-1], weight.shape[0]
-    if packed_columns(columns) != weight.shape[1]:
-        raise PackedFormatError(
-            f"An input of width {columns} needs {packed_columns(columns)} bytes a row, the packed weight has "
-            f"{weight.shape[1]}."
-        )
-    vectors = {"scale": (scale, rows, _A_ROW), "bias": (bias, rows, _A_ROW)}
-    if levels is not None:
-        name, count, which = _LEVELS[activations]
-        vectors[name] = (levels, count or columns, which)
-    if norm is not None:
-        vectors["norm_weight"] = (norm.weight, columns, _AN_INPUT)
-        vectors["norm_bias"] = (norm.bias, columns, _AN_INPUT)
-    for name, (numbers, size, which) in vectors.items():
-        if numbers is not None and numbers.shape != (size,):
-            raise PackedFormatError(f"{name} must be {which}, [{size}], not {list(numbers.shape)}.")
-
-
-def _check_values(values: Tensor) -> None:
-    if values.dim() != 2 or values.dtype.is_complex:
-        raise PackedFormatError(f"Signs are packed of real [rows, columns], not {values.dtype} {list(values.shape)}.")
-
-
-def _native_for(x: Tensor) -> Native | None:
-    """The compiled kernels, where they take this tensor."""
-    return native() if x.is_cpu and Native.takes(x) else None
-
-
-def _linear(
-    activations: str,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    levels: Tensor | None = None,
-    gelu: bool = False,
-    norm: Norm | None = None,
-) -> Tensor:
-    _check_shapes(activations, x, weight, scale, bias, levels, norm)
-    if not x.is_cpu and triton_linear is not None and triton_linear.takes(x):
-        values = x if norm is None else norm(x).to(x.dtype)
-        result = triton_linear.linear(activations, values, weight, scale, bias, levels)
-        return torch.nn.functional.gelu(result) if gelu else result
-    compiled = _native_for(x)
-    few = x.numel() < _PORTABLE_ROWS * max(1, x.shape[-1])
-    if compiled is not None and (few or not compiled.is_portable):
-        return compiled.linear(activations, x, weight, scale, bias, levels, gelu, norm)
-    # The ops have their own rule for the precision of their sums: autocast must not reach into the torch code.
-    with torch.autocast(x.device.type, enabled=False):
-        if activations == "float":
-            return reference.linear_w1(x, weight, scale, bias, gelu, norm)
-        linear = reference.linear_w1a8 if activations == "int8" else reference.linear_w1a1
-        return linear(x, weight, scale, bias, levels, gelu, norm)
-
-
-def _linear_w1_grad_input(grad: Tensor, weight: Tensor, scale: Tensor, columns: int) -> Tensor:
-    check_bits(weight, columns)
-    with torch.autocast(grad.device.type, enabled=False):
-        return reference.linear_w1_grad_input(grad, weight, scale, columns)
-
-
-def _pack_signs(values: Tensor) -> Tensor:
-    _check_values(values)
-    compiled = _native_for(values)
-    return reference.pack_signs(values) if compiled is None else compiled.pack_signs(values)
-
-
-def _unpack_signs(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    check_bits(packed, columns)
-    compiled = native() if packed.is_cpu else None
-    if compiled is None:
-        return reference.unpack_signs(packed, columns, dtype)
-    return compiled.unpack_signs(packed, columns).to(dtype)
-
-
-def _unpack_weight(weight: Tensor, scale: Tensor, columns: int) -> Tensor:
-    return _unpack_signs(weight, columns, scale.dtype) * scale.unsqueeze(1)
-
-
-for _name, _function in {
-    "linear_w1_grad_input": _linear_w1_grad_input,
-    "pack_signs": _pack_signs,
-    "unpack_signs": _unpack_signs,
-    "unpack_weight": _unpack_weight,
-}.items():
-    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-
-
-def _fake_linear(
-    activations: str,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    levels: Tensor | None = None,
-    gelu: bool = False,
-    norm: Norm | None = None,
-) -> Tensor:
-    _check_shapes(activations, x, weight, scale, bias, levels, norm)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-@torch.library.register_fake("proxbit::linear_w1_grad_input", lib=_LIBRARY)
-def _(grad: Tensor, weight: Tensor, scale: Tensor, columns: int) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], columns))
-
-
-@torch.library.register_fake("proxbit::pack_signs", lib=_LIBRARY)
-def _(values: Tensor) -> Tensor:
-    return values.new_empty((values.shape[0], packed_columns(values.shape[1])), dtype=torch.uint8)
-
-
-@torch.library.register_fake("proxbit::unpack_signs", lib=_LIBRARY)
-def _(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    return packed.new_empty((packed.shape[0], columns), dtype=dtype)
-
-
-@torch.library.register_fake("proxbit::unpack_weight", lib=_LIBRARY)
-def _(weight: Tensor, scale: Tensor, columns: int) -> Tensor:
-    return scale.new_empty((weight.shape[0], columns))
 
 
 def _passed(activations: str, x: Tensor, levels: Tensor | None = None) -> Tensor | None:
@@ -260,17 +79,10 @@ def _linear_flops(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = 
     return int(2 * math.prod(x_shape) * weight_shape[0])
 
 
-_OPS = {
-    "float": torch.ops.proxbit.linear_w1.default,
-    "int8": torch.ops.proxbit.linear_w1a8.default,
-    "sign": torch.ops.proxbit.linear_w1a1.default,
-}
-for _format, _op in _OPS.items():
-    _wrap, _save = with_levels if _format in _LEVELS else without_levels, partial(_save_for_backward, _format)
-    _LIBRARY.impl(_op, _wrap(partial(_linear, _format)), "CompositeExplicitAutograd")
-    torch.library.register_fake(_op, _wrap(partial(_fake_linear, _format)), lib=_LIBRARY)
-    torch.library.register_autograd(_op, _backward, setup_context=_save, lib=_LIBRARY)
-    register_flop_formula(_op.overloadpacket)(_linear_flops)
+for _format, _operator in LINEAR_OPERATORS.items():
+    _save = partial(_save_for_backward, _format)
+    torch.library.register_autograd(_operator, _backward, setup_context=_save)
+    register_flop_formula(_operator.overloadpacket)(_linear_flops)
 
 
 def _nobody_watches(x: Tensor) -> bool:
@@ -288,23 +100,16 @@ def _nobody_watches(x: Tensor) -> bool:
     )
 
 
-def _call(
-    activations: str,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    levels: Tensor | None,
-    gelu: bool,
-    norm: Norm | None,
-) -> Tensor:
+def _linear(call: LinearCall) -> Tensor:
+    x, bias = call.x, call.bias
     _refuse_tangents(x, bias)
     trained = x.requires_grad or (bias is not None and bias.requires_grad)
     if (trained and torch.is_grad_enabled()) or not _nobody_watches(x):
-        arguments = (bias, gelu) if activations == "float" else (bias, levels, gelu)
-        result: Tensor = _OPS[activations](x, weight, scale, *arguments, *(norm or ()))
+        activations, *tensors, levels, gelu, norm = call
+        rest = (gelu,) if activations == "float" else (levels, gelu)
+        result: Tensor = LINEAR_OPERATORS[activations](*tensors, *rest, *(norm or ()))
         return result
-    return _linear(activations, x, weight, scale, bias, levels, gelu, norm)
+    return run_linear(call)
 
 
 def linear_w1(
@@ -315,8 +120,26 @@ def linear_w1(
     gelu: bool = False,
     norm: Norm | None = None,
 ) -> Tensor:
-    """`reference.linear_w1`, on the fastest kernel there is for these tensors."""
-    return _call("float", x, weight, scale, bias, None, gelu, norm)
+    r"""A linear layer with packed 1-bit weights, on the fastest kernel there is for these tensors.
+
+    Formula:
+        y[..., o] = scale[o] \sum_i (+-1)[o, i] x[..., i] + bias[o], summed in fp32 (fp64 for fp64 inputs).
+
+    Args:
+        x: `[..., I]`, fp16, bf16, fp32 or fp64.
+        weight: `[O, ceil(I / 8)]`, uint8, see `packing.layout`.
+        scale: `[O]`, floating point.
+        bias: `[O]` or None.
+        gelu: return GELU(y) = y Phi(y), before it is rounded to the dtype of `x`.
+        norm: normalizes `x` first, without rounding to its dtype.
+
+    Returns:
+        `[..., O]`, dtype of `x`.
+
+    Raises:
+        PackedFormatError: for tensors that do not go together, or without data.
+    """
+    return _linear(LinearCall("float", x, weight, scale, bias, None, gelu, norm))
 
 
 def linear_w1a8(
@@ -328,8 +151,22 @@ def linear_w1a8(
     gelu: bool = False,
     norm: Norm | None = None,
 ) -> Tensor:
-    """`reference.linear_w1a8`, on the fastest kernel there is for these tensors."""
-    return _call("int8", x, weight, scale, bias, grid, gelu, norm)
+    r"""`linear_w1` with activations quantized to int8, token by token or on one grid.
+
+    Formula:
+        y[..., o] = (\sum_i (+-1)[o, i] q[..., i]) (step[...] scale[o]) + bias[o], the sum exact, the rest in fp32;
+        q and step: `reference.quantize_activations`
+
+    Args:
+        x: as of `linear_w1`, and weight, scale, bias, gelu and norm too.
+        weight: as above.
+        scale: as above.
+        bias: as above.
+        grid: as of `reference.quantize_activations`.
+        gelu: as above.
+        norm: as above.
+    """
+    return _linear(LinearCall("int8", x, weight, scale, bias, grid, gelu, norm))
 
 
 def linear_w1a1(
@@ -341,8 +178,21 @@ def linear_w1a1(
     gelu: bool = False,
     norm: Norm | None = None,
 ) -> Tensor:
-    """`reference.linear_w1a1`, on the fastest kernel there is for these tensors."""
-    return _call("sign", x, weight, scale, bias, threshold, gelu, norm)
+    r"""`linear_w1` with the signs of its activations.
+
+    Formula:
+        y[..., o] = scale[o] \sum_i (+-1)[o, i] a[..., i] + bias[o],   a = +1 where x[..., i] \ge threshold[i], else -1
+
+    Args:
+        x: as of `linear_w1`, and weight, scale, bias, gelu and norm too.
+        weight: as above.
+        scale: as above.
+        bias: as above.
+        threshold: `[I]`, or None for 0.
+        gelu: as above.
+        norm: as above.
+    """
+    return _linear(LinearCall("sign", x, weight, scale, bias, threshold, gelu, norm))
 
 
 def pack_signs(values: Tensor) -> Tensor:
@@ -373,19 +223,14 @@ def round_activations(x: Tensor) -> Tensor:
         Same shape and dtype.
     """
     x = x.detach()
-    compiled = native_for(x)
-    if compiled is not None:
-        return level_values(compiled, INT8, x, None, None)
-    q, step = reference.quantize_activations(x)
+    backend = backend_for("level_values", x)
+    if backend is not None:
+        return backend.level_values(INT8, x, None, None)
+    q, step = quantize_activations(x)
     return (q * step).to(x.dtype)
 
 
 def linear_kernel(weight: Tensor, scale: Tensor) -> str:
-    """The name of the kernel that runs a packed linear layer on inputs of the dtype of its scales: an instruction level
-    of the compiled kernels, 'triton', or 'reference'."""
-    if weight.device != scale.device:
-        return "reference"
-    if triton_linear is not None and triton_linear.takes(scale):
-        return "triton"
-    compiled = _native_for(scale)
-    return "reference" if compiled is None else compiled.name
+    """The name of the backend that runs a packed linear layer on inputs of the dtype of its scales: an ISA of the CPU,
+    'triton', or 'reference'."""
+    return "reference" if weight.device != scale.device else backend_for("linear", scale).name

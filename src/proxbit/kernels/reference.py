@@ -1,28 +1,23 @@
-"""Plain torch implementations of the ops: what every other kernel is measured against."""
-
-from collections.abc import Callable
-from typing import NamedTuple
+"""The backend of plain torch: what every other kernel is measured against, for tensors that no other takes."""
 
 import torch
 from torch import Tensor
 
-from proxbit.errors import PackedFormatError
+from proxbit.kernels.arguments import LinearCall, accumulation_dtype
 from proxbit.packing import pack_signs, unpack_signs
 
 __all__ = [
-    "Norm",
-    "linear_w1",
+    "linear",
     "linear_w1_grad_input",
-    "linear_w1a1",
-    "linear_w1a8",
+    "name",
     "pack_signs",
     "quantize_activations",
+    "takes",
     "unpack_signs",
     "unpack_weight",
-    "with_levels",
-    "without_levels",
 ]
 
+name = "reference"
 INT8_PEAK = 127
 # An fp32 sum of integers is exact up to 2^24.
 _EXACT = 2**24
@@ -30,107 +25,10 @@ _EXACT = 2**24
 _SMALLEST_PEAK = 1e-30
 
 
-class Norm(NamedTuple):
-    r"""A layer normalization in front of a linear layer: (x - mean) / \sqrt{variance + eps} weight + bias, row by row.
-
-    Attributes:
-        weight: `[I]`.
-        bias: `[I]`.
-        eps: added to the variance.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """`x`, `[..., I]`, normalized; in fp32, or fp64 if it is."""
-        dtype = _accumulation_dtype(x.dtype)
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        return torch.nn.functional.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, self.eps)
-
-
-def _norm_of(weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm | None:
-    """From the arguments of an operator: None if there is no normalization.
-
-    Raises:
-        PackedFormatError: if only one of weight and bias is given.
-    """
-    if (weight is None) != (bias is None):
-        raise PackedFormatError("norm_weight and norm_bias come together.")
-    return None if weight is None or bias is None else Norm(weight, bias, eps)
-
-
-def without_levels(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """With the arguments of the schema: `linear(x, weight, scale, bias, gelu=, norm=)`."""
-
-    def run(
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        gelu: bool = False,
-        norm_weight: Tensor | None = None,
-        norm_bias: Tensor | None = None,
-        norm_eps: float = 0.0,
-    ) -> Tensor:
-        return linear(x, weight, scale, bias, gelu=gelu, norm=_norm_of(norm_weight, norm_bias, norm_eps))
-
-    return run
-
-
-def with_levels(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """With the arguments of the schema: `linear(x, weight, scale, bias, levels, gelu=, norm=)`."""
-
-    def run(
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        levels: Tensor | None = None,
-        gelu: bool = False,
-        norm_weight: Tensor | None = None,
-        norm_bias: Tensor | None = None,
-        norm_eps: float = 0.0,
-    ) -> Tensor:
-        return linear(x, weight, scale, bias, levels, gelu=gelu, norm=_norm_of(norm_weight, norm_bias, norm_eps))
-
-    return run
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def _finish(result: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    if bias is not None:
-        result = result + bias.to(result.dtype)
-    return torch.nn.functional.gelu(result) if gelu else result
-
-
-def linear_w1(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool = False, norm: Norm | None = None
-) -> Tensor:
-    r"""A linear layer with packed 1-bit weights.
-
-    Formula:
-        y[..., o] = scale[o] \sum_i (+-1)[o, i] x[..., i] + bias[o], summed in fp32 (fp64 for fp64 inputs).
-
-    Args:
-        x: `[..., I]`, fp16, bf16, fp32 or fp64.
-        weight: `[O, ceil(I / 8)]`, uint8, see `packing.layout`.
-        scale: `[O]`, floating point.
-        bias: `[O]` or None.
-        gelu: return GELU(y) = y Phi(y), before it is rounded to the dtype of `x`.
-        norm: normalizes `x` first, without rounding to its dtype.
-
-    Returns:
-        `[..., O]`, dtype of `x`.
-    """
-    dtype = _accumulation_dtype(x.dtype)
-    values = x.to(dtype) if norm is None else norm(x)
-    result = torch.nn.functional.linear(values, unpack_signs(weight, x.shape[-1], dtype)) * scale.to(dtype)
-    return _finish(result, bias, gelu).to(x.dtype)
+def takes(operation: str, tensors: tuple[Tensor, ...]) -> bool:
+    """Whether an operation is a function of this module. Quantizers of latent weights and of activations in training
+    are not: their formulas are in `quantizers` and `nn`."""
+    return operation in ("linear", "pack_signs", "unpack_signs")
 
 
 def quantize_activations(x: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -149,7 +47,7 @@ def quantize_activations(x: Tensor, grid: Tensor | None = None) -> tuple[Tensor,
         than 1e-30, has step 0; one with NaN or infinity has step NaN. On a grid only one with NaN has.
     """
     if grid is not None:
-        wide = x.to(_accumulation_dtype(x.dtype))
+        wide = x.to(accumulation_dtype(x.dtype))
         step, lowest, highest = grid.to(wide.dtype)
         units = wide / step
         unordered = units.isnan()
@@ -173,68 +71,23 @@ def _integer_sums(values: Tensor, weight: Tensor, peak: int) -> Tensor:
     return torch.nn.functional.linear(values.to(dtype), unpack_signs(weight, values.shape[-1], dtype)).float()
 
 
-def linear_w1a8(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    grid: Tensor | None = None,
-    gelu: bool = False,
-    norm: Norm | None = None,
-) -> Tensor:
-    r"""A linear layer with packed 1-bit weights and activations quantized to int8, token by token or on one grid.
-
-    Formula:
-        y[..., o] = (\sum_i (+-1)[o, i] q[..., i]) (step[...] scale[o]) + bias[o], the sum exact, the rest in fp32;
-        q and step: `quantize_activations`
-
-    Args:
-        x: `[..., I]`, floating point.
-        weight: `[O, ceil(I / 8)]`, uint8, see `packing.layout`.
-        scale: `[O]`, floating point.
-        bias: `[O]` or None.
-        grid: as in `quantize_activations`.
-        gelu: return GELU(y) = y Phi(y), before it is rounded to the dtype of `x`.
-        norm: normalizes `x` first, without rounding to its dtype.
-
-    Returns:
-        `[..., O]`, dtype of `x`.
-    """
-    q, step = quantize_activations(x if norm is None else norm(x), grid)
-    result = _integer_sums(q, weight, INT8_PEAK) * (step * scale.float())
-    return _finish(result, bias, gelu).to(x.dtype)
-
-
-def linear_w1a1(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    threshold: Tensor | None = None,
-    gelu: bool = False,
-    norm: Norm | None = None,
-) -> Tensor:
-    r"""A linear layer with packed 1-bit weights and the signs of its activations.
-
-    Formula:
-        y[..., o] = scale[o] \sum_i (+-1)[o, i] a[..., i] + bias[o],   a = +1 where x[..., i] \ge threshold[i], else -1
-
-    Args:
-        x: `[..., I]`, floating point.
-        weight: `[O, ceil(I / 8)]`, uint8, see `packing.layout`.
-        scale: `[O]`, floating point.
-        bias: `[O]` or None.
-        threshold: `[I]`, or None for 0.
-        gelu: return GELU(y) = y Phi(y), before it is rounded to the dtype of `x`.
-        norm: normalizes `x` first, without rounding to its dtype.
-
-    Returns:
-        `[..., O]`, dtype of `x`.
-    """
-    values = (x if norm is None else norm(x)).float()
-    signs = (values >= (0 if threshold is None else threshold.float())).float() * 2 - 1
-    result = _integer_sums(signs, weight, 1) * scale.float()
-    return _finish(result, bias, gelu).to(x.dtype)
+def linear(call: LinearCall) -> Tensor:
+    """See `ops.linear_w1`, `linear_w1a8` and `linear_w1a1`."""
+    activations, x, weight, scale, bias, levels, gelu, norm = call
+    values = x if norm is None else norm(x)
+    if activations == "float":
+        dtype = accumulation_dtype(x.dtype)
+        signs = unpack_signs(weight, x.shape[-1], dtype)
+        result = torch.nn.functional.linear(values.to(dtype), signs) * scale.to(dtype)
+    elif activations == "int8":
+        q, step = quantize_activations(values, levels)
+        result = _integer_sums(q, weight, INT8_PEAK) * (step * scale.float())
+    else:
+        signs = (values.float() >= (0 if levels is None else levels.float())).float() * 2 - 1
+        result = _integer_sums(signs, weight, 1) * scale.float()
+    if bias is not None:
+        result = result + bias.to(result.dtype)
+    return (torch.nn.functional.gelu(result) if gelu else result).to(x.dtype)
 
 
 def linear_w1_grad_input(grad: Tensor, weight: Tensor, scale: Tensor, columns: int) -> Tensor:
@@ -252,7 +105,7 @@ def linear_w1_grad_input(grad: Tensor, weight: Tensor, scale: Tensor, columns: i
     Returns:
         `[..., I]`, dtype of `grad`.
     """
-    dtype = _accumulation_dtype(grad.dtype)
+    dtype = accumulation_dtype(grad.dtype)
     result: Tensor = (grad.to(dtype) * scale.to(dtype)) @ unpack_signs(weight, columns, dtype)
     return result.to(grad.dtype)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from proxbit.blocks import row_blocks
 from proxbit.errors import ModelStateError
-from proxbit.kernels import Levels, Native, level_gradient, level_values, native_for
+from proxbit.kernels import CpuBackend, Levels, backend_for
 from proxbit.quantizers import RecomputedWeight
 
 __all__ = ["KernelRecipe", "Recipe", "RowRecipe", "is_plain", "kernel_recipe", "linear", "product", "recompute"]
@@ -116,18 +116,18 @@ class KernelRecipe:
     `[n, I]`, or fewer of them, where operators take twenty.
 
     Args:
-        compiled: the kernels.
+        backend: the kernels.
         levels: what they make of the rows.
     """
 
-    def __init__(self, compiled: Native, levels: Levels) -> None:
+    def __init__(self, backend: CpuBackend, levels: Levels) -> None:
         # A clone: the schedule changes mu in place before the backward pass, where gradients are accumulated.
         mu = None if levels.mu is None else levels.mu.clone()
-        self.compiled, self.levels = compiled, levels._replace(mu=mu)
+        self.backend, self.levels = backend, levels._replace(mu=mu)
 
     def results(self, tensors: Sequence[Tensor]) -> Results:
         scale, threshold = _numbers(tensors)
-        return (level_values(self.compiled, self.levels, tensors[-1].detach(), scale, threshold),)
+        return (self.backend.level_values(self.levels, tensors[-1].detach(), scale, threshold),)
 
     def gradients(
         self,
@@ -139,7 +139,7 @@ class KernelRecipe:
         grad, rows = grads[0], tensors[-1]
         assert grad is not None and values is not None
         made = values if values.dtype is rows.dtype else torch.empty_like(rows)
-        learned = level_gradient(self.compiled, self.levels, rows, *_numbers(tensors), made, grad)
+        learned = self.backend.level_gradient(self.levels, rows, *_numbers(tensors), made, grad)
         if made is not values:
             values.copy_(made)
         return [*learned[: len(tensors) - 1], grad]
@@ -152,8 +152,10 @@ def _numbers(tensors: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
 
 def kernel_recipe(levels: Levels | None, numbers: Sequence[Tensor], rows: Tensor) -> KernelRecipe | None:
     """The recipe, or None where torch's operators must do it."""
-    compiled = None if levels is None else native_for(*(each.detach() for each in (*numbers, rows)))
-    return None if levels is None or compiled is None else KernelRecipe(compiled, levels)
+    if levels is None:
+        return None
+    backend = backend_for("level_values", *(each.detach() for each in (*numbers, rows)))
+    return None if backend is None else KernelRecipe(backend, levels)
 
 
 def recompute(

@@ -1,12 +1,11 @@
 """For which latent weights the compiled kernels take the place of torch's operators, by the name in the table."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from proxbit.kernels import latent_kernels
+from proxbit.kernels import LatentRows, backend_for
 from proxbit.quantizers.functions import SIGN, Function
 from proxbit.quantizers.pairs import QuantizerPair
 
@@ -21,17 +20,25 @@ def _name(side: Callable[..., Tensor]) -> str | None:
 def compiled_forward(
     pair: QuantizerPair, hard: bool, rows: Tensor
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
-    """`kernels.LatentKernels.quantize` for F, or for its hard limit; None for torch."""
+    """`quantize_rows` of a backend for F, or for its hard limit; None for torch."""
     function = (SIGN.compiled if pair.binary else None) if hard else _name(pair.forward)
-    kernels = latent_kernels(rows)
-    return None if function is None or kernels is None else partial(kernels.quantize, function)
+    backend = backend_for("quantize_rows", rows)
+    if function is None or backend is None:
+        return None
+    return lambda latent, mu, scale, divisor, factor: backend.quantize_rows(
+        LatentRows(function, latent, mu, divisor, factor), scale
+    )
 
 
 def compiled_backward(pair: QuantizerPair, rows: Tensor) -> Callable[..., Tensor] | None:
-    """`kernels.LatentKernels.gradient` for B; None for torch, as where autograd records."""
+    """`gradient_rows` of a backend for B; None for torch, as where autograd records."""
     function = _name(pair.backward)
-    kernels = None if torch.is_grad_enabled() else latent_kernels(rows)
-    return None if function is None or kernels is None else partial(kernels.gradient, function)
+    backend = None if torch.is_grad_enabled() else backend_for("quantize_rows", rows)
+    if function is None or backend is None:
+        return None
+    return lambda latent, mu, divisor, factor, grad, overwrite=False: backend.gradient_rows(
+        LatentRows(function, latent, mu, divisor, factor), grad, overwrite
+    )
 
 
 def compiled_functions(pair: QuantizerPair) -> tuple[str, str] | None:

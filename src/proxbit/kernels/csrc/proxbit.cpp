@@ -1,38 +1,38 @@
-// The C interface: picks the level, cuts a call into parts for the threads.
+// The C interface: picks the ISA, cuts a call into parts for the threads.
 #include "proxbit.h"
 
 #include <algorithm>
 
-#include "level.h"
+#include "isa.h"
 
 namespace {
 
-using proxbit::Call;
-using proxbit::Format;
-using proxbit::Level;
+using proxbit::Isa;
+using proxbit::LinearCall;
+using proxbit::LinearKernel;
 
-const Level *const levels[] = {
+const Isa *const isas[] = {
 #if defined(PROXBIT_X86)
 #if defined(PROXBIT_AMX)
-    &proxbit::amx_level,
+    &proxbit::amx_isa,
 #endif
-    &proxbit::avx512_level,
-    &proxbit::avx512vnni_level,
-    &proxbit::avx2_level,
+    &proxbit::avx512_isa,
+    &proxbit::avx512vnni_isa,
+    &proxbit::avx2_isa,
 #endif
 #if defined(PROXBIT_NEON)
-    &proxbit::neon_level,
+    &proxbit::neon_isa,
 #endif
-    &proxbit::portable_level,
+    &proxbit::portable_isa,
 };
-constexpr int64_t level_count = sizeof(levels) / sizeof(levels[0]);
+constexpr int64_t isa_count = sizeof(isas) / sizeof(isas[0]);
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A grid of parts, each of them whole blocks of rows and of columns.
 struct Grid {
-    const Call &call;
-    const Format &format;
+    const LinearCall &call;
+    const LinearKernel &kernel;
     int64_t row_parts;
     int64_t column_parts;
 
@@ -41,23 +41,23 @@ struct Grid {
             return std::min(size, ceil_div(size, block) * index / parts * block);
         };
         const int64_t i = part / column_parts, j = part % column_parts;
-        format.run(call, cut(call.rows, format.row_block, row_parts, i), cut(call.rows, format.row_block, row_parts, i + 1),
-                   cut(call.outputs, format.column_block, column_parts, j),
-                   cut(call.outputs, format.column_block, column_parts, j + 1));
+        kernel.run(call, cut(call.rows, kernel.row_block, row_parts, i), cut(call.rows, kernel.row_block, row_parts, i + 1),
+                   cut(call.outputs, kernel.column_block, column_parts, j),
+                   cut(call.outputs, kernel.column_block, column_parts, j + 1));
     }
 };
 
 // Work below this many multiply-adds is not worth waking another thread.
 constexpr double least_work[3] = {1 << 19, 1 << 20, 1 << 22};
 
-Grid make_grid(const Call &call) {
-    const Format &format = levels[call.level]->formats[call.format];
-    Grid grid{call, format, 1, 1};
+Grid make_grid(const LinearCall &call) {
+    const LinearKernel &kernel = isas[call.isa]->linear[call.format];
+    Grid grid{call, kernel, 1, 1};
     const double work = static_cast<double>(call.rows) * call.inputs * call.outputs;  // may be beyond 64 bits
     if (!call.parallel_for || call.threads < 2 || work < least_work[call.format]) return grid;
     // Rows first: what is done once a row, its table or its quantisation, is then done by one thread only.
-    const int64_t row_blocks = ceil_div(call.rows, format.row_block);
-    const int64_t column_blocks = ceil_div(call.outputs, format.column_block);
+    const int64_t row_blocks = ceil_div(call.rows, kernel.row_block);
+    const int64_t column_blocks = ceil_div(call.outputs, kernel.column_block);
     grid.row_parts = row_blocks >= 2 * call.threads ? call.threads : 1;
     grid.column_parts = grid.row_parts > 1 ? 1 : std::min(column_blocks, call.threads);
     return grid;
@@ -86,26 +86,26 @@ extern "C" {
 
 const int64_t *proxbit_interface(void) {
     static const int64_t numbers[] = {
-        sizeof(proxbit_linear_call), sizeof(proxbit_quantizer_call), sizeof(proxbit_activations_call),
+        sizeof(proxbit_linear_call), sizeof(proxbit_latent_call), sizeof(proxbit_activations_call),
         PROXBIT_FORMATS,             PROXBIT_FUNCTIONS,              PROXBIT_KINDS,
         PROXBIT_PART_ROWS,           0,
     };
     return numbers;
 }
 
-const char *proxbit_level_name(int64_t level) {
-    return level >= 0 && level < level_count ? levels[level]->name : nullptr;
+const char *proxbit_isa_name(int64_t isa) {
+    return isa >= 0 && isa < isa_count ? isas[isa]->name : nullptr;
 }
 
-int32_t proxbit_level_runs(int64_t level) { return level >= 0 && level < level_count && levels[level]->runs(); }
+int32_t proxbit_isa_runs(int64_t isa) { return isa >= 0 && isa < isa_count && isas[isa]->runs(); }
 
-int64_t proxbit_tile_bytes(int64_t level, int64_t format, int64_t outputs, int64_t inputs) {
-    return levels[level]->formats[format].tile_bytes(outputs, inputs);
+int64_t proxbit_tile_bytes(int64_t isa, int64_t format, int64_t outputs, int64_t inputs) {
+    return isas[isa]->linear[format].tile_bytes(outputs, inputs);
 }
 
-void proxbit_relay(int64_t level, int64_t format, const uint8_t *bits, int64_t outputs, int64_t inputs,
+void proxbit_repack(int64_t isa, int64_t format, const uint8_t *bits, int64_t outputs, int64_t inputs,
                    uint8_t *tiles) {
-    levels[level]->formats[format].relay(bits, outputs, inputs, tiles);
+    isas[isa]->linear[format].repack(bits, outputs, inputs, tiles);
 }
 
 void proxbit_linear(const struct proxbit_linear_call *call) {
@@ -115,37 +115,37 @@ void proxbit_linear(const struct proxbit_linear_call *call) {
     for_each(parts > 1 ? call->parallel_for : nullptr, parts, 1, [&grid](int64_t part) { grid.run(part); });
 }
 
-void proxbit_pack_signs(int64_t level, int64_t dtype, const void *values, int64_t rows, int64_t columns,
+void proxbit_pack_signs(int64_t isa, int64_t dtype, const void *values, int64_t rows, int64_t columns,
                         int64_t stride, uint8_t *bits, proxbit_parallel_for parallel_for) {
     const int64_t width = ceil_div(columns, 8), size = dtype == PROXBIT_FLOAT32 ? 4 : 2;
     for_each(parallel_for, rows, grain(columns, least_signs), [=](int64_t row) {
         const void *from = static_cast<const uint8_t *>(values) + row * stride * size;
-        levels[level]->pack_signs(dtype, from, columns, bits + row * width);
+        isas[isa]->signs.pack(dtype, from, columns, bits + row * width);
     });
 }
 
-void proxbit_unpack_signs(int64_t level, const uint8_t *bits, int64_t rows, int64_t columns, float *values,
+void proxbit_unpack_signs(int64_t isa, const uint8_t *bits, int64_t rows, int64_t columns, float *values,
                           proxbit_parallel_for parallel_for) {
     const int64_t width = ceil_div(columns, 8);
     for_each(parallel_for, rows, grain(columns, least_signs), [=](int64_t row) {
-        levels[level]->unpack_signs(bits + row * width, columns, values + row * columns);
+        isas[isa]->signs.unpack(bits + row * width, columns, values + row * columns);
     });
 }
 
-void proxbit_quantize(const struct proxbit_quantizer_call *call) {
+void proxbit_quantize(const struct proxbit_latent_call *call) {
     for_each(call->parallel_for, call->rows, grain(call->columns, least_floats),
-             [call](int64_t row) { levels[call->level]->quantize(*call, row); });
+             [call](int64_t row) { isas[call->isa]->elementwise.quantize(*call, row); });
 }
 
-void proxbit_gradient(const struct proxbit_quantizer_call *call) {
+void proxbit_gradient(const struct proxbit_latent_call *call) {
     for_each(call->parallel_for, call->rows, grain(call->columns, least_floats),
-             [call](int64_t row) { levels[call->level]->gradient(*call, row); });
+             [call](int64_t row) { isas[call->isa]->elementwise.gradient(*call, row); });
 }
 
 void proxbit_activations(const struct proxbit_activations_call *call) {
     for_each(call->parallel_for, ceil_div(call->rows, PROXBIT_PART_ROWS),
              grain(call->columns * PROXBIT_PART_ROWS, least_floats),
-             [call](int64_t part) { levels[call->level]->activations(*call, part); });
+             [call](int64_t part) { isas[call->isa]->elementwise.activations(*call, part); });
 }
 
 }  // extern "C"

@@ -1,7 +1,7 @@
 /* The C interface of proxbit's CPU kernels: plain pointers and sizes, no torch, no global state.
  *
  * Packed weights come as in the checkpoint: row-major bits, least significant first, 1 is +1, padding bits are 0. A
- * kernel may want them in another order ("tiles"); proxbit_relay makes that once, when a layer is first used. */
+ * kernel may want them in another order ("tiles"); proxbit_repack makes that once, when a layer is first used. */
 #ifndef PROXBIT_H
 #define PROXBIT_H
 
@@ -27,7 +27,7 @@ typedef void (*proxbit_task)(int64_t begin, int64_t end, void *context);
 typedef int32_t (*proxbit_parallel_for)(int64_t begin, int64_t end, int64_t grain, proxbit_task task, void *context);
 
 /* One call of a linear layer: y[m, n] = scale[n] * sum_k s[n, k] a[m, k] + bias[n], s the signs of the weight and
- *   W1     a = x, summed in fp32; the level amx takes numbers below 2^-126 for zero
+ *   W1     a = x, summed in fp32; the ISA amx takes numbers below 2^-126 for zero
  *   W1A8   a = step[m] * q[m, k], step[m] = max_k |x[m, k]| / 127, q = round(x / step) to even, summed exactly;
  *          with levels, step is the first of them for every row, and q is clipped to the other two
  *   W1A1   a = +1 where x[m, k] >= levels[k] (0 without), else -1, summed exactly
@@ -35,7 +35,7 @@ typedef int32_t (*proxbit_parallel_for)(int64_t begin, int64_t end, int64_t grai
  * A row of W1A8 that holds NaN gives NaN. Without levels one with infinity does too, and one whose largest |x| is below
  * 1e-30 counts as zero. */
 struct proxbit_linear_call {
-    int64_t level;   /* index, see proxbit_level_name */
+    int64_t isa;     /* index, see proxbit_isa_name */
     int64_t format;  /* enum proxbit_format */
     int64_t dtype;   /* enum proxbit_dtype */
     int64_t rows;    /* M */
@@ -56,23 +56,23 @@ struct proxbit_linear_call {
     double norm_eps;
 };
 
-/* The instruction levels in this library, fastest first: their names, null past the last one, and whether this
+/* The ISAs (instruction sets) in this library, fastest first: their names, null past the last one, and whether this
  * processor and its system run them. */
-PROXBIT_API const char *proxbit_level_name(int64_t level);
-PROXBIT_API int32_t proxbit_level_runs(int64_t level);
+PROXBIT_API const char *proxbit_isa_name(int64_t isa);
+PROXBIT_API int32_t proxbit_isa_runs(int64_t isa);
 
 /* Bytes of the tiles of a weight; 0 where the kernel reads the checkpoint's own order. */
-PROXBIT_API int64_t proxbit_tile_bytes(int64_t level, int64_t format, int64_t outputs, int64_t inputs);
-PROXBIT_API void proxbit_relay(int64_t level, int64_t format, const uint8_t *bits, int64_t outputs, int64_t inputs,
+PROXBIT_API int64_t proxbit_tile_bytes(int64_t isa, int64_t format, int64_t outputs, int64_t inputs);
+PROXBIT_API void proxbit_repack(int64_t isa, int64_t format, const uint8_t *bits, int64_t outputs, int64_t inputs,
                                uint8_t *tiles);
 
 PROXBIT_API void proxbit_linear(const struct proxbit_linear_call *call);
 
 /* bits[o, j] has bit b set where values[o, 8 j + b] >= 0. */
-PROXBIT_API void proxbit_pack_signs(int64_t level, int64_t dtype, const void *values, int64_t rows, int64_t columns,
+PROXBIT_API void proxbit_pack_signs(int64_t isa, int64_t dtype, const void *values, int64_t rows, int64_t columns,
                                     int64_t stride, uint8_t *bits, proxbit_parallel_for parallel_for);
 /* values[o, i] = +1 or -1, in fp32, contiguous. */
-PROXBIT_API void proxbit_unpack_signs(int64_t level, const uint8_t *bits, int64_t rows, int64_t columns, float *values,
+PROXBIT_API void proxbit_unpack_signs(int64_t isa, const uint8_t *bits, int64_t rows, int64_t columns, float *values,
                                       proxbit_parallel_for parallel_for);
 
 /* Forward and backward quantizers; u, w / divisor of latent weights, and mu are their arguments. */
@@ -96,8 +96,8 @@ enum proxbit_function {
 
 /* One call of proxbit_quantize: result[o, k] = factor[o] * f(u), u = latent[o, k] / divisor[o], or of proxbit_gradient:
  * result[o, k] = f(u) * (factor[o] / divisor[o]) * grad[o, k]. Matrices are contiguous, [rows, columns]. */
-struct proxbit_quantizer_call {
-    int64_t level;
+struct proxbit_latent_call {
+    int64_t isa;
     int64_t function;    /* enum proxbit_function */
     int64_t rows;
     int64_t columns;
@@ -111,8 +111,8 @@ struct proxbit_quantizer_call {
     int64_t find_factor;  /* 1: factor[o] is first set to <f, latent[o]> / <f, f>; both only in proxbit_quantize */
     proxbit_parallel_for parallel_for;
 };
-PROXBIT_API void proxbit_quantize(const struct proxbit_quantizer_call *call);
-PROXBIT_API void proxbit_gradient(const struct proxbit_quantizer_call *call);
+PROXBIT_API void proxbit_quantize(const struct proxbit_latent_call *call);
+PROXBIT_API void proxbit_gradient(const struct proxbit_latent_call *call);
 
 /* What activations become in training: scale * code.
  *   INT8         code = round(x / scale) to even, each row with the scale of W1A8 without levels
@@ -133,7 +133,7 @@ enum { PROXBIT_PART_ROWS = 32 };
  *   grad = grad * b;  sums[part] = sum of that over rows, [columns], and then of
  *   grad * (code - b x / scale) (GRID), grad * code (SIGNS), grad * (code - b (u + 1) / 2) (ZERO_OR_ONE). */
 struct proxbit_activations_call {
-    int64_t level;
+    int64_t isa;
     int64_t kind;           /* enum proxbit_kind */
     int64_t forward;        /* f, of two levels: enum proxbit_function, or -1 for the levels themselves */
     int64_t backward;       /* b, of two levels: enum proxbit_function */
@@ -152,8 +152,8 @@ struct proxbit_activations_call {
 };
 PROXBIT_API void proxbit_activations(const struct proxbit_activations_call *call);
 
-/* What this library was built from, 0 past the last one: the bytes of the calls of linear layers, of quantizers and of
- * activations, and the numbers of formats, of functions and of kinds, and PROXBIT_PART_ROWS. */
+/* What this library was built from, 0 past the last one: the bytes of the calls of linear layers, of latent weights and
+ * of activations, and the numbers of formats, of functions and of kinds, and PROXBIT_PART_ROWS. */
 PROXBIT_API const int64_t *proxbit_interface(void);
 
 #ifdef __cplusplus

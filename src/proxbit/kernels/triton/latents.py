@@ -1,14 +1,13 @@
-"""Forward and backward quantizers of latent weights on CUDA, in Triton: a row a program, as in csrc/quantizer.h."""
+"""Forward and backward quantizers of latent weights on CUDA: a row a program, as in csrc/elementwise/latents.h."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from proxbit.kernels import triton_linear
-from proxbit.kernels.native import is_dense
+from proxbit.kernels.arguments import LatentRows
 
-__all__ = ["gradient_rows", "quantize_rows", "takes"]
+__all__ = ["gradient_rows", "quantize_rows"]
 
 _CHUNK = 1024
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -32,7 +31,7 @@ def _logistic(size: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
 
 @triton.jit
 def _series(u: tl.tensor, mu: tl.tensor, OF_SLOPE: tl.constexpr) -> tl.tensor:
-    """Clenshaw's sum in the form of Reinsch, see csrc/quantizer.h."""
+    """Clenshaw's sum in the form of Reinsch, see csrc/elementwise/latents.h."""
     size = tl.abs(u)
     y = 0.5 * tl.where(size > 3.14159265, 3.14159265, size)
     far = y > 0.785398163
@@ -175,44 +174,32 @@ def _gradient(
         tl.store(result_ptr + place, result.to(result_ptr.dtype.element_ty), mask=column < columns)
 
 
-def takes(latent: Tensor) -> bool:
-    """Whether the functions here take a latent weight as it is: dense, on a GPU from Ampere on."""
-    return is_dense(latent) and triton_linear.takes(latent)
-
-
 def _number(mu: Tensor) -> float:
     """What a tensor of the CPU holds, without an operator that would show as a wait for the GPU."""
     return float(mu.detach().cpu().numpy())
 
 
-def quantize_rows(
-    function: str, latent: Tensor, mu: Tensor, scale: str, divisor: Tensor | None, factor: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.quantizer.quantize_rows`; `latent` is one that `takes` is true for, in fp16, bf16 or fp32."""
-    rows, columns = latent.shape
-    s = latent.new_empty(rows, 1, dtype=torch.float32) if divisor is None else divisor.contiguous()
+def quantize_rows(rows: LatentRows, scale: str) -> tuple[Tensor, Tensor, Tensor]:
+    """See `cpu.CpuBackend.quantize_rows`; the latent is dense, in fp16, bf16 or fp32."""
+    function, latent, mu, divisor, factor = rows
+    count, columns = latent.shape
+    s = latent.new_empty(count, 1, dtype=torch.float32) if divisor is None else divisor.contiguous()
     kind = scale if factor is None else "given"
     a = s if kind == "fixed" else torch.empty_like(s) if factor is None else factor.contiguous()
     result = torch.empty_like(latent)
     modes = {"FUNCTION": function, "DIVISOR": "mean" if divisor is None else "given", "FACTOR": kind}
     with torch.cuda.device_of(latent):
-        _quantize[(rows,)](latent, s, a, result, _number(mu), columns, **modes, CHUNK=_CHUNK)
+        _quantize[(count,)](latent, s, a, result, _number(mu), columns, **modes, CHUNK=_CHUNK)
     return result, s, a
 
 
-def gradient_rows(
-    function: str,
-    latent: Tensor,
-    mu: Tensor,
-    divisor: Tensor,
-    factor: Tensor,
-    grad: Tensor,
-    overwrite: bool = False,
-) -> Tensor:
-    """See `kernels.quantizer.gradient_rows`; tensors are those of `quantize_rows`."""
-    rows, columns = latent.shape
+def gradient_rows(rows: LatentRows, grad: Tensor, overwrite: bool = False) -> Tensor:
+    """See `cpu.CpuBackend.gradient_rows`; tensors are those of `quantize_rows`."""
+    function, latent, mu, divisor, factor = rows
+    assert divisor is not None and factor is not None
+    count, columns = latent.shape
     s, a, grad = divisor.contiguous(), factor.contiguous(), grad.contiguous()
     result = grad if overwrite else torch.empty_like(latent)
     with torch.cuda.device_of(latent):
-        _gradient[(rows,)](latent, s, a, grad, result, _number(mu), columns, FUNCTION=function, CHUNK=_CHUNK)
+        _gradient[(count,)](latent, s, a, grad, result, _number(mu), columns, FUNCTION=function, CHUNK=_CHUNK)
     return result

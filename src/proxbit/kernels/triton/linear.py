@@ -7,20 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from proxbit.kernels.arguments import LinearCall
 from proxbit.kernels.reference import quantize_activations
 
-__all__ = ["linear", "takes"]
+__all__ = ["linear", "runs_on"]
 
 # Ampere.
 _OLDEST = (8, 0)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Rows of int8 activations start where the widest loads can.
 _ALIGNMENT = 16
 _CHUNK = 1024
 
 
 @triton.jit
-def _quantize_rows(
+def _round_to_int8(
     x_ptr: tl.tensor,
     q_ptr: tl.tensor,
     step_ptr: tl.tensor,
@@ -139,14 +139,9 @@ def _blocks(tokens: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 @cache
-def _runs_on(device: torch.device) -> bool:
+def runs_on(device: torch.device) -> bool:
     """Whether its tensor cores multiply bf16 and int8."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _OLDEST
-
-
-def takes(x: Tensor) -> bool:
-    """Whether the kernels work on this device and dtype."""
-    return x.dtype in _DTYPES and _runs_on(x.device)
 
 
 def _adjacent(values: Tensor) -> Tensor:
@@ -170,36 +165,21 @@ def _to_int8(activations: str, x: Tensor, levels: Tensor | None) -> tuple[Tensor
         return q, step.flatten()
     step = x.new_empty(tokens, dtype=torch.float32)
     # A fused multiplication and addition would round once where the formula rounds twice, here and below.
-    _quantize_rows[(tokens,)](x, q, step, x.stride(0), columns, padded, CHUNK=_CHUNK, enable_fp_fusion=False)
+    _round_to_int8[(tokens,)](x, q, step, x.stride(0), columns, padded, CHUNK=_CHUNK, enable_fp_fusion=False)
     return q, step
 
 
-def linear(
-    activations: str,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    levels: Tensor | None = None,
-) -> Tensor:
-    r"""A packed linear layer, see `reference`.
+def linear(call: LinearCall) -> Tensor:
+    r"""A packed linear layer, see `ops.linear_w1`, `linear_w1a8` and `linear_w1a1`; tensors are on one GPU, x in fp16,
+    bf16 or fp32.
 
     Formula:
         y[..., o] = (\sum_i (+-1)[o, i] a[..., i]) (step[...] scale[o]) + bias[o]; a and step are x and 1 for "float",
         summed in fp32; those of `quantize_activations` for "int8"; the signs of x - levels and 1 for "sign". Whole
         numbers are summed exactly, in int32, and the rest is rounded as in the reference.
-
-    Args:
-        activations: "float", "int8" or "sign".
-        x: `[..., I]`, fp16, bf16 or fp32, on CUDA, as everything here is.
-        weight: `[O, ceil(I / 8)]`, uint8, see `packing.layout`.
-        scale: `[O]`, floating point.
-        bias: `[O]`, floating point, or None.
-        levels: floating point; for "sign" thresholds, `[I]`, or None for 0; for "int8" a grid, `[3]`, or None.
-
-    Returns:
-        `[..., O]`, dtype of `x`.
     """
+    activations, x, weight, scale, bias, levels, gelu, norm = call
+    x = x if norm is None else norm(x).to(x.dtype)
     rows = weight.shape[0]
     result = x.new_empty((*x.shape[:-1], rows))
     if result.numel() == 0:
@@ -227,4 +207,4 @@ def linear(
             enable_fp_fusion=False,
             **blocks,
         )
-    return result
+    return torch.nn.functional.gelu(result) if gelu else result

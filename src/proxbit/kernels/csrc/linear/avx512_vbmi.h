@@ -1,15 +1,11 @@
-// What the levels with VBMI and VPOPCNTDQ share: tables of 64 entries in two registers for W1A8, vector popcounts for W1A1.
+// What the ISAs with VBMI and VPOPCNTDQ share: tables of 64 entries in two registers for W1A8, popcounts for W1A1.
 //
 // Words (see avx512.h) hold 12 weights in 16 bits for W1A8 and 32 in 32 bits for W1A1.
 #pragma once
 
-#include "avx512.h"
+#include "linear/avx512.h"
 
 namespace {
-
-inline bool runs_vbmi() {
-    return runs_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vpopcntdq");
-}
 
 // ---- W1A8
 
@@ -34,7 +30,7 @@ struct W1A8 : LookUp<W1A8> {
     static constexpr int rows = 4, columns = 32, column_block = 64;
     static constexpr int weights = 12, group = 6, most_words = 21;
 
-    static const int8_t *load_row_of(const Call &call, int64_t row, int64_t width, float *buffer, float &factor) {
+    static const int8_t *load_row_of(const LinearCall &call, int64_t row, int64_t width, float *buffer, float &factor) {
         int8_t *q = reinterpret_cast<int8_t *>(buffer + width);
         factor = quantize_row(call, load_row(call, row, width, buffer), width, q);
         return q;

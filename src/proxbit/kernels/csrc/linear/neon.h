@@ -1,63 +1,26 @@
 // NEON of plain armv8-a: tables of 16 bytes in registers for W1A8, bit counts for W1A1, 16 columns in a register;
 // tables in memory for W1, 4 rows in a register.
 //
-// Tiles (see tiles.h) of W1A8 and W1A1: 32 bytes are 8 weights of 32 columns. W1 reads the checkpoint's own order.
+// Tiles of W1A8 and W1A1 (see byte_look_up.h): 32 bytes are 8 weights of 32 columns. W1 reads the checkpoint's own
+// order.
+#pragma once
+
 #include <arm_neon.h>
 
-#include "activations.h"
-#include "tiles.h"
+#include "linear/byte_look_up.h"
+#include "signs/neon.h"
 
 namespace {
 
-using proxbit::Call;
+using proxbit::LinearCall;
 
-bool runs() { return true; }
-
-// ---- signs
-
-inline float32x4_t load_floats(const float *x) { return vld1q_f32(x); }
-inline float32x4_t load_floats(const uint16_t *x) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(x), 16)); }
-
-template <class Value>
-inline uint8_t signs_of(const Value *x) {
-    const uint16x8_t places = {1, 2, 4, 8, 16, 32, 64, 128};
-    const uint32x4_t first = vcgezq_f32(load_floats(x)), second = vcgezq_f32(load_floats(x + 4));
-    const uint16x8_t both = vuzp1q_u16(vreinterpretq_u16_u32(first), vreinterpretq_u16_u32(second));
-    return static_cast<uint8_t>(vaddvq_u16(vandq_u16(both, places)));
-}
-
-template <class Value>
-void pack_signs_of(const Value *x, int64_t columns, uint8_t *bits) {
-    const int64_t j = columns / 8;
-    for (int64_t i = 0; i < j; ++i) bits[i] = signs_of(x + 8 * i);
-    if (columns % 8 == 0) return;
-    Value last[8] = {};
-    std::copy(x + 8 * j, x + columns, last);
-    bits[j] = signs_of(last) & (0xff >> (8 - columns % 8));
-}
-
-void pack_signs(int64_t dtype, const void *values, int64_t columns, uint8_t *bits) {
-    if (dtype == PROXBIT_FLOAT32) return pack_signs_of(static_cast<const float *>(values), columns, bits);
-    pack_signs_of(static_cast<const uint16_t *>(values), columns, bits);
-}
-
-void unpack_signs(const uint8_t *bits, int64_t columns, float *values) {
-    const uint32x4_t places = {1, 2, 4, 8};
-    const float32x4_t one = vdupq_n_f32(1.0f), minus_one = vdupq_n_f32(-1.0f);
-    int64_t k = 0;
-    for (; k + 4 <= columns; k += 4) {
-        const uint32x4_t half = vdupq_n_u32(bits[k / 8] >> (k % 8));
-        vst1q_f32(values + k, vbslq_f32(vtstq_u32(half, places), one, minus_one));
-    }
-    for (; k < columns; ++k) values[k] = (bits[k / 8] >> (k % 8)) & 1 ? 1.0f : -1.0f;
-}
-
-// ---- W1A8 and W1A1: blocks of 4 rows and 2 registers of columns
-//
-// A format says in its type: bytes of a chunk, a multiple of 4; bytes of activations and of tables for a row and a byte
-// of weights; factor and offset: y = step * (factor * sum + offset).
+// ---- W1A8 and W1A1: blocks of 4 rows and 2 registers of columns; see byte_look_up.h
 
 constexpr int most_rows = 4, tile_columns = 32;
+
+struct Blocked {
+    static constexpr int rows = most_rows, columns = tile_columns, multiple = 4;
+};
 
 // The sums of every row: variables with names, as gcc 12 keeps arrays of them in memory.
 template <class Sums>
@@ -81,39 +44,6 @@ inline void add_words(int32_t *to, uint16x8_t words) {
     vst1q_s32(to + 4, vaddw_high_s16(vld1q_s32(to + 4), v));
 }
 
-template <class Format, int rows>
-void run_block(const Call &call, int64_t row, int64_t begin, int64_t end) {
-    constexpr int64_t part = Format::activation_bytes, table_bytes = Format::table_bytes;
-    const int64_t bytes = round_up(ceil_div(call.inputs, 8), 4), columns = round_up(end - begin, tile_columns);
-    Workspace workspace(32 * bytes + rows * (part * bytes + 4 * columns + table_bytes * Format::chunk) + 256);
-    float *buffer = workspace.take<float>(8 * bytes), step[rows];
-    uint8_t *activations = workspace.take<uint8_t>(rows * part * bytes);
-    int32_t *sums = workspace.take<int32_t>(rows * columns), offset[rows];
-    uint8_t *tables = workspace.take<uint8_t>(rows * table_bytes * Format::chunk);
-    for (int r = 0; r < rows; ++r)
-        step[r] = Format::load(call, row + r, bytes, buffer, activations + r * part * bytes, offset[r]);
-    std::memset(sums, 0, rows * columns * sizeof(int32_t));
-    for (int64_t first = 0; first < bytes; first += Format::chunk) {
-        const int64_t count = std::min<int64_t>(Format::chunk, bytes - first);
-        for (int64_t i = 0; i < count * rows; ++i)
-            Format::fill_tables(activations + part * (i % rows * bytes + first + i / rows), tables + table_bytes * i);
-        const uint8_t *tile = call.tiles + first * round_up(call.outputs, tile_columns) + begin * count;
-        for (int64_t n = 0; n < columns; n += tile_columns)
-            Format::template add_chunk<rows>(tile + n * count, tables, count, sums + n, columns);
-    }
-    for (int r = 0; r < rows; ++r) {
-        int32_t *of_row = sums + r * columns;
-        for (int64_t n = 0; n < end - begin; ++n) of_row[n] = Format::factor * of_row[n] + offset[r];
-        store_row(call, row + r, begin, end, step[r], of_row);
-    }
-}
-
-template <class Format>
-void run(const Call &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
-    for (; row + most_rows <= row_end; row += most_rows) run_block<Format, most_rows>(call, row, begin, end);
-    for (; row < row_end; ++row) run_block<Format, 1>(call, row, begin, end);
-}
-
 // ---- W1A8
 //
 // Of 4 activations all 16 sums are at most 508 in size. A table holds sum + 512 in two bytes, the 5 low bits and the
@@ -130,16 +60,10 @@ inline void widen(uint16_t *words, uint8x16_t low, uint8x16_t high) {
     vst1q_u16(words + 8, vmlal_high_u8(second, high, vdupq_n_u8(32)));
 }
 
-struct W1A8 {
+struct W1A8 : Blocked {
     static constexpr int chunk = 32, activation_bytes = 8, table_bytes = 64, factor = 2;
 
-    static float load(const Call &call, int64_t row, int64_t bytes, float *buffer, uint8_t *to, int32_t &offset) {
-        int8_t *q = reinterpret_cast<int8_t *>(to);
-        const float step = quantize_row(call, load_row(call, row, 8 * bytes, buffer), 8 * bytes, q);
-        offset = 0;
-        for (int64_t k = 0; k < 8 * bytes; ++k) offset -= q[k];
-        return step;
-    }
+    static constexpr auto load_row_of = load_int8;
 
     // The table of 4 of 8 activations: 16 low bytes, 16 high bytes.
     template <int first>
@@ -230,13 +154,13 @@ inline void add_counts(int32_t *to, uint8x16_t count, uint8x16_t last) {
     add_words(to + 8, vaddw_high_u8(vshll_high_n_u8(count, 1), rest));
 }
 
-struct W1A1 {
+struct W1A1 : Blocked {
     static constexpr int chunk = 60, activation_bytes = 1, table_bytes = 16, factor = -2;  // 30 pairs: at most 240
 
     static void to_prefixes(uint8_t *bits, int64_t bytes) {
         for (int64_t j = 0; j < bytes; ++j) bits[j] ^= j % chunk ? bits[j - 1] : 0;
     }
-    static float load(const Call &call, int64_t row, int64_t bytes, float *buffer, uint8_t *to, int32_t &offset) {
+    static float load_row_of(const LinearCall &call, int64_t row, int64_t bytes, float *buffer, uint8_t *to, int32_t &offset) {
         std::memset(to, 0, bytes);
         pack_signs_of(load_centred_row(call, row, buffer), call.inputs, to);
         to_prefixes(to, bytes);
@@ -263,14 +187,14 @@ struct W1A1 {
     }
 };
 
-void relay_w1a1(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles) {
+void repack_w1a1(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles) {
     const int64_t width = ceil_div(inputs, 8), padded = round_up(width, 4);
     std::vector<uint8_t> prefixes(outputs * padded);
     for (int64_t n = 0; n < outputs; ++n) {
         std::memcpy(prefixes.data() + n * padded, bits + n * width, width);
         W1A1::to_prefixes(prefixes.data() + n * padded, padded);
     }
-    relay<tile_columns, tile_columns, 1, 4, W1A1::chunk>(prefixes.data(), outputs, 8 * padded, tiles);
+    repack<tile_columns, tile_columns, 1, 4, W1A1::chunk>(prefixes.data(), outputs, 8 * padded, tiles);
 }
 
 // ---- W1
@@ -321,7 +245,7 @@ inline Value sum_entries(const Value *tables, const uint8_t *bits, int64_t bytes
 
 // A row, or up to 4 as the lanes of a Value.
 template <class Value>
-void run_rows_w1(const Call &call, int64_t row, int64_t rows, int64_t begin, int64_t end) {
+void run_rows_w1(const LinearCall &call, int64_t row, int64_t rows, int64_t begin, int64_t end) {
     constexpr int64_t lanes = sizeof(Value) / 4, at_once = 16 / lanes;  // bytes whose tables stay in the first cache
     const int64_t bytes = ceil_div(call.inputs, 8), columns = end - begin;
     Workspace workspace(4 * ((lanes + 1) * (8 * bytes + columns) + lanes * columns + 16 * 256) + 384);
@@ -352,26 +276,10 @@ void run_rows_w1(const Call &call, int64_t row, int64_t rows, int64_t begin, int
     }
 }
 
-void run_w1(const Call &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
+void run_w1(const LinearCall &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
     for (; row + 1 < row_end; row += 4)
         run_rows_w1<float32x4_t>(call, row, std::min<int64_t>(4, row_end - row), begin, end);
     if (row < row_end) run_rows_w1<float>(call, row, 1, begin, end);
 }
 
-int64_t no_tiles(int64_t, int64_t) { return 0; }
-void no_relay(const uint8_t *, int64_t, int64_t, uint8_t *) {}
-
 }  // namespace
-
-const proxbit::Level proxbit::neon_level = {
-    "neon",
-    runs,
-    {{most_rows, tile_columns, no_tiles, no_relay, run_w1},
-     {most_rows, tile_columns, tile_bytes<32, 4>, relay<32, 32, 1, 4, W1A8::chunk>, run<W1A8>},
-     {most_rows, tile_columns, tile_bytes<32, 4>, relay_w1a1, run<W1A1>}},
-    pack_signs,
-    unpack_signs,
-    quantize_latent,
-    latent_gradient,
-    activations_part,
-};

@@ -1,25 +1,13 @@
-// AMX, and all that the level `avx512` has: products of tiles for many rows of W1A8 and W1, its look-ups for few.
+// AMX: products of tiles for many rows of W1A8 and W1, the look-ups of the ISA `avx512` for few.
 //
 // A product of tiles adds 64 inputs of 16 rows and 16 columns as bytes, or 32 in bf16. The signs of the weights become
 // +1 and -1 before it, for all rows of a pass at once. W1 splits a float into three numbers in bf16 that add up to it,
 // so that products are exact, and sums those of fp32 in another order.
-#include "avx512_vbmi.h"
+#pragma once
 
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include "activations.h"
+#include "linear/avx512_vbmi.h"
 
 namespace {
-
-bool runs() {
-    constexpr unsigned tiles = 1u << 24, bytes = 1u << 25, bfloats = 1u << 22, needed = tiles | bytes | bfloats;
-    unsigned a, b, c, d;
-    if (!runs_vbmi() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & needed) != needed) return false;
-    // The system gives the registers of tiles to a process that asks: ARCH_REQ_XCOMP_PERM, XTILEDATA.
-    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-}
 
 // ---- tiles
 
@@ -110,7 +98,7 @@ struct Bytes : TileFormat<4> {
     static void add_product() {
         asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(a), "i"(b));
     }
-    static float lay_out(const Call &call, int64_t row, int64_t steps, float *buffer, uint8_t *to) {
+    static float lay_out(const LinearCall &call, int64_t row, int64_t steps, float *buffer, uint8_t *to) {
         const int64_t width = steps * inputs;
         int8_t *q = reinterpret_cast<int8_t *>(buffer + width);
         const float step = quantize_row(call, load_row(call, row, width, buffer), width, q);
@@ -148,7 +136,7 @@ struct Floats : TileFormat<2> {
         pieces[1] = _mm512_cvtepi32_epi16(_mm512_srli_epi32(second, 16));
         pieces[2] = _mm512_cvtepi32_epi16(_mm512_srli_epi32(third, 16));
     }
-    static float lay_out(const Call &call, int64_t row, int64_t steps, float *buffer, uint8_t *to) {
+    static float lay_out(const LinearCall &call, int64_t row, int64_t steps, float *buffer, uint8_t *to) {
         const float *x = load_row(call, row, steps * inputs, buffer);
         for (int64_t i = 0; i < steps; ++i, x += inputs) {
             __m256i left[3], right[3];
@@ -187,9 +175,9 @@ int64_t all_bytes(int64_t outputs, int64_t inputs) {
 }
 
 template <class Format>
-void relay_all(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles) {
+void repack_all(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles) {
     constexpr int lanes = Format::lanes, input_bytes = Format::inputs / 8, row_bytes = 2 * lanes;
-    relay<typename Format::Few>(bits, outputs, inputs, tiles);
+    repack<typename Format::Few>(bits, outputs, inputs, tiles);
     tiles += few_bytes<Format>(outputs, inputs);
     std::memset(tiles, 0, pair_bytes<Format>(outputs, inputs));
     const int64_t width = ceil_div(inputs, 8), steps = steps_of<Format>(inputs);
@@ -209,7 +197,7 @@ void relay_all(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *ti
 
 // Activations of a pass, and the factors of a pair of columns, some inputs of them at a time, stay in the second cache.
 template <class Format>
-void run_tiles(const Call &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
+void run_tiles(const LinearCall &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
     using Sum = typename Format::Sum;
     constexpr int64_t panel = 128, pass_bytes = 3 << 19, factor_bytes = 3 << 16, step_bytes = 2 * tile_size;
     constexpr int64_t stride = panel * sizeof(Sum), activation_bytes = Format::parts * tile_size;
@@ -255,7 +243,7 @@ void run_tiles(const Call &call, int64_t row, int64_t row_end, int64_t begin, in
 }
 
 template <class Format>
-void run_all(const Call &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
+void run_all(const LinearCall &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
     if (row_end - row <= Format::most_few) return run<typename Format::Few>(call, row, row_end, begin, end);
     if constexpr (Format::parts > 1) {
         if (call.dtype == PROXBIT_BFLOAT16 && !call.norm_weight) return run_tiles<Floats<1>>(call, row, row_end, begin, end);
@@ -264,17 +252,6 @@ void run_all(const Call &call, int64_t row, int64_t row_end, int64_t begin, int6
 }
 
 template <class Format>
-constexpr proxbit::Format tiled = {tile_rows, 64, all_bytes<Format>, relay_all<Format>, run_all<Format>};
+constexpr proxbit::LinearKernel tiled = {tile_rows, 64, all_bytes<Format>, repack_all<Format>, run_all<Format>};
 
 }  // namespace
-
-const proxbit::Level proxbit::amx_level = {
-    "amx",
-    runs,
-    {tiled<Floats<3>>, tiled<Bytes>, kernels<W1A1>},
-    pack_signs,
-    unpack_signs,
-    quantize_latent,
-    latent_gradient,
-    activations_part,
-};

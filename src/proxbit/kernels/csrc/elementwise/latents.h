@@ -1,8 +1,8 @@
 // Rows of latent weights through a forward or backward quantizer: plain loops that the compiler vectorises for each
-// level. A row stays in the cache between two of them.
+// ISA. A row stays in the cache between two of them.
 #pragma once
 
-#include "rows.h"
+#include "basics.h"
 
 namespace {
 
@@ -155,7 +155,7 @@ inline float at_least_tiny(float x) { return x < 1.17549435e-38f ? 1.17549435e-3
 // Some numbers of a row, which stay in the first cache between two loops.
 constexpr int64_t columns_at_once = 256;
 
-void quantize_latent(const proxbit::QuantizerCall &call, int64_t row) {
+void quantize_latent(const proxbit::LatentCall &call, int64_t row) {
     const int64_t count = call.columns;
     const float *__restrict w = call.latent + row * count;
     float *__restrict to = call.result + row * count;
@@ -170,7 +170,7 @@ void quantize_latent(const proxbit::QuantizerCall &call, int64_t row) {
     for (int64_t k = 0; k < count; ++k) to[k] *= factor;
 }
 
-void latent_gradient(const proxbit::QuantizerCall &call, int64_t row) {
+void latent_gradient(const proxbit::LatentCall &call, int64_t row) {
     const float divisor = call.divisor[row], gain = call.factor[row] / divisor, mu = static_cast<float>(*call.mu);
     float part[columns_at_once];
     for (int64_t first = 0; first < call.columns; first += columns_at_once) {

@@ -1,5 +1,5 @@
 // Many rows with AVX2: a row of x is a lane of the registers, all 64 sums of 6 activations lie in memory. One addition
-// does 6 weights for every lane: 8 rows of floats, 16 of W1A8, 32 of W1A1. A part of avx2.cpp.
+// does 6 weights for every lane: 8 rows of floats, 16 of W1A8, 32 of W1A1. A part of avx2.h.
 //
 // Passes of 48 weights: their 8 tables, 16 KB, stay in the first cache while all columns go by. Tiles: for every pass,
 // for every column, 8 bytes, 4 times the index of each table.
@@ -10,7 +10,7 @@
 
 #include <immintrin.h>
 
-#include "rows.h"
+#include "linear/row.h"
 
 namespace {
 
@@ -34,7 +34,7 @@ inline void transpose_bytes(const uint8_t *from, int64_t stride, __m128i to[8]) 
 
 namespace lanes {
 
-using proxbit::Call;
+using proxbit::LinearCall;
 
 constexpr int group = 6, entries = 1 << group, groups = 8, pass = group * groups;
 constexpr int register_bytes = 32, table_bytes = entries * register_bytes;
@@ -46,7 +46,7 @@ inline void store(void *p, __m256i v) { _mm256_store_si256(static_cast<__m256i *
 
 int64_t tile_bytes(int64_t outputs, int64_t inputs) { return ceil_div(inputs, pass) * outputs * groups; }
 
-void relay(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles) {
+void repack(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles) {
     const int64_t width = ceil_div(inputs, 8), passes = ceil_div(inputs, pass);
     for (int64_t p = 0; p < passes; ++p) {
         const int64_t first = pass / 8 * p, count = std::min<int64_t>(pass / 8, width - first);
@@ -103,7 +103,7 @@ struct W1 {
         }
         return _mm256_movemask_ps(large) == 0;
     }
-    static float load_values(const Call &call, int64_t row, float *, float *to) {
+    static float load_values(const LinearCall &call, int64_t row, float *, float *to) {
         const float *from = load_row(call, row, call.inputs, to);
         if (from != to) std::copy_n(from, call.inputs, to);
         return 1.0f;
@@ -126,7 +126,7 @@ struct W1A8 {
     static __m256i of_minus(__m256i a) { return _mm256_sub_epi16(_mm256_setzero_si256(), a); }
     static __m256i from_minus_to_plus(__m256i a) { return add(a, a); }
     static bool is_moderate(const __m256i *) { return true; }
-    static float load_values(const Call &call, int64_t row, float *buffer, int8_t *to) {
+    static float load_values(const LinearCall &call, int64_t row, float *buffer, int8_t *to) {
         return quantize_row(call, load_row(call, row, call.inputs, buffer), call.inputs, to);
     }
     static void gather(const int8_t *values, int64_t stride, __m256i lanes[8]) {
@@ -153,7 +153,7 @@ struct W1A1 {
     }
     static __m256i from_minus_to_plus(__m256i a) { return a; }
     static bool is_moderate(const __m256i *) { return true; }
-    static float load_values(const Call &call, int64_t row, float *buffer, int8_t *to) {
+    static float load_values(const LinearCall &call, int64_t row, float *buffer, int8_t *to) {
         const float *x = load_centred_row(call, row, buffer);
         const auto is_plus = [](const float *x) {
             return _mm256_castps_si256(_mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_setzero_ps(), _CMP_GE_OQ));
@@ -229,7 +229,7 @@ inline __m256i look_up(const uint8_t *tile, const uint8_t *tables) {
 }
 
 template <class Format>
-void run_rows(const Call &call, const uint8_t *tiles, int64_t row, int64_t rows, int64_t begin, int64_t end) {
+void run_rows(const LinearCall &call, const uint8_t *tiles, int64_t row, int64_t rows, int64_t begin, int64_t end) {
     using Value = typename Format::Value;
     using Sum = typename Format::Sum;
     constexpr int64_t block = 4096 / Format::rows;  // columns that are finished at once
@@ -282,7 +282,7 @@ void run_rows(const Call &call, const uint8_t *tiles, int64_t row, int64_t rows,
 // All rows from `row` on for which it pays to fill the tables; returns where the others begin. Which those are does not
 // depend on how a call is cut for the threads.
 template <class Format>
-int64_t run(const Call &call, const uint8_t *tiles, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
+int64_t run(const LinearCall &call, const uint8_t *tiles, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
     if (call.outputs < 2 * entries || call.inputs > Format::most_inputs) return row;
     for (; row_end - row >= Format::fewest; row = std::min<int64_t>(row_end, row + Format::rows))
         run_rows<Format>(call, tiles, row, std::min<int64_t>(Format::rows, row_end - row), begin, end);

@@ -1,13 +1,12 @@
 // Plain C++, for any processor: sums of 8 activations, for every byte of weights, in a table.
-#include "activations.h"
+#pragma once
+
+#include "linear/row.h"
+#include "signs/portable.h"
 
 namespace {
 
-using proxbit::Call;
-
-int64_t no_tiles(int64_t, int64_t) { return 0; }
-void no_relay(const uint8_t *, int64_t, int64_t, uint8_t *) {}
-bool always() { return true; }
+using proxbit::LinearCall;
 
 // table[e] = sum of +a[b] for the bits of e that are set, -a[b] for the others
 template <class Value, class Entry>
@@ -23,7 +22,7 @@ void fill_table(const Value *a, Entry *table) {
 
 // sums[n] = sum_k s[n, k] a[k]; a is padded with zeros to a whole number of bytes.
 template <class Value, class Entry, class Sum>
-void sum_by_table(const Call &call, const Value *a, int64_t begin, int64_t end, Sum *sums) {
+void sum_by_table(const LinearCall &call, const Value *a, int64_t begin, int64_t end, Sum *sums) {
     constexpr int64_t bytes_at_once = 16;  // their tables stay in the first cache
     Entry tables[bytes_at_once][256];
     const int64_t width = ceil_div(call.inputs, 8);
@@ -40,7 +39,7 @@ void sum_by_table(const Call &call, const Value *a, int64_t begin, int64_t end, 
     }
 }
 
-void run_w1(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+void run_w1(const LinearCall &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
     const int64_t width = round_up(call.inputs, 8);
     Workspace workspace(4 * width + 4 * (end - begin) + 128);
     float *buffer = workspace.take<float>(width);
@@ -51,7 +50,7 @@ void run_w1(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin,
     }
 }
 
-void run_w1a8(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+void run_w1a8(const LinearCall &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
     const int64_t width = round_up(call.inputs, 8);
     Workspace workspace(5 * width + 4 * (end - begin) + 192);
     float *buffer = workspace.take<float>(width);
@@ -76,7 +75,7 @@ int64_t count_differences(const uint8_t *a, const uint8_t *b, int64_t bytes) {
     return count;
 }
 
-void run_w1a1(const Call &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+void run_w1a1(const LinearCall &call, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
     const int64_t width = ceil_div(call.inputs, 8);
     Workspace workspace(4 * call.inputs + width + 4 * (end - begin) + 192);
     float *buffer = workspace.take<float>(call.inputs);
@@ -91,33 +90,4 @@ void run_w1a1(const Call &call, int64_t row_begin, int64_t row_end, int64_t begi
     }
 }
 
-void pack_signs(int64_t dtype, const void *values, int64_t columns, uint8_t *bits) {
-    if (dtype == PROXBIT_FLOAT32) {
-        pack_signs_row(static_cast<const float *>(values), columns, bits);
-        return;
-    }
-    const uint16_t *x = static_cast<const uint16_t *>(values);
-    float part[512];
-    for (int64_t begin = 0; begin < columns; begin += 512) {
-        const int64_t count = std::min<int64_t>(512, columns - begin);
-        for (int64_t k = 0; k < count; ++k) part[k] = from_bfloat16(x[begin + k]);
-        pack_signs_row(part, count, bits + begin / 8);
-    }
-}
-
-void unpack_signs(const uint8_t *bits, int64_t columns, float *values) {
-    for (int64_t i = 0; i < columns; ++i) values[i] = (bits[i / 8] >> (i % 8)) & 1 ? 1.0f : -1.0f;
-}
-
 }  // namespace
-
-const proxbit::Level proxbit::portable_level = {
-    "portable",
-    always,
-    {{1, 32, no_tiles, no_relay, run_w1}, {1, 32, no_tiles, no_relay, run_w1a8}, {1, 32, no_tiles, no_relay, run_w1a1}},
-    pack_signs,
-    unpack_signs,
-    quantize_latent,
-    latent_gradient,
-    activations_part,
-};

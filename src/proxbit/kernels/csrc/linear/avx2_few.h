@@ -3,11 +3,11 @@
 
 #include <immintrin.h>
 
-#include "tiles.h"
+#include "linear/byte_look_up.h"
 
 namespace {
 
-using proxbit::Call;
+using proxbit::LinearCall;
 
 inline void add_floats(__m256 &sum, __m256 v) { asm("vaddps %1, %0, %0" : "+x"(sum) : "x"(v)); }
 
@@ -64,7 +64,7 @@ inline void add_chunk_w1(const uint8_t *tile, const float *tables, int64_t words
 }
 
 template <int rows>
-void run_rows_w1(const Call &call, int64_t row, int64_t begin, int64_t end) {
+void run_rows_w1(const LinearCall &call, int64_t row, int64_t begin, int64_t end) {
     const int64_t bytes = round_up(ceil_div(call.inputs, 8), 4), width = bytes * 8, columns = round_up(end - begin, 16);
     Workspace workspace(4 * rows * (width + columns + 2 * 8 * w1_chunk) + 256);
     float *buffer = workspace.take<float>(rows * width);
@@ -89,7 +89,7 @@ void run_rows_w1(const Call &call, int64_t row, int64_t begin, int64_t end) {
     for (int r = 0; r < rows; ++r) store_row(call, row + r, begin, end, 1.0f, sums + r * columns);
 }
 
-void run_few_w1(const Call &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
+void run_few_w1(const LinearCall &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
     for (; row + w1_rows <= row_end; row += w1_rows) run_rows_w1<w1_rows>(call, row, begin, end);
     for (; row < row_end; ++row) run_rows_w1<1>(call, row, begin, end);
 }

@@ -1,10 +1,9 @@
 // AVX-512 with VNNI and without VPOPCNTDQ: byte products for W1A8, carry-save counts with a byte shuffle for W1A1.
-#include "avx512.h"
-#include "activations.h"
+#pragma once
+
+#include "linear/avx512.h"
 
 namespace {
-
-bool runs() { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
 // ---- W1A8
 //
@@ -25,7 +24,7 @@ int64_t w1a8_bytes(int64_t outputs, int64_t inputs) {
     return ceil_div(outputs, W1A8::column_block) * w1a8_words(inputs) * W1A8::word_bytes;
 }
 
-void relay_w1a8(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles) {
+void repack_w1a8(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles) {
     const int64_t width = ceil_div(inputs, 8), words = w1a8_words(inputs);
     std::memset(tiles, 0, w1a8_bytes(outputs, inputs));
     for (int64_t n = 0; n < outputs; ++n) {
@@ -118,7 +117,7 @@ inline int32_t sum_of_bytes(const int8_t *q, int64_t count) {
     return _mm512_reduce_add_epi32(sum);
 }
 
-void run_w1a8(const Call &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
+void run_w1a8(const LinearCall &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
     constexpr int64_t columns = W1A8::column_block;
     const int64_t words = w1a8_words(call.inputs), width = std::max<int64_t>(64, round_up(call.inputs, 64));
     const int64_t whole = std::max<int64_t>(1, W1A8::pass_bytes / width / W1A8::rows) * W1A8::rows;
@@ -243,14 +242,3 @@ void W1A1::count(const uint8_t *tile, const uint32_t *signs, int64_t words, int6
 }
 
 }  // namespace
-
-const proxbit::Level proxbit::avx512vnni_level = {
-    "avx512vnni",
-    runs,
-    {kernels<W1>, {W1A8::rows, W1A8::column_block, w1a8_bytes, relay_w1a8, run_w1a8}, kernels<W1A1>},
-    pack_signs,
-    unpack_signs,
-    quantize_latent,
-    latent_gradient,
-    activations_part,
-};

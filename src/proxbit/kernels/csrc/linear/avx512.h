@@ -1,4 +1,4 @@
-// What the levels with AVX-512 share: the layout, the look-up of W1, signs to bits and back.
+// What the ISAs with AVX-512 share: the layout, the look-up of W1, the blocks of W1A1.
 //
 // Tiles are made of words: 30 weights in 32 bits for W1. Words come in chunks; in a chunk, one tile of columns after
 // the other; in a tile, word j of its columns side by side.
@@ -10,17 +10,12 @@
 #endif
 #include <immintrin.h>
 
-#include "rows.h"
+#include "linear/row.h"
+#include "signs/avx512.h"
 
 namespace {
 
-using proxbit::Call;
-
-// What both levels need.
-inline bool runs_avx512() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
+using proxbit::LinearCall;
 
 inline __m512i load(const void *p) { return _mm512_loadu_si512(p); }
 inline void store(void *p, __m512i v) { _mm512_storeu_si512(p, v); }
@@ -48,7 +43,7 @@ int64_t tile_bytes(int64_t outputs, int64_t inputs) {
 }
 
 template <class Format>
-void relay(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles) {
+void repack(const uint8_t *bits, int64_t outputs, int64_t inputs, uint8_t *tiles) {
     using Word = typename Format::Word;
     constexpr int64_t columns = Format::columns;
     const int64_t width = ceil_div(inputs, 8), words = words_of<Format>(inputs), chunk = chunk_of<Format>(words);
@@ -135,7 +130,7 @@ inline void add_chunk(const uint8_t *tile, const uint8_t *tables, const __m512i 
 }
 
 template <class Format, int rows>
-void look_up_block(const Call &call, int64_t row, int64_t begin, int64_t end) {
+void look_up_block(const LinearCall &call, int64_t row, int64_t begin, int64_t end) {
     using Sum = typename Format::Sum;
     constexpr int64_t groups = Format::weights / Format::group, block = Format::column_block;
     const int64_t words = words_of<Format>(call.inputs), chunk = chunk_of<Format>(words), weights = Format::weights;
@@ -175,7 +170,7 @@ struct LookUp {
     static constexpr bool is_prefix = false;
 
     template <int rows>
-    static void block(const Call &call, int64_t row, int64_t begin, int64_t end) {
+    static void block(const LinearCall &call, int64_t row, int64_t begin, int64_t end) {
         look_up_block<Format, rows>(call, row, begin, end);
     }
 };
@@ -198,7 +193,7 @@ struct W1 : LookUp<W1> {
     static constexpr int rows = 4, columns = 16, column_block = 32;
     static constexpr int weights = 30, group = 5, most_words = 6;
 
-    static const float *load_row_of(const Call &call, int64_t row, int64_t width, float *buffer, float &factor) {
+    static const float *load_row_of(const LinearCall &call, int64_t row, int64_t width, float *buffer, float &factor) {
         factor = 1.0f;
         return load_row(call, row, width, buffer);
     }
@@ -226,44 +221,6 @@ struct W1 : LookUp<W1> {
     }
 };
 
-// ---- signs to bits and back
-
-inline uint32_t signs_of(__m512 x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ); }
-inline uint32_t signs_of(const float *x) { return signs_of(_mm512_loadu_ps(x)); }
-inline uint32_t signs_of(const uint16_t *x) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x)));
-    return signs_of(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
-}
-
-template <class Value>
-void pack_signs_of(const Value *x, int64_t columns, uint8_t *bits) {
-    int64_t k = 0;
-    for (; k + 16 <= columns; k += 16) {
-        const uint32_t mask = signs_of(x + k);
-        std::memcpy(bits + k / 8, &mask, 2);
-    }
-    if (k == columns) return;
-    Value last[16] = {};
-    std::copy(x + k, x + columns, last);
-    const uint32_t mask = signs_of(last) & ((1u << (columns - k)) - 1);
-    std::memcpy(bits + k / 8, &mask, ceil_div(columns - k, 8));
-}
-
-void pack_signs(int64_t dtype, const void *values, int64_t columns, uint8_t *bits) {
-    if (dtype == PROXBIT_FLOAT32) return pack_signs_of(static_cast<const float *>(values), columns, bits);
-    pack_signs_of(static_cast<const uint16_t *>(values), columns, bits);
-}
-
-void unpack_signs(const uint8_t *bits, int64_t columns, float *values) {
-    int64_t k = 0;
-    for (; k + 16 <= columns; k += 16) {
-        __mmask16 mask;
-        std::memcpy(&mask, bits + k / 8, 2);
-        _mm512_storeu_ps(values + k, _mm512_mask_blend_ps(mask, _mm512_set1_ps(-1.0f), _mm512_set1_ps(1.0f)));
-    }
-    for (; k < columns; ++k) values[k] = (bits[k / 8] >> (k % 8)) & 1 ? 1.0f : -1.0f;
-}
-
 // ---- W1A1
 //
 // Words of tiles and of activations are prefix xors: y_j, the xor of both, is the parity of the differences x_0 .. x_j
@@ -272,7 +229,7 @@ void unpack_signs(const uint8_t *bits, int64_t columns, float *values) {
 
 // The format counts into sums[r][32 columns]; words of activations come with their rows side by side.
 template <class Format, int rows>
-void count_block(const Call &call, int64_t row, int64_t begin, int64_t end) {
+void count_block(const LinearCall &call, int64_t row, int64_t begin, int64_t end) {
     const int64_t words = words_of<Format>(call.inputs), columns = round_up(end - begin, Format::columns);
     Workspace workspace(4 * call.inputs + 4 * words * (rows + 1) + 4 * rows * columns + 256);
     float *buffer = workspace.take<float>(call.inputs);
@@ -299,7 +256,7 @@ struct SignWords {
     static constexpr bool is_prefix = true;
 
     template <int rows>
-    static void block(const Call &call, int64_t row, int64_t begin, int64_t end) {
+    static void block(const LinearCall &call, int64_t row, int64_t begin, int64_t end) {
         count_block<Format, rows>(call, row, begin, end);
     }
 };
@@ -308,12 +265,12 @@ struct SignWords {
 
 // y for blocks of `rows` rows, then for one of the rest.
 template <class Format, int rows = Format::rows>
-void run(const Call &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
+void run(const LinearCall &call, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
     for (; row + rows <= row_end; row += rows) Format::template block<rows>(call, row, begin, end);
     if constexpr (rows > 1) run<Format, rows - 1>(call, row, row_end, begin, end);
 }
 
 template <class T>
-constexpr proxbit::Format kernels = {T::rows, T::column_block, tile_bytes<T>, relay<T>, run<T>};
+constexpr proxbit::LinearKernel kernels = {T::rows, T::column_block, tile_bytes<T>, repack<T>, run<T>};
 
 }  // namespace

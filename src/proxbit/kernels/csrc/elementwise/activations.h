@@ -1,9 +1,20 @@
-// Rows of activations on levels, and their gradient: plain loops that the compiler vectorises for each level.
+// Rows of activations on quantization levels, and their gradient: plain loops that the compiler vectorises for each ISA.
 #pragma once
 
-#include "quantizer.h"
+#include "elementwise/latents.h"
+#include "linear/row.h"
 
 namespace {
+
+// y = step q: what W1A8 multiplies, as floats.
+inline void round_row(const float *x, int64_t count, float *y) {
+    proxbit::LinearCall call{};
+    call.inputs = count;
+    Workspace workspace(count + 64);
+    int8_t *q = workspace.take<int8_t>(count);
+    const float step = quantize_row(call, x, count, q);
+    for (int64_t k = 0; k < count; ++k) y[k] = static_cast<float>(q[k]) * step;
+}
 
 struct Levels {
     float code[columns_at_once];   // the level, in units of the scale
@@ -112,5 +123,7 @@ void activations_part(const proxbit::ActivationsCall &call, int64_t part) {
     }
     if (sums) sums[columns] = static_cast<float>(of_scale);
 }
+
+constexpr proxbit::Elementwise elementwise = {quantize_latent, latent_gradient, activations_part};
 
 }  // namespace
