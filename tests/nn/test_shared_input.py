@@ -97,8 +97,8 @@ def test_in_inference_mode_the_layers_share_and_the_weight_is_laid_out_once(monk
     layers, shared = group()
     share(layers, shared)
     kernels = native()
-    laid, relay = [], kernels.library.proxbit_relay
-    monkeypatch.setattr(kernels.library, "proxbit_relay", lambda *arguments: laid.append(relay(*arguments)))
+    laid, repack = [], kernels.library.proxbit_repack
+    monkeypatch.setattr(kernels.library, "proxbit_repack", lambda *arguments: laid.append(repack(*arguments)))
     with torch.inference_mode():
         for _ in range(3):
             x = torch.randn(2, WIDTH)
