@@ -1,7 +1,10 @@
 """What `pip install proxbit` alone can do, and what the rest says that it needs."""
 
+import ast
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +49,12 @@ def test_a_missing_module_that_no_extra_installs_is_an_error_of_its_own(monkeypa
     with pytest.raises(ModuleNotFoundError) as found:
         import_with_extras("proxbit.analysis.plots", "proxbit plot")
     assert not isinstance(found.value, MissingPackageError)
+
+
+@pytest.mark.parametrize("package", ["proxbit", "proxbit.training"])
+def test_type_checkers_and_the_docs_see_the_names_that_are_imported_late(package):
+    module = import_module(package)
+    tree = ast.parse(Path(module.__file__).read_text())
+    blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
+    assert {name.name: node.module for node in imports for name in node.names} == module._LAZY

@@ -4,6 +4,7 @@ Importing the package registers it with transformers: `from_pretrained` then loa
 """
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import proxbit.hub  # noqa: F401
 from proxbit.config import BinarizationConfig
@@ -13,6 +14,19 @@ from proxbit.nn import set_mu, soft_evaluation, start_update
 from proxbit.optim import ProxConnect
 from proxbit.plugin import binarize, dequantize, equalize, fuse, pack
 from proxbit.quantizers import QuantizerPair, compose, decompose, enhance, heuristic, register_pair
+
+if TYPE_CHECKING:
+    from proxbit.analysis.summary import summary
+    from proxbit.export import export_onnx
+    from proxbit.hub.push import push
+    from proxbit.hub.release import write_release
+    from proxbit.plugin.adapters import packed_lora
+    from proxbit.plugin.sharded import packed_copy
+    from proxbit.training.arguments import ProxConnectArguments
+    from proxbit.training.calibration import calibrate
+    from proxbit.training.callback import ProxConnectCallback
+    from proxbit.training.recipes import get_recipe, register_recipe
+    from proxbit.training.trainer import ProxConnectTrainer
 
 __version__ = version("proxbit")
 
@@ -64,4 +78,5 @@ __all__ = [
     "write_release",
 ]
 
-__getattr__ = lazy(__name__, _LAZY)
+if not TYPE_CHECKING:
+    __getattr__ = lazy(__name__, _LAZY)

@@ -1,9 +1,28 @@
 """Training latent models with the Trainer of transformers. Names are imported at first use: some need `train`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from warnings import warn
 
 from proxbit.extras import lazy
+
+if TYPE_CHECKING:
+    from proxbit.training.arguments import DistillationArguments, ProxConnectArguments
+    from proxbit.training.calibration import calibrate
+    from proxbit.training.callback import ProxConnectCallback
+    from proxbit.training.distillation import DistillationTrainer
+    from proxbit.training.losses import DistillationLoss, distillation_loss, gram_loss, token_loss
+    from proxbit.training.monitor import (
+        FlipCounter,
+        hardening_gap,
+        overflow_penalty,
+        overflow_shares,
+        watch_activations,
+    )
+    from proxbit.training.optimizer import parameter_groups
+    from proxbit.training.recipes import RECIPES, Recipe, get_recipe, register_recipe
+    from proxbit.training.schedule import PROGRESSIONS, LayerScores, Progression, Stage, stages
+    from proxbit.training.sensitivity import taylor_sensitivity
+    from proxbit.training.trainer import ProxConnectTrainer
 
 __all__ = [
     "PROGRESSIONS",
@@ -65,10 +84,10 @@ _LAZY = {
 # Names of before: where what they name is now, and what to use in its place.
 _DEPRECATED = {"MuCallback": ("proxbit.training.callback", "ProxConnectCallback")}
 
-_find = lazy(__name__, _LAZY | {name: module for name, (module, _) in _DEPRECATED.items()})
+if not TYPE_CHECKING:
+    _find = lazy(__name__, _LAZY | {name: module for name, (module, _) in _DEPRECATED.items()})
 
-
-def __getattr__(name: str) -> Any:
-    if name in _DEPRECATED:
-        warn(f"{name} is deprecated: use {_DEPRECATED[name][1]}.", DeprecationWarning, stacklevel=2)
-    return _find(name)
+    def __getattr__(name: str) -> Any:
+        if name in _DEPRECATED:
+            warn(f"{name} is deprecated: use {_DEPRECATED[name][1]}.", DeprecationWarning, stacklevel=2)
+        return _find(name)
