@@ -141,7 +141,7 @@ def file_of(task: Task, fold: int, side: int, cache: Path) -> Path:
 
 
 def finetune(task: Task, fold: int, side: int, cache: Path, epochs: int = EPOCHS) -> Dinov2ForImageClassification:
-    """The float classifier of a fold, from the cache if it is there: AdamW, cosine, bf16 products."""
+    """The float classifier of a fold, from the cache if it is there: AdamW, cosine, bf16 products where quick."""
     file = file_of(task, fold, side, cache)
     set_seed(fold)
     model = pretrained(task.classes, cache)
@@ -157,9 +157,11 @@ def finetune(task: Task, fold: int, side: int, cache: Path, epochs: int = EPOCHS
     steps = epochs * -(-len(train) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
     model.train()
+    # Products in bf16 are emulated without AVX-512: there an epoch would take hours.
+    bf16 = torch.backends.cpu.get_cpu_capability() != "AVX2"
     for _ in range(epochs):
         for part in torch.randperm(len(train)).split(BATCH):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = model(pixel_values=images[part], labels=labels[part]).loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
