@@ -157,7 +157,7 @@ def finetune(task: Task, fold: int, side: int, cache: Path, epochs: int = EPOCHS
     steps = epochs * -(-len(train) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
     model.train()
-    # Products in bf16 are emulated without AVX-512: there an epoch would take hours.
+    # Products in bf16 are emulated without AVX-512: there four epochs take hours.
     bf16 = torch.backends.cpu.get_cpu_capability() != "AVX2"
     for _ in range(epochs):
         for part in torch.randperm(len(train)).split(BATCH):
