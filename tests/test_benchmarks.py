@@ -384,7 +384,7 @@ def tiny_dinov2():
 def test_peers_quantize_the_layers(script, tiny_dinov2, name, bits):
     """More bits come nearer to the float model; what they take is at least what the codes do.
 
-    The sums of onnxruntime's 8 bits saturate where a processor has no VNNI, hence 0.08 and not 0.05.
+    The sums of onnxruntime's 8 bits saturate where a processor has no VNNI: 0.08 there, and 0.05 elsewhere.
     """
     peer = script("model_peers").PEERS[name]
     if peer.versions() is None:
@@ -395,7 +395,8 @@ def test_peers_quantize_the_layers(script, tiny_dinov2, name, bits):
     with torch.no_grad():
         wanted, found = tiny_dinov2(pixel_values=images).logits, made.model(pixel_values=images)[0]
     error = (found - wanted).norm() / (wanted - wanted.mean(0)).norm()
-    assert 0 < error < {1: 3, 2: 2, 4: 0.2, 8: 0.08}[bits]
+    eight = 0.08 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 0.05
+    assert 0 < error < {1: 3, 2: 2, 4: 0.2, 8: eight}[bits]
     weights = sum(tiny_dinov2.get_submodule(layer).weight.numel() for layer in layers)
     assert bits < 8 * made.packed / weights < bits + 1.5 and made.packed <= made.stored
 

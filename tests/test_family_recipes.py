@@ -12,8 +12,10 @@ from tiny_models import FAMILIES
 @pytest.mark.parametrize("family", TABLE)
 @pytest.mark.parametrize("recipe", ["w1a8", "w1a1"])
 def test_fewer_bits(recipe, family, crops):
-    """Packed as the latent model evaluates; fused but for roundings, which tip a level here and there (1.1 %
-    of Mask2Former's answer where there is no AVX-512)."""
+    """Packed as the latent model evaluates; fused but for roundings, which tip a level here and there.
+
+    Without AVX-512 that is 1.1 % of Mask2Former's answer, and less than 1 % of all others.
+    """
     row = TABLE[family]
     inputs = row.inputs(crops(2, row.side))
     model = proxbit.binarize(lively(FAMILIES[family](), inputs), proxbit.get_recipe(recipe).binarization())
@@ -23,4 +25,5 @@ def test_fewer_bits(recipe, family, crops):
     packed = answer(proxbit.pack(model), **inputs)
     torch.testing.assert_close(packed, hard, rtol=0, atol=tolerance(hard))
     fused = answer(proxbit.fuse(model, inputs), **inputs)
-    assert (fused - packed).norm() < 2e-2 * packed.norm()
+    tips_more = family == "mask2former" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    assert (fused - packed).norm() < (2e-2 if tips_more else 1e-2) * packed.norm()
